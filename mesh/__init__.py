@@ -1,0 +1,1 @@
+"""Finding peers, choosing one, asking it."""

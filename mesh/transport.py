@@ -1,0 +1,110 @@
+"""What the mesh needs of a network, as a Protocol: the rest of `mesh` knows nothing more.
+
+`mesh/host.py` fulfils it over py-libp2p; `tests/fakes.py` in memory. The same contract tests
+(`tests/mesh/test_transport_contract.py`) run on both.
+
+A peer is named by its peer id as text (`12D3Koo...`), an address by its multiaddr as text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Protocol
+
+PeerId = str
+
+
+class TransportError(Exception):
+    """The network failed: not reachable, refused, reset, closed. The message says how."""
+
+
+class Stream(Protocol):
+    """An ordered byte stream to one authenticated peer. One reader and one writer at a time."""
+
+    @property
+    def peer(self) -> PeerId: ...
+
+    async def send_all(self, data: bytes) -> None:
+        """Send it all. Raises `TransportError` if the peer is gone or reset the stream."""
+        ...
+
+    async def receive_some(self, max_bytes: int = 65536) -> bytes:
+        """1 to `max_bytes` bytes, or `b""` at the end. Raises `TransportError` on a reset.
+
+        An end proves nothing: a killed peer looks the same as a finished one.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Finish sending and let the stream go. Never raises; safe while cancelled."""
+        ...
+
+    async def reset(self) -> None:
+        """Abort in both directions, so that the peer stops. Never raises; safe while cancelled."""
+        ...
+
+
+StreamHandler = Callable[[Stream], Awaitable[None]]
+#: (who signed the message, its bytes) -> may it be passed on? Must not block and must not raise.
+GossipHandler = Callable[[PeerId, bytes], bool]
+#: (peer, connected?) -> None, called on each change of being connected to a peer at all.
+ConnectionHandler = Callable[[PeerId, bool], None]
+
+
+class Transport(Protocol):
+    """This node's end of the network. Opened and closed by who made it."""
+
+    @property
+    def peer_id(self) -> PeerId: ...
+
+    @property
+    def addresses(self) -> Sequence[str]:
+        """Where others can dial this node, each with `/p2p/PEERID`."""
+        ...
+
+    def connected(self) -> Mapping[PeerId, str]:
+        """The connected peers, each with the address of the connection (`""`: not known)."""
+        ...
+
+    def on_connection(self, handler: ConnectionHandler) -> None:
+        """Call the handler at each first connection to, and last disconnection from, a peer."""
+        ...
+
+    async def connect(self, peer: PeerId, addresses: Sequence[str], *, timeout: float = 8.0) -> str:
+        """Be connected to that peer: dials each address until one works, and returns it.
+
+        Raises `TransportError` that names each address with its failure.
+        """
+        ...
+
+    async def disconnect(self, peer: PeerId) -> None:
+        """Close every connection to that peer. Never raises."""
+        ...
+
+    async def open_stream(self, peer: PeerId, protocol: str) -> Stream:
+        """A new stream to a connected peer. Raises `TransportError`."""
+        ...
+
+    def handle(self, protocol: str, handler: StreamHandler) -> None:
+        """Serve that protocol. The stream is reset if the handler raises, else closed."""
+        ...
+
+    async def ping(self, peer: PeerId) -> float:
+        """The round trip in seconds. Raises `TransportError`; the caller sets the time limit."""
+        ...
+
+    async def subscribe(self, topic: str, handler: GossipHandler) -> None:
+        """Hear a topic. The handler sees each message of others once, before it is passed on."""
+        ...
+
+    async def publish(self, topic: str, data: bytes) -> None:
+        """Send to every subscriber. May be lost: gossip carries whole states, never changes."""
+        ...
+
+    def sign(self, data: bytes) -> bytes:
+        """This node's Ed25519 signature."""
+        ...
+
+    def verify(self, peer: PeerId, data: bytes, signature: bytes) -> bool:
+        """Did that peer sign these bytes? False for anything malformed."""
+        ...

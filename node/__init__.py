@@ -1,0 +1,1 @@
+"""The daemon: builds the parts, joins them, faces people and programs."""

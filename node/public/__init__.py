@@ -1,0 +1,1 @@
+"""promptmesh: a peer-to-peer LLM inference mesh."""

@@ -1,0 +1,513 @@
+"""The vocabulary: what a request, an answer, a provider and a failure are.
+
+Every other room speaks in these types, and imports nothing else of `providers`. A request enters
+at the edge (an HTTP dialect, the command line, the Python API), becomes a `GenerateRequest` once,
+and never is a dict again. All values are immutable; all of them cross the wire as MessagePack maps
+with the field names below, defaults left out and unknown fields ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Any, ClassVar, Literal, Protocol
+
+import msgspec
+
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+Privacy = Literal["local", "mesh", "any"]
+Policy = Literal["round_robin", "least_loaded", "best_performance"]
+FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
+CacheStatus = Literal["hit-local", "hit-mesh", "miss", "bypass", "coalesced"]
+
+
+class Value(
+    msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=False
+):
+    """An immutable value whose defaults are left out on the wire."""
+
+
+# --- the request --------------------------------------------------------------------------------
+
+
+class Text(Value, tag_field="type", tag="text"):
+    """A piece of a message: text."""
+
+    text: str
+
+
+class Image(Value, tag_field="type", tag="image"):
+    """A piece of a message: an image, by `https:` or `data:` URL."""
+
+    url: str
+    detail: str | None = None
+
+
+class ToolCall(Value):
+    """A call the model made. `arguments` is the JSON text as the model produced it."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+class Message(Value):
+    """One turn. `tool_call_id` says which call a `tool` message answers."""
+
+    role: Role
+    content: tuple[Text | Image, ...] = ()
+    name: str | None = None
+    reasoning: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The text pieces, joined."""
+        return "".join(part.text for part in self.content if isinstance(part, Text))
+
+
+class Tool(Value):
+    """A function the model may call. `parameters` is a JSON schema."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] = {}
+    strict: bool | None = None
+
+
+class ToolChoice(Value):
+    """Whether a tool must be called; `name` only with mode `function`."""
+
+    mode: Literal["auto", "none", "required", "function"] = "auto"
+    name: str | None = None
+
+
+class ResponseFormat(Value):
+    """The form the answer must have; `schema` only with type `json_schema`."""
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    name: str | None = None
+    schema: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Sampling(Value):
+    """How tokens are drawn. None: the provider's own default."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    logprobs: bool = False
+    top_logprobs: int | None = None
+
+
+class CacheControl(Value):
+    """What the asker wants of the cache.
+
+    `use` reads and stores, `refresh` only stores, `bypass` does neither, `only` never computes.
+    `ttl` (s) is how long the answer may be kept, `max_age` (s) how old a stored one may be; `scope`
+    says whether the answer may leave this node; answers of different namespaces never mix.
+    """
+
+    mode: Literal["use", "refresh", "bypass", "only"] = "use"
+    ttl: float | None = None
+    max_age: float | None = None
+    scope: Literal["local", "mesh"] = "mesh"
+    namespace: str = ""
+    #: Reuse also sampled answers: the caller asked for any stored answer (`generate_text`, `ask`).
+    any_sample: bool = False
+
+
+class GenerateRequest(Value):
+    """A whole chat request.
+
+    Everything above `provider` decides the answer and is part of its cache key; everything from
+    there on says who may answer and how long that may take.
+    """
+
+    model: str
+    messages: tuple[Message, ...]
+    sampling: Sampling = Sampling()
+    tools: tuple[Tool, ...] = ()
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
+    #: Text of the answer that exists already and is to be continued.
+    prefix: str = ""
+    #: The form it was asked in; `extra` holds its fields we do not know, sent on to providers that
+    #: speak the same dialect.
+    dialect: str = ""
+    extra: dict[str, Any] = {}
+
+    #: Ask only this provider, or only this peer (peer id or node name).
+    provider: str | None = None
+    peer: str | None = None
+    policy: Policy | None = None
+    #: `local`: this machine, no third party; `mesh`: members, no third party; `any`: anybody.
+    privacy: Privacy = "any"
+    cache: CacheControl = CacheControl()
+    #: Seconds that remain for the whole answer, from the moment the value is received.
+    deadline: float | None = None
+    #: Names this request in logs, headers and `explain`, on every node it visits.
+    id: str = ""
+
+    @property
+    def deterministic(self) -> bool:
+        """Would an honest engine give the same answer again? (greedy, or with a seed)"""
+        return self.sampling.temperature == 0 or self.sampling.seed is not None
+
+
+class EmbedRequest(Value):
+    """Texts to be turned into vectors."""
+
+    model: str
+    input: tuple[str, ...]
+    dimensions: int | None = None
+    provider: str | None = None
+    peer: str | None = None
+    privacy: Privacy = "any"
+    deadline: float | None = None
+    id: str = ""
+
+
+# --- the answer ---------------------------------------------------------------------------------
+
+
+class Usage(Value):
+    """Tokens counted by who generated them. `exact` is false where they are an estimate."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached: bool = False
+    exact: bool = True
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+class ToolCallDelta(Value):
+    """A piece of the tool call number `index`; `id` and `name` come with its first piece."""
+
+    index: int
+    id: str = ""
+    name: str = ""
+    arguments: str = ""
+
+
+class Origin(Value):
+    """Who answers, and how it came to that."""
+
+    peer: str = ""
+    node: str = ""
+    provider: str = ""
+    model: str = ""
+    cache: CacheStatus = "miss"
+    policy: str = ""
+    attempts: int = 0
+    #: The CID of the answer record, where it is known before the first chunk (a cache hit).
+    cid: str | None = None
+    #: Seconds since a stored answer was made.
+    age: float | None = None
+
+
+class Chunk(Value):
+    """A piece of an answer.
+
+    Exactly one chunk has a `finish_reason`, and it is the last one; a stream that ends without it
+    was cut. The last one may also carry `usage`, the answer's `cid`, and the true `origin`, where
+    another backend took over after the first chunk.
+    """
+
+    text: str = ""
+    reasoning: str = ""
+    tool_calls: tuple[ToolCallDelta, ...] = ()
+    #: Log probabilities of this chunk's tokens, in the OpenAI form.
+    logprobs: tuple[dict[str, Any], ...] = ()
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+    cid: str | None = None
+    origin: Origin | None = None
+
+
+class Completion(Value):
+    """A whole answer: what the cache stores."""
+
+    text: str = ""
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    logprobs: tuple[dict[str, Any], ...] = ()
+    finish_reason: FinishReason
+    usage: Usage = Usage()
+
+    def chunks(self) -> Iterable[Chunk]:
+        """The answer as a stream: its content, then the closing chunk."""
+        if self.reasoning:
+            yield Chunk(reasoning=self.reasoning)
+        if self.text or self.logprobs:
+            yield Chunk(text=self.text, logprobs=self.logprobs)
+        if self.tool_calls:
+            yield Chunk(
+                tool_calls=tuple(
+                    ToolCallDelta(index=i, id=c.id, name=c.name, arguments=c.arguments)
+                    for i, c in enumerate(self.tool_calls)
+                )
+            )
+        yield Chunk(finish_reason=self.finish_reason, usage=self.usage)
+
+
+class CompletionBuilder:
+    """Adds chunks up to a `Completion`."""
+
+    def __init__(self) -> None:
+        self._text: list[str] = []
+        self._reasoning: list[str] = []
+        self._logprobs: list[dict[str, Any]] = []
+        self._calls: dict[int, list[str]] = {}
+        self._arguments: dict[int, list[str]] = {}
+        self._usage = Usage()
+        self._finish_reason: FinishReason | None = None
+
+    def add(self, chunk: Chunk) -> None:
+        """Take the next chunk. Nothing may follow the one with a `finish_reason`."""
+        if chunk.text:
+            self._text.append(chunk.text)
+        if chunk.reasoning:
+            self._reasoning.append(chunk.reasoning)
+        if chunk.logprobs:
+            self._logprobs.extend(chunk.logprobs)
+        for delta in chunk.tool_calls:
+            head = self._calls.setdefault(delta.index, ["", ""])
+            head[0] = delta.id or head[0]
+            head[1] = delta.name or head[1]
+            self._arguments.setdefault(delta.index, []).append(delta.arguments)
+        if chunk.usage is not None:
+            self._usage = chunk.usage
+        if chunk.finish_reason is not None:
+            self._finish_reason = chunk.finish_reason
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return "".join(self._text)
+
+    @property
+    def finished(self) -> bool:
+        """Did the closing chunk come?"""
+        return self._finish_reason is not None
+
+    def completion(self) -> Completion:
+        """The whole answer. Raises `StreamInterrupted` if the closing chunk never came."""
+        if self._finish_reason is None:
+            raise StreamInterrupted("the answer ended without its end marker", partial=self.text)
+        return Completion(
+            text=self.text,
+            reasoning="".join(self._reasoning),
+            tool_calls=tuple(
+                ToolCall(id=id_, name=name, arguments="".join(self._arguments[index]))
+                for index, (id_, name) in sorted(self._calls.items())
+            ),
+            logprobs=tuple(self._logprobs),
+            finish_reason=self._finish_reason,
+            usage=self._usage,
+        )
+
+
+class Answering:
+    """An answer under way. `origin` is known before the first chunk; `chunks` is read once."""
+
+    __slots__ = ("chunks", "origin")
+
+    def __init__(self, origin: Origin, chunks: AsyncIterator[Chunk]) -> None:
+        self.origin = origin
+        self.chunks = chunks
+
+    async def completion(self) -> Completion:
+        """Read to the end. Raises what the stream raises, or `StreamInterrupted`."""
+        builder = CompletionBuilder()
+        async for chunk in self.chunks:
+            builder.add(chunk)
+        return builder.completion()
+
+
+# --- the provider -------------------------------------------------------------------------------
+
+
+class Price(Value):
+    """What a provider charges, in US dollars for a million tokens."""
+
+    prompt: float = 0.0
+    completion: float = 0.0
+
+
+class ModelOffer(Value):
+    """A model that can be asked, and what it can do. None: not known."""
+
+    id: str
+    context_length: int | None = None
+    modalities: tuple[str, ...] = ("text",)
+    tools: bool = False
+    #: Continues an answer from `GenerateRequest.prefix`.
+    can_continue: bool = False
+    #: Makes embeddings rather than text.
+    embeds: bool = False
+    #: Digest of the weights, and the engine with its version.
+    weights: str | None = None
+    engine: str | None = None
+    #: The numerics class: dtype, quantisation and whether batching changes a greedy answer, such as
+    #: `float32/invariant` or `bfloat16/batch-dependent`.
+    numerics: str | None = None
+    #: A greedy answer is the same alone, in a batch, and restarted.
+    repeatable: bool = False
+    #: A prompt leaves the members' machines for a third party.
+    egress: bool = False
+    price: Price | None = None
+
+
+class Health(Value):
+    """Can a provider be asked? `hint` is the next step for a person where it cannot."""
+
+    state: Literal["ready", "starting", "unavailable"] = "ready"
+    reason: str = ""
+    hint: str = ""
+
+
+class Provider(Protocol):
+    """Something that turns a prompt into text."""
+
+    @property
+    def name(self) -> str: ...
+
+    def models(self) -> Sequence[ModelOffer]:
+        """What can be asked now. Never blocks: a provider that must ask a server remembers."""
+        ...
+
+    def open(self, request: GenerateRequest) -> AbstractAsyncContextManager[Answering]:
+        """Begin an answer. Entering waits until it is known who answers; leaving cancels the work.
+
+        Raises a `GenerateError`, on entering or from the chunks.
+        """
+        ...
+
+    async def embed(self, request: EmbedRequest) -> Sequence[Sequence[float]]:
+        """One vector for each input. Raises a `GenerateError`."""
+        ...
+
+    async def count_tokens(self, request: GenerateRequest) -> tuple[int, bool]:
+        """The prompt's length in tokens, and whether that is exact."""
+        ...
+
+    async def check(self) -> Health:
+        """Can it be asked? Costs no money, takes at most 2 s, never raises."""
+        ...
+
+
+# --- failures -----------------------------------------------------------------------------------
+
+
+class GenerateError(Exception):
+    """An answer that could not be given.
+
+    Leaves, by what another try could do::
+
+        RequestRejected      the request is at fault; nobody else will take it
+          ContextTooLong     only a model with a larger context helps
+          ContentFiltered    a filter refused; never tried again
+          ModelNotFound      nobody here has that model
+        ProviderUnavailable  this provider cannot now; another may (`retry_after` in seconds)
+          DeadlineExceeded   a time limit passed (of connecting, first token, gap or the whole)
+        StreamInterrupted    it broke after text was produced; `partial` holds that text
+        CacheOnlyMiss        the request allowed only a stored answer, and there is none
+    """
+
+    #: Names the class on the wire and in error bodies.
+    code: ClassVar[str] = "generate_error"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        retry_after: float | None = None,
+        partial: str = "",
+        field: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.retry_after = retry_after
+        self.partial = partial
+        #: The request's field that is at fault.
+        self.field = field
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class RequestRejected(GenerateError):
+    """The request itself is at fault: do not try elsewhere."""
+
+    code = "request_rejected"
+
+
+class ContextTooLong(RequestRejected):
+    """The prompt and the tokens asked for do not fit; only a larger model helps."""
+
+    code = "context_too_long"
+
+
+class ContentFiltered(RequestRejected):
+    """A content filter refused. Never tried again."""
+
+    code = "content_filtered"
+
+
+class ModelNotFound(RequestRejected):
+    """Nobody offers that model."""
+
+    code = "model_not_found"
+
+
+class ProviderUnavailable(GenerateError):
+    """This provider cannot answer now; try elsewhere."""
+
+    code = "provider_unavailable"
+
+
+class DeadlineExceeded(ProviderUnavailable):
+    """A time limit passed: of connecting, of the first token, between tokens, or of the whole."""
+
+    code = "deadline_exceeded"
+
+
+class StreamInterrupted(GenerateError):
+    """The answer broke after some text; `partial` is what there was."""
+
+    code = "stream_interrupted"
+
+
+class CacheOnlyMiss(GenerateError):
+    """Only a stored answer was allowed, and there is none."""
+
+    code = "cache_only_miss"
+
+
+ERRORS: dict[str, type[GenerateError]] = {
+    error.code: error
+    for error in (
+        GenerateError,
+        RequestRejected,
+        ContextTooLong,
+        ContentFiltered,
+        ModelNotFound,
+        ProviderUnavailable,
+        DeadlineExceeded,
+        StreamInterrupted,
+        CacheOnlyMiss,
+    )
+}
