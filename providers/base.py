@@ -164,19 +164,6 @@ class GenerateRequest(Value):
         return self.sampling.temperature == 0 or self.sampling.seed is not None
 
 
-class EmbedRequest(Value):
-    """Texts to be turned into vectors."""
-
-    model: str
-    input: tuple[str, ...]
-    dimensions: int | None = None
-    provider: str | None = None
-    peer: str | None = None
-    privacy: Privacy = "any"
-    deadline: float | None = None
-    id: str = ""
-
-
 # --- the answer ---------------------------------------------------------------------------------
 
 
@@ -216,6 +203,10 @@ class Origin(Value):
     cid: str | None = None
     #: Seconds since a stored answer was made.
     age: float | None = None
+    #: What the answer record says of the engine, as in the `ModelOffer` that was used.
+    weights: str | None = None
+    engine: str | None = None
+    numerics: str | None = None
 
 
 class Chunk(Value):
@@ -356,8 +347,6 @@ class ModelOffer(Value):
     tools: bool = False
     #: Continues an answer from `GenerateRequest.prefix`.
     can_continue: bool = False
-    #: Makes embeddings rather than text.
-    embeds: bool = False
     #: Digest of the weights, and the engine with its version.
     weights: str | None = None
     engine: str | None = None
@@ -394,14 +383,6 @@ class Provider(Protocol):
 
         Raises a `GenerateError`, on entering or from the chunks.
         """
-        ...
-
-    async def embed(self, request: EmbedRequest) -> Sequence[Sequence[float]]:
-        """One vector for each input. Raises a `GenerateError`."""
-        ...
-
-    async def count_tokens(self, request: GenerateRequest) -> tuple[int, bool]:
-        """The prompt's length in tokens, and whether that is exact."""
         ...
 
     async def check(self) -> Health:
