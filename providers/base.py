@@ -21,29 +21,27 @@ FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
 CacheStatus = Literal["hit-local", "hit-mesh", "miss", "bypass", "coalesced"]
 
 
-class Value(
-    msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=False
-):
+class Value(msgspec.Struct, frozen=True, omit_defaults=True):
     """An immutable value whose defaults are left out on the wire."""
 
 
 # --- the request --------------------------------------------------------------------------------
 
 
-class Text(Value, tag_field="type", tag="text"):
+class Text(Value, frozen=True, kw_only=True, tag_field="type", tag="text"):
     """A piece of a message: text."""
 
     text: str
 
 
-class Image(Value, tag_field="type", tag="image"):
+class Image(Value, frozen=True, kw_only=True, tag_field="type", tag="image"):
     """A piece of a message: an image, by `https:` or `data:` URL."""
 
     url: str
     detail: str | None = None
 
 
-class ToolCall(Value):
+class ToolCall(Value, frozen=True, kw_only=True):
     """A call the model made. `arguments` is the JSON text as the model produced it."""
 
     id: str
@@ -51,7 +49,7 @@ class ToolCall(Value):
     arguments: str
 
 
-class Message(Value):
+class Message(Value, frozen=True, kw_only=True):
     """One turn. `tool_call_id` says which call a `tool` message answers."""
 
     role: Role
@@ -67,7 +65,7 @@ class Message(Value):
         return "".join(part.text for part in self.content if isinstance(part, Text))
 
 
-class Tool(Value):
+class Tool(Value, frozen=True, kw_only=True):
     """A function the model may call. `parameters` is a JSON schema."""
 
     name: str
@@ -76,14 +74,14 @@ class Tool(Value):
     strict: bool | None = None
 
 
-class ToolChoice(Value):
+class ToolChoice(Value, frozen=True, kw_only=True):
     """Whether a tool must be called; `name` only with mode `function`."""
 
     mode: Literal["auto", "none", "required", "function"] = "auto"
     name: str | None = None
 
 
-class ResponseFormat(Value):
+class ResponseFormat(Value, frozen=True, kw_only=True):
     """The form the answer must have; `schema` only with type `json_schema`."""
 
     type: Literal["text", "json_object", "json_schema"] = "text"
@@ -92,7 +90,7 @@ class ResponseFormat(Value):
     strict: bool | None = None
 
 
-class Sampling(Value):
+class Sampling(Value, frozen=True, kw_only=True):
     """How tokens are drawn. None: the provider's own default."""
 
     temperature: float | None = None
@@ -108,7 +106,7 @@ class Sampling(Value):
     top_logprobs: int | None = None
 
 
-class CacheControl(Value):
+class CacheControl(Value, frozen=True, kw_only=True):
     """What the asker wants of the cache.
 
     `use` reads and stores, `refresh` only stores, `bypass` does neither, `only` never computes.
@@ -125,7 +123,7 @@ class CacheControl(Value):
     any_sample: bool = False
 
 
-class GenerateRequest(Value):
+class GenerateRequest(Value, frozen=True, kw_only=True):
     """A whole chat request.
 
     Everything above `provider` decides the answer and is part of its cache key; everything from
@@ -167,7 +165,7 @@ class GenerateRequest(Value):
 # --- the answer ---------------------------------------------------------------------------------
 
 
-class Usage(Value):
+class Usage(Value, frozen=True, kw_only=True):
     """Tokens counted by who generated them. `exact` is false where they are an estimate."""
 
     prompt_tokens: int = 0
@@ -180,7 +178,7 @@ class Usage(Value):
         return self.prompt_tokens + self.completion_tokens
 
 
-class ToolCallDelta(Value):
+class ToolCallDelta(Value, frozen=True, kw_only=True):
     """A piece of the tool call number `index`; `id` and `name` come with its first piece."""
 
     index: int
@@ -189,7 +187,7 @@ class ToolCallDelta(Value):
     arguments: str = ""
 
 
-class Origin(Value):
+class Origin(Value, frozen=True, kw_only=True):
     """Who answers, and how it came to that."""
 
     peer: str = ""
@@ -209,7 +207,7 @@ class Origin(Value):
     numerics: str | None = None
 
 
-class Chunk(Value):
+class Chunk(Value, frozen=True, kw_only=True):
     """A piece of an answer.
 
     Exactly one chunk has a `finish_reason`, and it is the last one; a stream that ends without it
@@ -228,7 +226,7 @@ class Chunk(Value):
     origin: Origin | None = None
 
 
-class Completion(Value):
+class Completion(Value, frozen=True, kw_only=True):
     """A whole answer: what the cache stores."""
 
     text: str = ""
@@ -331,14 +329,14 @@ class Answering:
 # --- the provider -------------------------------------------------------------------------------
 
 
-class Price(Value):
+class Price(Value, frozen=True, kw_only=True):
     """What a provider charges, in US dollars for a million tokens."""
 
     prompt: float = 0.0
     completion: float = 0.0
 
 
-class ModelOffer(Value):
+class ModelOffer(Value, frozen=True, kw_only=True):
     """A model that can be asked, and what it can do. None: not known."""
 
     id: str
@@ -360,7 +358,7 @@ class ModelOffer(Value):
     price: Price | None = None
 
 
-class Health(Value):
+class Health(Value, frozen=True, kw_only=True):
     """Can a provider be asked? `hint` is the next step for a person where it cannot."""
 
     state: Literal["ready", "starting", "unavailable"] = "ready"
