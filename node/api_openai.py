@@ -1,0 +1,115 @@
+"""The routes of the OpenAI dialect: chat completions, streamed or whole, and the models."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+
+from ..providers.base import Answering, Chunk, CompletionBuilder, GenerateError
+from .api_errors import error_body, error_event, error_headers, status_of
+from .http_server import Request, Responder
+from .names import Names
+from .openai_answers import StreamEncoder, encode_whole, origin_headers
+from .openai_requests import ChatCall, decode_chat
+from .request_headers import with_headers
+from .router import Router
+
+logger = logging.getLogger(__name__)
+
+JSON = "application/json"
+EVENTS = "text/event-stream; charset=utf-8"
+
+
+def new_request_id() -> str:
+    """An id that names a request in logs, headers and on every node it visits."""
+    return "req-" + secrets.token_hex(10)
+
+
+class OpenAIApi:
+    """The handlers of `/v1/*`."""
+
+    def __init__(self, router: Router, names: Names) -> None:
+        self._router = router
+        self._names = names
+
+    async def chat_completions(self, request: Request, responder: Responder) -> None:
+        """`POST /v1/chat/completions`."""
+        request_id = new_request_id()
+        try:
+            call = decode_chat(request.body, request_id)
+            call = msgspec.structs.replace(call, request=with_headers(call.request, request))
+            async with self._router.open(call.request) as answering:
+                if call.stream:
+                    await _send_stream(responder, call, answering)
+                else:
+                    await _send_whole(responder, call, answering)
+        except GenerateError as error:
+            logger.info("%s failed: %s", request_id, error)
+            await send_error(responder, error, request_id)
+
+    async def models(self, request: Request, responder: Responder) -> None:
+        """`GET /v1/models`: everything that can be asked, over all peers."""
+        body = msgspec.json.encode({"object": "list", "data": list(self._model_objects())})
+        await responder.send(200, body, content_type=JSON)
+
+    def _model_objects(self) -> Iterable[dict[str, Any]]:
+        for model, sources in self._names.models().items():
+            yield {
+                "id": model,
+                "object": "model",
+                "created": 0,
+                "owned_by": sources[0].provider,
+                "promptmesh": {
+                    "context_length": max(s.offer.context_length or 0 for s in sources) or None,
+                    "sources": [
+                        {"peer": s.peer, "node": s.node, "provider": s.provider} for s in sources
+                    ],
+                },
+            }
+
+
+async def send_error(responder: Responder, error: GenerateError, request_id: str) -> None:
+    """The failure as a status and a body, or as the last event of a stream that has begun."""
+    if responder.started:
+        await responder.write(error_event(error))
+        await responder.end()
+        return
+    headers = [("x-promptmesh-request-id", request_id), *error_headers(error)]
+    await responder.send(status_of(error), error_body(error), content_type=JSON, headers=headers)
+
+
+async def _send_whole(responder: Responder, call: ChatCall, answering: Answering) -> None:
+    builder = CompletionBuilder()
+    closing = Chunk()
+    async for chunk in answering.chunks:
+        builder.add(chunk)
+        closing = chunk
+    completion = builder.completion()
+    origin = closing.origin or answering.origin
+    request_id = call.request.id
+    await responder.send(
+        200,
+        encode_whole(completion, origin, request_id, int(time.time()), closing.cid),
+        content_type=JSON,
+        headers=origin_headers(origin, request_id, closing.cid),
+    )
+
+
+async def _send_stream(responder: Responder, call: ChatCall, answering: Answering) -> None:
+    request_id = call.request.id
+    encoder = StreamEncoder(
+        answering.origin, request_id, int(time.time()), include_usage=call.include_usage
+    )
+    headers = [("cache-control", "no-cache"), *origin_headers(answering.origin, request_id)]
+    await responder.start(200, content_type=EVENTS, headers=headers)
+    await responder.write(encoder.first())
+    async for chunk in answering.chunks:
+        events = encoder.chunk(chunk)
+        if events:
+            await responder.write(events)
+    await responder.end()

@@ -1,0 +1,136 @@
+"""Equal requests in flight share one computation.
+
+The first asker of a key starts a flight; whoever asks the same while it is under way follows it,
+and reads its stream from the start. The work belongs to the flight, not to its first asker: it goes
+on while one follower is left, and is cancelled when the last one leaves.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+
+import trio
+
+from ..providers.base import Answering, Chunk, GenerateError, Origin, StreamInterrupted
+
+#: Starts the work of a flight.
+Compute = Callable[[], AbstractAsyncContextManager[Answering]]
+
+
+class Flight:
+    """One computation, its chunks so far, and the tasks that wait for more."""
+
+    def __init__(self) -> None:
+        self.origin: Origin | None = None
+        self.chunks: list[Chunk] = []
+        self.error: GenerateError | None = None
+        self.finished = False
+        self.followers = 0
+        self.scope = trio.CancelScope()
+        self._changed = trio.lowlevel.ParkingLot()
+
+    async def run(self, compute: Compute) -> None:
+        """Do the work, and hand every chunk to whoever waits."""
+        try:
+            with self.scope:
+                async with compute() as answering:
+                    self.origin = answering.origin
+                    self._changed.unpark_all()
+                    async for chunk in answering.chunks:
+                        self.chunks.append(chunk)
+                        self._changed.unpark_all()
+        except GenerateError as error:
+            self.error = error
+        except Exception as error:  # the followers see it, as an error of the node's own
+            self.error = GenerateError(f"internal error: {error!r}")
+            raise
+        finally:
+            self.finished = True
+            self._changed.unpark_all()
+
+    async def wait_origin(self) -> Origin:
+        """Who answers. Raises what the computation raised before it knew."""
+        while self.origin is None:
+            self._raise_if_ended()
+            await self._changed.park()
+        return self.origin
+
+    async def wait_chunks(self, seen: int) -> bool:
+        """Wait for more than `seen` chunks; False at the end. Raises what the work raised."""
+        while len(self.chunks) <= seen:
+            if self.finished and self.error is None and not self.scope.cancelled_caught:
+                return False
+            self._raise_if_ended()
+            await self._changed.park()
+        return True
+
+    def _raise_if_ended(self) -> None:
+        if self.error is not None:
+            # A copy for each follower: an exception that two tasks raise mixes their tracebacks.
+            raise copy.copy(self.error)
+        if self.finished:
+            raise StreamInterrupted("the shared computation was cancelled")
+
+
+class _Following:
+    """A follower's view of a flight's chunks, from the first."""
+
+    def __init__(self, flight: Flight) -> None:
+        self._flight = flight
+        self._seen = 0
+
+    def __aiter__(self) -> _Following:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        if self._seen >= len(self._flight.chunks) and not await self._flight.wait_chunks(
+            self._seen
+        ):
+            raise StopAsyncIteration
+        self._seen += 1
+        return self._flight.chunks[self._seen - 1]
+
+
+class Flights:
+    """The computations under way, by key. Their tasks run in the nursery given."""
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self._nursery = nursery
+        self._flights: dict[bytes, Flight] = {}
+
+    def __len__(self) -> int:
+        return len(self._flights)
+
+    @asynccontextmanager
+    async def join(self, key: bytes, compute: Compute) -> AsyncIterator[tuple[Answering, bool]]:
+        """Follow the flight of that key, started with `compute` if there is none.
+
+        Gives the answer and whether it was under way already. Raises what the work raises.
+        """
+        flight = self._flights.get(key)
+        joined = flight is not None
+        if flight is None:
+            flight = self._flights[key] = Flight()
+            self._nursery.start_soon(self._fly, key, flight, compute)
+        flight.followers += 1
+        try:
+            origin = await flight.wait_origin()
+            yield Answering(origin, _Following(flight)), joined
+        finally:
+            flight.followers -= 1
+            if not flight.followers:
+                flight.scope.cancel()
+                self._land(key, flight)
+
+    async def _fly(self, key: bytes, flight: Flight, compute: Compute) -> None:
+        try:
+            await flight.run(compute)
+        finally:
+            self._land(key, flight)
+
+    def _land(self, key: bytes, flight: Flight) -> None:
+        """Nobody may join any more: the work is done, or given up."""
+        if self._flights.get(key) is flight:
+            del self._flights[key]

@@ -1,0 +1,101 @@
+"""What a person's model name means: `MODEL`, `PROVIDER/MODEL`, `PEER:PROVIDER/MODEL`, `auto`.
+
+A model's own id may hold slashes and colons (`org/model`, `llama3:8b`), so a name is first looked
+for as it stands, and taken apart only if nobody offers it whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import msgspec
+
+from ..providers.base import GenerateRequest, ModelNotFound, ModelOffer
+
+AUTO = "auto"
+
+
+class ModelSource(NamedTuple):
+    """A model as one provider of one node offers it."""
+
+    peer: str
+    node: str
+    provider: str
+    kind: str
+    offer: ModelOffer
+    own: bool
+
+
+class Names:
+    """Resolves model names against what is offered now, by this node and its peers."""
+
+    def __init__(self, sources: Callable[[], Iterable[ModelSource]]) -> None:
+        self._sources = sources
+
+    def models(self) -> Mapping[str, Sequence[ModelSource]]:
+        """Each model id with who offers it, sorted by id, this node's own first."""
+        found: dict[str, list[ModelSource]] = {}
+        for source in self._sources():
+            found.setdefault(source.offer.id, []).append(source)
+        return {
+            model: sorted(found[model], key=lambda s: (not s.own, s.node, s.provider))
+            for model in sorted(found)
+        }
+
+    def resolve(self, request: GenerateRequest) -> GenerateRequest:
+        """The request with a plain model id, and with the provider and peer its name pinned.
+
+        A name that nobody offers is left as it is: who chooses says what there is. Raises
+        `ModelNotFound` for `auto` where there is no model at all.
+        """
+        name = request.model
+        sources = list(self._sources())
+        if name == AUTO:
+            return msgspec.structs.replace(request, model=self._best(sources, request))
+        if any(source.offer.id == name for source in sources):
+            return request
+        for source in sources:
+            for pinned in _spellings(source):
+                if pinned.name == name:
+                    return msgspec.structs.replace(
+                        request,
+                        model=source.offer.id,
+                        provider=request.provider or pinned.provider,
+                        peer=request.peer or pinned.peer,
+                    )
+        return request
+
+    def _best(self, sources: Sequence[ModelSource], request: GenerateRequest) -> str:
+        """The model `auto` stands for: own before peers', free before paid; echo is the last."""
+        usable = [
+            source
+            for source in sources
+            if (request.provider in (None, source.provider))
+            and (request.peer in (None, source.peer, source.node))
+            and (request.privacy == "any" or not source.offer.egress)
+            and (request.privacy != "local" or source.own)
+        ]
+        if not usable:
+            raise ModelNotFound(
+                "no model can be asked: configure a provider, or join a mesh that has one",
+                field="model",
+            )
+        return min(
+            usable, key=lambda s: (s.kind == "echo", s.offer.egress, not s.own, s.offer.id)
+        ).offer.id
+
+
+class _Spelling(NamedTuple):
+    name: str
+    provider: str | None
+    peer: str | None
+
+
+def _spellings(source: ModelSource) -> Iterable[_Spelling]:
+    """The longer names of a model."""
+    model, provider = source.offer.id, source.provider
+    yield _Spelling(f"{provider}/{model}", provider, None)
+    for peer in (source.node, source.peer):
+        yield _Spelling(f"{peer}:{provider}/{model}", provider, source.peer)
+        yield _Spelling(f"{peer}:{model}", None, source.peer)

@@ -1,0 +1,103 @@
+"""What a request's HTTP headers say beside its body: `x-promptmesh-*` and `Cache-Control`.
+
+A header stands over the same field of the body, since a proxy or a client library can add headers
+where it cannot change a body.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+
+from ..providers.base import CacheControl, GenerateRequest, RequestRejected
+
+
+class HasHeaders(Protocol):
+    """A request whose headers have lower-case names."""
+
+    @property
+    def headers(self) -> Mapping[str, str]: ...
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 <= seconds < math.inf:
+        raise ValueError
+    return seconds
+
+
+#: Header -> (field, its type).
+_REQUEST: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "x-promptmesh-provider": ("provider", str),
+    "x-promptmesh-peer": ("peer", str),
+    "x-promptmesh-policy": ("policy", str),
+    "x-promptmesh-privacy": ("privacy", str),
+    "x-promptmesh-deadline-s": ("deadline", _seconds),
+}
+_CACHE: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "x-promptmesh-cache-mode": ("mode", str),
+    "x-promptmesh-cache-ttl": ("ttl", _seconds),
+    "x-promptmesh-cache-max-age": ("max_age", _seconds),
+    "x-promptmesh-cache-scope": ("scope", str),
+    "x-promptmesh-cache-namespace": ("namespace", str),
+}
+_PREFIX = "x-promptmesh-"
+
+_Struct = TypeVar("_Struct", bound=msgspec.Struct)
+
+
+def with_headers(request: GenerateRequest, http: HasHeaders) -> GenerateRequest:
+    """The request with what its headers say. Raises `RequestRejected` that names the header."""
+    headers = http.headers
+    control = headers.get("cache-control")
+    if control is None and not any(name.startswith(_PREFIX) for name in headers):
+        return request
+    cache = _changes(headers, _CACHE) | (_cache_control(control) if control else {})
+    changes = _changes(headers, _REQUEST)
+    if cache:
+        changes["cache"] = _replaced(request.cache, cache, CacheControl)
+    return _replaced(request, changes, GenerateRequest)
+
+
+def _changes(
+    headers: Mapping[str, str], known: dict[str, tuple[str, Callable[[str], Any]]]
+) -> dict[str, Any]:
+    changes: dict[str, Any] = {}
+    for header, (field, convert) in known.items():
+        value = headers.get(header)
+        if value is not None:
+            try:
+                changes[field] = convert(value)
+            except ValueError:
+                raise RequestRejected(
+                    f"{header}: {value!r} is not a number of seconds", field=header
+                ) from None
+    return changes
+
+
+def _cache_control(value: str) -> dict[str, Any]:
+    """The request directives of RFC 9111, 5.2.1, that mean something for answers."""
+    changes: dict[str, Any] = {}
+    for directive in value.lower().split(","):
+        name, _, argument = directive.strip().partition("=")
+        if name == "no-store":
+            changes["mode"] = "bypass"
+        elif name == "no-cache" and changes.get("mode") != "bypass":
+            changes["mode"] = "refresh"
+        elif name == "only-if-cached" and "mode" not in changes:
+            changes["mode"] = "only"
+        elif name == "max-age" and argument.isdecimal():
+            changes["max_age"] = float(argument[:12])
+    return changes
+
+
+def _replaced(value: _Struct, changes: dict[str, Any], type_: type[_Struct]) -> _Struct:
+    # `replace` checks no types, and a header is a stranger's text.
+    changed = msgspec.structs.replace(value, **changes)
+    try:
+        return msgspec.convert(msgspec.to_builtins(changed), type_)
+    except msgspec.ValidationError as error:
+        raise RequestRejected(f"a header is wrong: {error}") from None

@@ -1,0 +1,285 @@
+"""One request: its key, a flight it can share, a stored answer, a backend, and the store again.
+
+The router does not know whether an answer is made here or by a peer: `BackendManager` is a provider
+like any other. The same `Router.open` serves this machine's programs and, with `local_only`, the
+peers' requests, so that who computes also stores and signs.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Literal, Protocol
+
+import msgspec
+import trio
+
+from ..cache.answers import AnswerCache, StoredAnswer
+from ..cache.keys import request_key
+from ..providers.base import (
+    Answering,
+    CacheOnlyMiss,
+    Chunk,
+    Completion,
+    CompletionBuilder,
+    DeadlineExceeded,
+    GenerateRequest,
+    Origin,
+)
+from .flights import Flights
+
+logger = logging.getLogger(__name__)
+
+Reuse = Literal["deterministic", "always", "never"]
+
+
+class Backends(Protocol):
+    """Who can compute an answer (`mesh.backends.BackendManager`)."""
+
+    def open(
+        self, request: GenerateRequest, *, local_only: bool = False, key: bytes = b""
+    ) -> AbstractAsyncContextManager[Answering]: ...
+
+
+class SharedAnswers(Protocol):
+    """What the other members know (`node.sharing.Sharing`)."""
+
+    async def find(self, key: bytes, request: GenerateRequest) -> tuple[StoredAnswer, str] | None:
+        """A stored answer of a peer, fetched and verified, and that peer's id."""
+        ...
+
+    def announce(self, key: bytes, request: GenerateRequest, cid: bytes) -> None:
+        """Tell the others that this node has the answer."""
+        ...
+
+
+class ModelNames(Protocol):
+    """What a person's model name means now (`node.names`)."""
+
+    def resolve(self, request: GenerateRequest) -> GenerateRequest: ...
+
+
+class Router:
+    """Answers requests. See the module."""
+
+    def __init__(
+        self,
+        *,
+        backends: Backends,
+        names: ModelNames,
+        answers: AnswerCache,
+        shared: SharedAnswers,
+        nursery: trio.Nursery,
+        peer: str,
+        node: str,
+        reuse: Reuse = "deterministic",
+        deadline: float = math.inf,
+    ) -> None:
+        self._backends = backends
+        self._names = names
+        self._answers = answers
+        self._shared = shared
+        self._flights = Flights(nursery)
+        self._peer = peer
+        self._node = node
+        self._reuse = reuse
+        self._deadline = deadline
+
+    @asynccontextmanager
+    async def open(
+        self, request: GenerateRequest, *, local_only: bool = False
+    ) -> AsyncIterator[Answering]:
+        """Answer it. Raises a `GenerateError`, here or from the chunks.
+
+        With `local_only` (a peer asks) only this node's cache and own providers are used: a request
+        makes one hop, and there are no loops.
+        """
+        limit = self._deadline if request.deadline is None else request.deadline
+        with trio.move_on_after(limit) as whole:
+            request = self._names.resolve(request)
+            key = request_key(request)
+            async with self._answer(key, request, local_only) as answering:
+                yield answering
+        if whole.cancelled_caught:
+            raise DeadlineExceeded(f"there was no whole answer within {limit:g} s")
+
+    def _may_reuse(self, request: GenerateRequest) -> bool:
+        """May a stored answer be given, or an equal request's computation be shared?"""
+        if request.cache.mode not in ("use", "only") or self._reuse == "never":
+            return False
+        return (
+            self._reuse == "always"
+            or request.deterministic
+            or request.cache.any_sample
+            or request.cache.mode == "only"
+        )
+
+    @asynccontextmanager
+    async def _answer(
+        self, key: bytes, request: GenerateRequest, local_only: bool
+    ) -> AsyncIterator[Answering]:
+        if not self._may_reuse(request):
+            if request.cache.mode == "only":
+                raise CacheOnlyMiss("this node reuses no answers (cache.reuse is `never`)")
+            async with self._compute(key, request, local_only) as answering:
+                yield answering
+            return
+        stored = await self._stored(key, request, local_only)
+        if stored is not None:
+            yield stored
+            return
+        if request.cache.mode == "only":
+            raise CacheOnlyMiss("no stored answer to this request")
+        # The work may outlive the first asker, so it must not end with that one's deadline.
+        shared = msgspec.structs.replace(request, deadline=None)
+        flight = self._flights.join(
+            _flight_key(key, request), lambda: self._compute(key, shared, local_only)
+        )
+        async with flight as (answering, joined):
+            if joined:
+                answering.origin = msgspec.structs.replace(answering.origin, cache="coalesced")
+            yield answering
+
+    async def _stored(
+        self, key: bytes, request: GenerateRequest, local_only: bool
+    ) -> Answering | None:
+        now = time.time()
+        stored = await self._answers.lookup(key, now=now, max_age=request.cache.max_age)
+        if stored is not None:
+            return self._replay(stored, "hit-local", self._peer)
+        if local_only or request.cache.scope == "local" or request.privacy == "local":
+            return None
+        found = await self._shared.find(key, request)
+        if found is None:
+            return None
+        stored, peer = found
+        return self._replay(stored, "hit-mesh", peer)
+
+    def _replay(
+        self, stored: StoredAnswer, status: Literal["hit-local", "hit-mesh"], peer: str
+    ) -> Answering:
+        record = stored.record
+        origin = Origin(
+            peer=peer,
+            node=self._node if peer == self._peer else "",
+            provider="cache",
+            model=record.model,
+            cache=status,
+            cid=stored.cid_text,
+            age=stored.age,
+            weights=record.weights,
+            engine=record.engine,
+            numerics=record.numerics,
+        )
+        return Answering(origin, _Replay(stored.completion, stored.cid_text))
+
+    @asynccontextmanager
+    async def _compute(
+        self, key: bytes, request: GenerateRequest, local_only: bool
+    ) -> AsyncIterator[Answering]:
+        scope = trio.current_effective_deadline() - trio.current_time()
+        forwarded = msgspec.structs.replace(
+            request, deadline=None if scope == math.inf else max(scope, 0.0)
+        )
+        if request.cache.scope == "local":
+            # The answer may not stay anywhere else.
+            forwarded = msgspec.structs.replace(
+                forwarded, cache=msgspec.structs.replace(request.cache, mode="bypass")
+            )
+        async with self._backends.open(forwarded, local_only=local_only, key=key) as answering:
+            answering.origin = _seen_from_here(answering.origin, request, self._peer)
+            if request.cache.mode != "bypass":
+                answering.chunks = _Recording(self, key, request, answering)
+            yield answering
+
+    async def keep(
+        self, key: bytes, request: GenerateRequest, completion: Completion, origin: Origin
+    ) -> str | None:
+        """Store a whole answer, tell the others, and return its CID; None if it may not be kept."""
+        cut = completion.finish_reason == "length" and request.sampling.max_tokens is None
+        if cut or completion.finish_reason == "content_filter":
+            return None
+        cid = await self._answers.store(
+            key,
+            completion,
+            model=origin.model or request.model,
+            weights=origin.weights,
+            engine=origin.engine,
+            numerics=origin.numerics,
+            now=time.time(),
+            ttl=request.cache.ttl,
+            source=origin.peer,
+            namespace=request.cache.namespace,
+        )
+        if cid is None:
+            return None
+        made_here = origin.peer == self._peer
+        if made_here and request.cache.scope == "mesh" and request.privacy != "local":
+            self._shared.announce(key, request, cid.raw)
+        return cid.text
+
+
+def _flight_key(key: bytes, request: GenerateRequest) -> bytes:
+    """Who may answer separates flights, though not stored answers."""
+    who = (request.provider, request.peer, request.privacy, request.cache.scope)
+    return key + "\0".join(part or "" for part in who).encode()
+
+
+def _seen_from_here(origin: Origin, request: GenerateRequest, peer: str) -> Origin:
+    """A peer's own stored answer is a hit of the mesh to this node."""
+    if request.cache.mode == "bypass":
+        return msgspec.structs.replace(origin, cache="bypass")
+    if origin.peer != peer and origin.cache == "hit-local":
+        return msgspec.structs.replace(origin, cache="hit-mesh")
+    return origin
+
+
+class _Replay:
+    """A stored answer as a stream, at full speed."""
+
+    def __init__(self, completion: Completion, cid: str) -> None:
+        self._chunks = iter(completion.chunks())
+        self._cid = cid
+
+    def __aiter__(self) -> _Replay:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        chunk = next(self._chunks, None)
+        if chunk is None:
+            raise StopAsyncIteration
+        if chunk.finish_reason is None:
+            return chunk
+        usage = chunk.usage and msgspec.structs.replace(chunk.usage, cached=True)
+        return msgspec.structs.replace(chunk, usage=usage, cid=self._cid)
+
+
+class _Recording:
+    """Passes an answer on, and stores it when it is whole: its last chunk gets the CID."""
+
+    def __init__(
+        self, router: Router, key: bytes, request: GenerateRequest, answering: Answering
+    ) -> None:
+        self._router = router
+        self._key = key
+        self._request = request
+        self._answering = answering
+        self._chunks = aiter(answering.chunks)
+        self._builder = CompletionBuilder()
+
+    def __aiter__(self) -> _Recording:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        chunk = await anext(self._chunks)
+        self._builder.add(chunk)
+        if chunk.finish_reason is None:
+            return chunk
+        origin = chunk.origin or self._answering.origin
+        cid = await self._router.keep(self._key, self._request, self._builder.completion(), origin)
+        if cid and chunk.cid and cid != chunk.cid:
+            logger.warning("%s sent an answer that is not what its CID names", origin.peer)
+        return msgspec.structs.replace(chunk, cid=cid)

@@ -1,0 +1,93 @@
+"""Which handler answers which path, and who may ask at all."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Awaitable, Callable
+from urllib.parse import urlsplit
+
+import msgspec
+
+from .http_server import Request, Responder
+
+Handler = Callable[[Request, Responder], Awaitable[None]]
+#: A handler of the paths below a prefix; it gets what follows the prefix.
+PathHandler = Callable[[Request, Responder, str], Awaitable[None]]
+
+
+class Routes:
+    """A table of exact paths and of prefixes."""
+
+    def __init__(self) -> None:
+        self._exact: dict[str, dict[str, Handler]] = {}
+        self._below: dict[str, dict[str, PathHandler]] = {}
+
+    def add(self, method: str, path: str, handler: Handler) -> None:
+        """Answer that path. GET also answers HEAD."""
+        self._exact.setdefault(path, {})[method] = handler
+
+    def add_below(self, method: str, prefix: str, handler: PathHandler) -> None:
+        """Answer the paths that begin with the prefix, which ends in a slash."""
+        self._below.setdefault(prefix, {})[method] = handler
+
+    async def __call__(self, request: Request, responder: Responder) -> None:
+        refusal = foreign(request.headers.get("host", ""), request.headers.get("origin"))
+        if refusal is not None:
+            await send_problem(responder, 403, refusal)
+            return
+        method = "GET" if request.method == "HEAD" else request.method
+        exact = self._exact.get(request.path)
+        if exact is not None and method in exact:
+            await exact[method](request, responder)
+            return
+        for prefix, methods in self._below.items():
+            rest = request.path[len(prefix) :]
+            if request.path.startswith(prefix) and rest and method in methods:
+                await methods[method](request, responder, rest)
+                return
+        await self._not_found(request, responder, exact)
+
+    async def _not_found(
+        self, request: Request, responder: Responder, exact: dict[str, Handler] | None
+    ) -> None:
+        if exact is not None:
+            allow = [("allow", ", ".join(exact))]
+            await send_problem(responder, 405, f"{request.path} takes {', '.join(exact)}", allow)
+            return
+        known = ", ".join(sorted([*self._exact, *(f"{p}..." for p in self._below)]))
+        await send_problem(responder, 404, f"there is no {request.path} here; there is {known}")
+
+
+async def send_problem(
+    responder: Responder, status: int, message: str, headers: list[tuple[str, str]] | None = None
+) -> None:
+    """An error that is not an answer's, in the form every dialect's clients can read."""
+    body = msgspec.json.encode({"error": {"message": message, "type": "invalid_request_error"}})
+    await responder.send(status, body, content_type="application/json", headers=headers or [])
+
+
+def foreign(host: str, origin: str | None) -> str | None:
+    """Why a request is not from this machine's programs; None if it may be.
+
+    The server listens on loopback, but a web page that a browser here shows can send requests to
+    loopback too: under a name of its own that resolves to 127.0.0.1 (DNS rebinding, seen in
+    `Host`), or across origins (seen in `Origin`).
+    """
+    if not _is_loopback(_host_name(host)):
+        return f"this node answers to loopback names only, not to Host {host!r}"
+    if origin is not None and not _is_loopback(urlsplit(origin).hostname or ""):
+        return f"pages of {origin!r} may not use this node"
+    return None
+
+
+def _host_name(host: str) -> str:
+    return urlsplit(f"//{host}").hostname or ""
+
+
+def _is_loopback(name: str) -> bool:
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False

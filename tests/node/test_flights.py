@@ -1,0 +1,100 @@
+"""Equal requests share one computation, which lives as long as somebody follows it."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+import trio.testing
+
+from promptmesh.node.flights import Flights
+from promptmesh.providers.base import (
+    Answering,
+    Chunk,
+    GenerateError,
+    Origin,
+    ProviderUnavailable,
+)
+
+
+class Work:
+    """A computation whose chunks the test releases one by one."""
+
+    def __init__(self, error: GenerateError | None = None) -> None:
+        self.started = 0
+        self.cancelled = 0
+        self.error = error
+        self.send, self._receive = trio.open_memory_channel[Chunk](10)
+
+    @asynccontextmanager
+    async def compute(self) -> AsyncIterator[Answering]:
+        self.started += 1
+        if self.error is not None:
+            await trio.lowlevel.checkpoint()
+            raise self.error
+        try:
+            yield Answering(Origin(node="n"), self._receive)
+        except trio.Cancelled:
+            self.cancelled += 1
+            raise
+
+
+async def test_followers_read_one_computation_from_its_start(nursery: trio.Nursery) -> None:
+    flights, work = Flights(nursery), Work()
+    async with flights.join(b"k", work.compute) as (first, joined):
+        assert not joined
+        await work.send.send(Chunk(text="a"))
+        assert (await anext(aiter(first.chunks))).text == "a"
+        async with flights.join(b"k", work.compute) as (second, joined):
+            assert joined
+            await work.send.send(Chunk(text="b", finish_reason="stop"))
+            work.send.close()
+            assert (await second.completion()).text == "ab"
+        assert [c.text async for c in first.chunks] == ["b"]
+    assert work.started == 1
+    assert work.cancelled == 0
+    await trio.testing.wait_all_tasks_blocked()
+    assert len(flights) == 0
+
+
+async def test_the_work_outlives_its_first_asker(nursery: trio.Nursery) -> None:
+    flights, work = Flights(nursery), Work()
+    async with flights.join(b"k", work.compute):
+        second = flights.join(b"k", work.compute)
+        answering, _ = await second.__aenter__()
+    work.send.send_nowait(Chunk(text="x", finish_reason="stop"))
+    work.send.close()
+    assert (await answering.completion()).text == "x"
+    await second.__aexit__(None, None, None)
+    assert work.cancelled == 0
+
+
+async def test_the_last_follower_to_leave_cancels_the_work(nursery: trio.Nursery) -> None:
+    flights, work = Flights(nursery), Work()
+    async with flights.join(b"k", work.compute), flights.join(b"k", work.compute):
+        pass
+    await trio.testing.wait_all_tasks_blocked()
+    assert work.cancelled == 1
+    # A later asker starts anew rather than joining what is being given up.
+    async with flights.join(b"k", work.compute) as (_, joined):
+        assert not joined
+    assert work.started == 2
+
+
+async def test_each_follower_gets_its_own_copy_of_the_error(nursery: trio.Nursery) -> None:
+    flights = Flights(nursery)
+    work = Work(ProviderUnavailable("full", retry_after=3))
+    errors: list[ProviderUnavailable] = []
+
+    async def follow() -> None:
+        with pytest.raises(ProviderUnavailable) as caught:
+            async with flights.join(b"k", work.compute):
+                pass
+        errors.append(caught.value)
+
+    async with trio.open_nursery() as askers:
+        askers.start_soon(follow)
+        askers.start_soon(follow)
+    assert work.started == 1
+    assert errors[0] is not errors[1]
+    assert [(str(e), e.retry_after) for e in errors] == [("full", 3), ("full", 3)]

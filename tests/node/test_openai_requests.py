@@ -1,0 +1,142 @@
+"""Bodies of the OpenAI dialect become requests, and what is wrong in one is named."""
+
+from contextlib import suppress
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from promptmesh.node.openai_requests import decode_chat
+from promptmesh.providers.base import (
+    GenerateRequest,
+    Image,
+    RequestRejected,
+    Sampling,
+    Text,
+    ToolCall,
+    ToolChoice,
+)
+
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+def decode(**fields: Any) -> GenerateRequest:
+    body = {"model": "m", "messages": HELLO} | fields
+    return decode_chat(msgspec.json.encode(body), "req-1").request
+
+
+def test_a_plain_call() -> None:
+    call = decode_chat(msgspec.json.encode({"model": "m", "messages": HELLO}), "req-1")
+    request = call.request
+    assert (request.model, request.id, call.stream) == ("m", "req-1", False)
+    assert request.messages[0].text == "hello"
+    assert request.sampling == Sampling()
+    assert request.extra == {}
+
+
+def test_sampling_stop_and_limits() -> None:
+    sampling = decode(
+        temperature=0, top_p=0.5, max_tokens=5, max_completion_tokens=7, stop="END", seed=3
+    ).sampling
+    assert sampling == Sampling(temperature=0, top_p=0.5, max_tokens=7, stop=("END",), seed=3)
+
+
+def test_parts_tools_and_calls() -> None:
+    request = decode(
+        messages=[
+            {
+                "role": "user",
+                "content": [
+                    {"type": "text", "text": "look"},
+                    {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}},
+                ],
+            },
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [
+                    {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+                ],
+            },
+            {"role": "tool", "tool_call_id": "c1", "content": "42"},
+        ],
+        tools=[{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
+        tool_choice={"type": "function", "function": {"name": "f"}},
+    )
+    user, assistant, tool = request.messages
+    assert user.content == (Text(text="look"), Image(url="data:image/png;base64,AA=="))
+    assert assistant.tool_calls == (ToolCall(id="c1", name="f", arguments="{}"),)
+    assert tool.tool_call_id == "c1"
+    assert request.tools[0].parameters == {"type": "object"}
+    assert request.tool_choice == ToolChoice(mode="function", name="f")
+
+
+def test_unknown_fields_travel_along_but_not_those_about_the_caller() -> None:
+    assert decode(min_p=0.1, user="me", metadata={"a": "b"}).extra == {"min_p": 0.1}
+
+
+def test_the_promptmesh_object() -> None:
+    request = decode(
+        promptmesh={
+            "provider": "vllm",
+            "policy": "least_loaded",
+            "privacy": "mesh",
+            "deadline_s": 5,
+            "cache": {"mode": "refresh", "ttl": 60},
+        }
+    )
+    assert (request.provider, request.policy, request.privacy) == ("vllm", "least_loaded", "mesh")
+    assert request.deadline == 5
+    assert (request.cache.mode, request.cache.ttl) == ("refresh", 60)
+
+
+@pytest.mark.parametrize(
+    ("fields", "at"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "king", "content": "x"}]}, "messages[0].role"),
+        ({"temperature": 3}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"n": 2}, "n"),
+        ({"model": 1}, "model"),
+        ({"seed": 2**63}, "seed"),
+        ({"promptmesh": {"polcy": "x"}}, "promptmesh"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0]"),
+    ],
+)
+def test_what_is_wrong_is_named(fields: dict[str, Any], at: str) -> None:
+    with pytest.raises(RequestRejected) as caught:
+        decode(**fields)
+    assert caught.value.field == at
+    assert at in caught.value.message
+
+
+@given(st.binary(max_size=200))
+def test_random_bytes_are_only_ever_rejected(body: bytes) -> None:
+    with pytest.raises(RequestRejected):
+        decode_chat(body, "req-1")
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(
+            ["model", "messages", "stop", "tools", "tool_choice", "stream_options", "promptmesh"]
+        ),
+        json_values,
+    )
+)
+def test_any_json_is_decoded_or_rejected(fields: dict[str, Any]) -> None:
+    with suppress(RequestRejected):
+        decode(**fields)

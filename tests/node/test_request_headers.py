@@ -1,0 +1,72 @@
+"""Headers stand over the body's fields, and a wrong one is refused."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import pytest
+
+from promptmesh.node.request_headers import with_headers
+from promptmesh.providers.base import CacheControl, GenerateRequest, RequestRejected
+
+
+class Http(NamedTuple):
+    headers: Mapping[str, str]
+
+
+BODY = GenerateRequest(
+    model="m", messages=(), provider="body", cache=CacheControl(ttl=5, namespace="n")
+)
+
+
+def test_nothing_said_changes_nothing() -> None:
+    assert with_headers(BODY, Http({"accept": "*/*"})) is BODY
+
+
+def test_headers_stand_over_the_body() -> None:
+    request = with_headers(
+        BODY,
+        Http(
+            {
+                "x-promptmesh-provider": "header",
+                "x-promptmesh-policy": "least_loaded",
+                "x-promptmesh-deadline-s": "2.5",
+                "x-promptmesh-cache-scope": "local",
+            }
+        ),
+    )
+    assert (request.provider, request.policy, request.deadline) == ("header", "least_loaded", 2.5)
+    assert request.cache == CacheControl(ttl=5, namespace="n", scope="local")
+
+
+@pytest.mark.parametrize(
+    ("value", "mode", "max_age"),
+    [
+        ("no-store", "bypass", None),
+        ("no-cache", "refresh", None),
+        ("no-cache, no-store", "bypass", None),
+        ("No-Store, no-cache", "bypass", None),
+        ("only-if-cached, max-age=60", "only", 60),
+        ("max-age=0", "use", 0),
+        ("max-age=soon", "use", None),
+        ("private", "use", None),
+    ],
+)
+def test_cache_control(value: str, mode: str, max_age: float | None) -> None:
+    cache = with_headers(BODY, Http({"cache-control": value})).cache
+    assert (cache.mode, cache.max_age) == (mode, max_age)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"x-promptmesh-policy": "best"},
+        {"x-promptmesh-privacy": "none"},
+        {"x-promptmesh-deadline-s": "nan"},
+        {"x-promptmesh-deadline-s": "-1"},
+        {"x-promptmesh-cache-ttl": "inf"},
+        {"x-promptmesh-cache-mode": "maybe"},
+    ],
+)
+def test_a_wrong_header_is_refused(headers: dict[str, str]) -> None:
+    with pytest.raises(RequestRejected):
+        with_headers(BODY, Http(headers))
