@@ -1,0 +1,222 @@
+"""Real daemons as processes, for the end-to-end tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import httpx
+import trio
+
+ROOT = Path(__file__).parent.parent
+MODEL = ROOT / ".models" / "SmolLM2-135M-Instruct"
+#: Liveness bounds, with slack for a busy machine of two cores.
+START_S = 60
+MEET_S = 60
+
+ECHO = '[[providers]]\nkind = "echo"\nname = "echo"\nshare = true\n'
+REAL_MODEL = f'[local_hf]\nmodel = "{MODEL}"\nthreads = 1\n'
+
+
+def clean_environment(**extra: str) -> dict[str, str]:
+    """This process's environment without what would configure a node."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PROMPTMESH_", "IPFS_ACCELERATE_PY_"))
+    }
+    return kept | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | extra
+
+
+async def until(condition: Callable[[], Awaitable[bool]], what: str, within: float) -> None:
+    """Wait for something of another process, which can only be asked again and again."""
+    try:
+        with trio.fail_after(within):
+            while not await condition():  # noqa: ASYNC110 - another process has no events
+                await trio.sleep(0.05)
+    except trio.TooSlowError:
+        raise AssertionError(f"not within {within:g} s: {what}") from None
+
+
+class Daemon:
+    """One `promptmesh up` with a home of its own."""
+
+    def __init__(self, home: Path, name: str, config: str = "") -> None:
+        self.home = home
+        self.name = name
+        self.log = home / "log"
+        self._process: trio.Process | None = None
+        home.mkdir(parents=True, exist_ok=True)
+        (home / "config.toml").write_text(
+            f'[node]\nname = "{name}"\n[http]\nlisten = "127.0.0.1:0"\n'
+            '[mesh]\nlisten = ["/ip4/127.0.0.1/tcp/0"]\nmdns = false\n'
+            f"{config}"
+        )
+
+    async def cli(self, *arguments: str, stdin: str = "", check: bool = True) -> str:
+        """Run `promptmesh ...` on this home, and return what it printed."""
+        done = await trio.run_process(
+            self._command(*arguments),
+            stdin=stdin.encode(),
+            capture_stdout=True,
+            capture_stderr=True,
+            check=False,
+            env=clean_environment(),
+        )
+        assert not check or done.returncode == 0, (arguments, done.stderr.decode())
+        return done.stdout.decode()
+
+    def _command(self, *arguments: str) -> list[str]:
+        program = Path(sys.executable).parent / "promptmesh"
+        return [str(program), "--home", str(self.home), *arguments]
+
+    async def start(self, *arguments: str) -> Self:
+        """Start it and wait until it answers HTTP."""
+        with self.log.open("ab") as log:
+            self._process = await trio.lowlevel.open_process(
+                self._command("up", *arguments),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=clean_environment(),
+            )
+        await until(self._answers, f"{self.name} answers HTTP; {self.log}", START_S)
+        return self
+
+    async def _answers(self) -> bool:
+        assert self._process is not None
+        assert self._process.poll() is None, self.log.read_text()
+        try:
+            return (await self.get("/healthz")).status_code == 200
+        except (OSError, httpx.HTTPError, json.JSONDecodeError, KeyError):
+            return False
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def url(self) -> str:
+        """Where it serves HTTP now."""
+        address: str = json.loads((self.home / "node.json").read_text())["http"]
+        return address if address.startswith("http") else f"http://{address}"
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send it a signal."""
+        assert self._process is not None
+        self._process.send_signal(number)
+
+    async def wait_exit(self, within: float) -> int:
+        """Its exit status. Fails the test if it takes longer."""
+        assert self._process is not None
+        with trio.fail_after(within):
+            return await self._process.wait()
+
+    async def kill(self) -> None:
+        """`kill -9`, as a crash would."""
+        self.signal(signal.SIGKILL)
+        await self.wait_exit(10)
+
+    async def stop(self) -> int:
+        """Ctrl-C, and the exit status."""
+        self.signal(signal.SIGINT)
+        return await self.wait_exit(15)
+
+    async def aclose(self) -> None:
+        """Leave nothing running, whatever state it is in."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+            with trio.CancelScope(shield=True), trio.move_on_after(10):
+                await self._process.wait()
+
+    async def get(self, path: str, **options: Any) -> httpx.Response:
+        async with httpx.AsyncClient(base_url=self.url, timeout=30) as client:
+            return await client.get(path, **options)
+
+    async def json(self, path: str) -> Any:
+        """A JSON document, which must be there."""
+        response = await self.get(path)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    async def chat(
+        self, prompt: str, model: str, headers: Mapping[str, str] | None = None, **fields: Any
+    ) -> httpx.Response:
+        """One whole chat completion."""
+        body = {"model": model, "messages": [{"role": "user", "content": prompt}]} | fields
+        async with httpx.AsyncClient(base_url=self.url, timeout=120) as client:
+            return await client.post("/v1/chat/completions", json=body, headers=headers)
+
+    @asynccontextmanager
+    async def stream(
+        self, prompt: str, model: str, **fields: Any
+    ) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
+        """One streamed chat completion: its events, to the `[DONE]`, which must come."""
+        body = {
+            "model": model,
+            "messages": [{"role": "user", "content": prompt}],
+            "stream": True,
+        } | fields
+        async with (
+            httpx.AsyncClient(base_url=self.url, timeout=120) as client,
+            client.stream("POST", "/v1/chat/completions", json=body) as response,
+        ):
+            assert response.status_code == 200, await response.aread()
+            yield _events(response)
+
+    async def models(self) -> set[str]:
+        return {model["id"] for model in (await self.json("/v1/models"))["data"]}
+
+    async def wait_for_model(self, model: str, within: float = START_S) -> None:
+        async def offered() -> bool:
+            return model in await self.models()
+
+        await until(offered, f"{self.name} sees {model}; {self.log}", within)
+
+    async def wait_for_peers(self, *names: str, within: float = MEET_S) -> None:
+        """Until exactly these peers are connected."""
+
+        async def met() -> bool:
+            peers = (await self.json("/mesh/v1/peers"))[1:]
+            return {p["node"] for p in peers if p["state"] == "connected"} == set(names)
+
+        await until(met, f"{self.name} is connected to {names}; {self.log}", within)
+
+
+async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+    async for line in response.aiter_lines():
+        if line == "data: [DONE]":
+            return
+        if line.startswith("data: "):
+            yield json.loads(line.removeprefix("data: "))
+    raise AssertionError("the stream ended without [DONE]")
+
+
+@asynccontextmanager
+async def mesh(folder: Path, configs: Mapping[str, str]) -> AsyncIterator[Sequence[Daemon]]:
+    """Daemons of one mesh, by name and configuration: the first makes it, the others join."""
+    daemons = [Daemon(folder / name, name, config) for name, config in configs.items()]
+    try:
+        first, *others = daemons
+        await first.start()
+        link = json.loads(await first.cli("invite", "--json"))["link"]
+        async with trio.open_nursery() as nursery:
+            for daemon in others:
+                nursery.start_soon(_join, daemon, link)
+        yield daemons
+    finally:
+        for daemon in daemons:
+            await daemon.aclose()
+
+
+async def _join(daemon: Daemon, link: str) -> None:
+    await daemon.cli("join", "-", stdin=link)
+    await daemon.start()
