@@ -1,0 +1,224 @@
+"""The command line: `promptmesh COMMAND`. Each command is one short function in a `cli_*` module.
+
+Exit codes: 0 done, 1 failed (a sentence on stderr), 2 wrong usage, 130 stopped by Ctrl-C. Data goes
+to stdout, everything else to stderr. Nothing heavy is imported before a command needs it: the
+network and the models belong to `up`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TypeAlias, get_args
+
+from ..providers.base import Policy
+from . import cli_ask, cli_mesh, cli_tables
+from .cli_output import fail, prepare_streams
+from .client import NodeError, NodeNotRunning
+from .config import ConfigError
+from .home import HomeError
+
+#: What `add_subparsers` gives, and what a command is.
+_Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+_Run: TypeAlias = Callable[[argparse.Namespace], int]
+
+EPILOG = (
+    "The node's folder is --home, else PROMPTMESH_HOME, else the platform's place for such. "
+    "`promptmesh COMMAND --help` explains a command."
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command, and give its exit code."""
+    prepare_streams()
+    args = parser().parse_args(arguments)
+    try:
+        code: int = args.run(args)
+        sys.stdout.flush()
+        return code
+    except ConfigError as error:
+        for problem in error.problems:
+            fail(problem)
+        return 2
+    except NodeNotRunning as error:
+        return fail(f"{error}. Start it with `promptmesh up`")
+    except (HomeError, NodeError) as error:
+        return fail(str(error))
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Who read our output has gone (`| head`). Python would complain of it once more at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def parser() -> argparse.ArgumentParser:
+    """The commands and their flags."""
+    top = argparse.ArgumentParser(
+        prog="promptmesh",
+        description="A peer-to-peer LLM inference mesh: one local endpoint to every model on your "
+        "machines.",
+        epilog=EPILOG,
+        parents=[_home_flag()],
+        allow_abbrev=False,
+    )
+    top.add_argument("-V", "--version", action="store_true", help="say the version")
+    top.set_defaults(run=lambda args: _no_command(top, args), home=None)
+    commands = top.add_subparsers(title="commands", metavar="COMMAND")
+    _add_node_commands(commands)
+    _add_mesh_commands(commands)
+    _add_tables(commands)
+    return top
+
+
+def _no_command(top: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    if args.version:
+        return cli_tables.version(args)
+    top.print_help(sys.stderr)
+    return 2
+
+
+def _home_flag() -> argparse.ArgumentParser:
+    """`--home`, which may stand before and after the command."""
+    flag = argparse.ArgumentParser(add_help=False)
+    flag.add_argument("--home", metavar="DIR", default=argparse.SUPPRESS, help="the node's folder")
+    return flag
+
+
+def _command(
+    commands: _Commands, name: str, run: _Run, summary: str, more: str = ""
+) -> argparse.ArgumentParser:
+    made = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}. {more}".strip(),
+        parents=[_home_flag()],
+        allow_abbrev=False,
+    )
+    made.set_defaults(run=run)
+    return made
+
+
+def _json_flag(command: argparse.ArgumentParser, what: str = "print one JSON value") -> None:
+    command.add_argument("--json", action="store_true", help=what)
+
+
+def _add_node_commands(commands: _Commands) -> None:
+    init = _command(
+        commands,
+        "init",
+        cli_mesh.init,
+        "make a node and a new mesh",
+        "Writes the node's folder: identity, mesh secret and configuration, each only if it is "
+        "missing.",
+    )
+    init.add_argument("--name", metavar="NAME", help="the node's name, into the configuration")
+    init.add_argument(
+        "--model", metavar="MODEL", help="the model it runs itself: a transformers id or a folder"
+    )
+    init.add_argument("--quiet", action="store_true", help="say nothing when all is well")
+
+    up = _command(
+        commands,
+        "up",
+        cli_mesh.up,
+        "run the node in the foreground",
+        "Makes the node's folder if it is missing. Ctrl-C stops it.",
+    )
+    up.add_argument("--http", metavar="HOST:PORT", help="where programs reach it (http.listen)")
+    up.add_argument(
+        "--listen",
+        metavar="MULTIADDR",
+        action="append",
+        help="where peers reach it; may be repeated (mesh.listen)",
+    )
+    up.add_argument(
+        "--no-mdns", action="store_true", help="do not look for peers on the local network"
+    )
+    up.add_argument("--name", metavar="NAME", help="the node's name (node.name)")
+    up.add_argument("--json-logs", action="store_true", help="write the log as JSON lines")
+    _add_ask(commands)
+
+
+def _add_ask(commands: _Commands) -> None:
+    ask = _command(
+        commands,
+        "ask",
+        cli_ask.ask,
+        "ask one prompt, and show the answer as it comes",
+        "Goes through the running node, else answers in this process. A stored answer to the same "
+        "question is reused.",
+    )
+    ask.add_argument("prompt", nargs="?", metavar="PROMPT", help="`-` or left out: standard input")
+    ask.add_argument(
+        "-m",
+        "--model",
+        metavar="MODEL",
+        default="auto",
+        help="MODEL, PROVIDER/MODEL, PEER-NAME:PROVIDER/MODEL or auto (the default)",
+    )
+    ask.add_argument("--provider", metavar="P", help="ask only this provider")
+    ask.add_argument("--peer", metavar="P", help="ask only this peer (its name or id)")
+    ask.add_argument("--policy", metavar="P", choices=get_args(Policy), help=_policies())
+    ask.add_argument("--system", metavar="TEXT", help="the system message")
+    ask.add_argument("--max-tokens", metavar="N", type=int, help="end the answer after N tokens")
+    ask.add_argument("--temperature", metavar="T", type=float, help="0 for the same answer always")
+    _json_flag(ask, "print one JSON value with the answer and who gave it")
+
+
+def _policies() -> str:
+    return f"how one of several is chosen: {', '.join(get_args(Policy))}"
+
+
+def _add_mesh_commands(commands: _Commands) -> None:
+    invite = _command(
+        commands,
+        "invite",
+        cli_mesh.invite,
+        "print the link by which another machine joins this mesh",
+        "The link holds the secret of the mesh: whoever has it is a member.",
+    )
+    _json_flag(invite, 'print {"link": ...}')
+    join = _command(commands, "join", cli_mesh.join, "join the mesh of a link")
+    join.add_argument("link", metavar="LINK", help="what `invite` printed; `-`: standard input")
+    join.add_argument(
+        "--replace", action="store_true", help="leave the mesh this node is in, and forget it"
+    )
+    _command(
+        commands,
+        "leave",
+        cli_mesh.leave,
+        "leave the mesh",
+        "Tells the peers, forgets them, and makes a new mesh of this node alone. To come back "
+        "takes a join link.",
+    )
+
+
+def _add_tables(commands: _Commands) -> None:
+    tables: tuple[tuple[str, _Run, str], ...] = (
+        ("peers", cli_tables.peers, "show who is in the mesh, and how loaded"),
+        ("models", cli_tables.models, "show what can be asked"),
+        ("providers", cli_tables.providers, "show what works here, and what does not and why"),
+        ("config", cli_tables.config, "show every setting and where it comes from"),
+    )
+    for name, run, summary in tables:
+        _json_flag(_command(commands, name, run, summary))
+    _add_cache(commands)
+    _command(commands, "version", cli_tables.version, "say the version")
+
+
+def _add_cache(commands: _Commands) -> None:
+    cache = _command(commands, "cache", lambda args: _no_cache_command(cache), "the stored answers")
+    actions = cache.add_subparsers(title="commands", metavar="COMMAND")
+    listing = _command(actions, "ls", cli_tables.cache_ls, "list the stored answers")
+    _json_flag(listing)
+    get = _command(actions, "get", cli_tables.cache_get, "print a stored answer")
+    get.add_argument("cid", metavar="CID", help="as `ask` and `cache ls` show it")
+    _json_flag(get, "print the whole record as JSON")
+
+
+def _no_cache_command(cache: argparse.ArgumentParser) -> int:
+    cache.print_help(sys.stderr)
+    return 2

@@ -1,0 +1,246 @@
+"""The commands that show something: peers, models, providers, cache, config, version."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+from urllib.parse import quote
+
+from .cli_mesh import home_of
+from .cli_output import (
+    Column,
+    byte_size,
+    duration,
+    print_json,
+    print_table,
+    printable,
+    say,
+)
+from .client import NodeClient, NodeNotRunning
+from .config import load_config
+
+NOTHING = "-"
+#: The end of a peer id tells peers apart; all of ours begin alike.
+PEER_TAIL = 8
+
+
+def _node(args: argparse.Namespace) -> NodeClient:
+    """The node that runs on the folder. Raises `NodeNotRunning`."""
+    home = home_of(args)
+    running = home.running()
+    if running is None:
+        raise NodeNotRunning(f"no node runs on {home.path}")
+    return NodeClient(running.http)
+
+
+def peers(args: argparse.Namespace) -> int:
+    """Who is in the mesh, this node first."""
+    rows = _node(args).get("/mesh/v1/peers")
+    if args.json:
+        print_json(rows)
+        return 0
+    columns = (
+        Column("NODE"),
+        Column("PEER"),
+        Column("STATE"),
+        Column("LOAD", right=True),
+        Column("MODELS", shrink=True),
+        Column("MACHINE", shrink=True),
+        Column("RTT", right=True),
+        Column("ADDRESS", shrink=True),
+    )
+    print_table(columns, [_peer_row(row, first=i == 0) for i, row in enumerate(rows)])
+    for row in rows:
+        if row.get("reason"):
+            say(f"{row['node'] or short_peer(row['peer'])}: {row['reason']}", "dim")
+    return 0
+
+
+def _peer_row(row: Mapping[str, Any], *, first: bool) -> Sequence[str]:
+    providers = row.get("providers") or []
+    rtt = row.get("rtt_ms")
+    return (
+        (row["node"] or NOTHING) + (" (this)" if first else ""),
+        short_peer(row["peer"]),
+        row["state"],
+        _load(providers),
+        _names(model for provider in providers for model in provider["models"]),
+        _machine(row),
+        NOTHING if rtt is None else f"{rtt:.1f} ms",
+        row.get("address") or NOTHING,
+    )
+
+
+def short_peer(peer: str) -> str:
+    """The end of a peer id, as the tables show it."""
+    return f"…{peer[-PEER_TAIL:]}"
+
+
+def _load(providers: Sequence[Mapping[str, Any]]) -> str:
+    """`3/16 +2`: busy of all slots, and what waits."""
+    if not providers:
+        return NOTHING
+    running, slots, waiting = (
+        sum(provider.get(name) or 0 for provider in providers)
+        for name in ("running", "slots", "waiting")
+    )
+    return f"{running}/{slots}" + (f" +{waiting}" if waiting else "")
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(names)) or NOTHING
+
+
+def _machine(row: Mapping[str, Any]) -> str:
+    """The GPUs with their memory and use, else processors and memory."""
+    gpus = row.get("gpus") or ()
+    if gpus:
+        return ", ".join(
+            f"{gpu['name']} {byte_size(gpu['memory_total'])} {gpu['utilisation']:.0%}"
+            for gpu in gpus
+        )
+    machine = row.get("machine") or {}
+    if not machine.get("cpus"):
+        return NOTHING
+    return f"{machine['cpus']} CPUs {byte_size(machine.get('memory_total') or 0)}"
+
+
+def models(args: argparse.Namespace) -> int:
+    """What can be asked, over all peers."""
+    answer = _node(args).get("/v1/models")
+    if args.json:
+        print_json(answer["data"])
+        return 0
+    if not answer["data"]:
+        say(
+            "No model can be asked: set local_hf.model or a provider in config.toml "
+            "(`promptmesh providers` says what is wrong), or join a mesh that has one."
+        )
+    columns = (Column("MODEL"), Column("CONTEXT", right=True), Column("OFFERED BY", shrink=True))
+    print_table(columns, [_model_row(model) for model in answer["data"]])
+    return 0
+
+
+def _model_row(model: Mapping[str, Any]) -> Sequence[str]:
+    ours = model.get("promptmesh") or {}
+    offers = [
+        f"{source['node'] or short_peer(source['peer'])}:{source['provider']}"
+        for source in ours.get("sources") or ()
+    ]
+    context = ours.get("context_length")
+    return (model["id"], str(context) if context else NOTHING, _names(offers))
+
+
+def providers(args: argparse.Namespace) -> int:
+    """What works on this node, and what does not and why."""
+    rows = _node(args).get("/mesh/v1/providers")
+    if args.json:
+        print_json(rows)
+        return 0
+    if not rows:
+        say("This node has no providers: set local_hf.model, or add [[providers]], in config.toml.")
+    columns = (
+        Column("NAME"),
+        Column("KIND"),
+        Column("STATE"),
+        Column("LOAD", right=True),
+        Column("SHARED"),
+        Column("MODELS", shrink=True),
+    )
+    print_table(columns, [_provider_row(row) for row in rows])
+    for row in rows:
+        if row.get("reason"):
+            hint = f" ({row['hint']})" if row.get("hint") else ""
+            say(f"{row['name']}: {row['reason']}{hint}")
+    return 0
+
+
+def _provider_row(row: Mapping[str, Any]) -> Sequence[str]:
+    shared = "yes" if row.get("share") else "no"
+    return (row["name"], row["kind"], row["state"], _load([row]), shared, _names(row["models"]))
+
+
+def cache_ls(args: argparse.Namespace) -> int:
+    """The stored answers."""
+    rows = _node(args).get("/mesh/v1/cache")
+    if args.json:
+        print_json(rows)
+        return 0
+    columns = (
+        Column("CID"),
+        Column("MODEL", shrink=True),
+        Column("SIZE", right=True),
+        Column("AGE", right=True),
+        Column("HITS", right=True),
+        Column("TEXT", shrink=True),
+    )
+    now = time.time()
+    print_table(columns, [_answer_row(row, now) for row in rows])
+    return 0
+
+
+def _answer_row(row: Mapping[str, Any], now: float) -> Sequence[str]:
+    return (
+        row["cid"] + (" (pinned)" if row.get("pinned") else ""),
+        row["model"],
+        byte_size(row["bytes"]),
+        duration(now - row["stored_at"]),
+        str(row.get("hits", 0)),
+        row.get("text") or "",
+    )
+
+
+def cache_get(args: argparse.Namespace) -> int:
+    """A stored answer: its text, or the whole record."""
+    record = _node(args).get(f"/mesh/v1/cache/{quote(args.cid, safe='')}")
+    if args.json:
+        print_json(record)
+        return 0
+    text = answer_text(record)
+    if text:
+        print(printable(text) if sys.stdout.isatty() else text)
+    else:
+        say("The answer has no text; --json shows what it has.")
+    say(f"{record.get('model', '')} · {args.cid}", "dim")
+    return 0
+
+
+def answer_text(record: Mapping[str, Any]) -> str:
+    """The text of an answer record, whose output is a list of messages."""
+    messages = record.get("output") or [record]
+    return "".join(str(message.get("text") or "") for message in messages)
+
+
+def config(args: argparse.Namespace) -> int:
+    """Every setting, and where it comes from."""
+    home = home_of(args)
+    loaded = load_config(home.path)
+    if args.json:
+        settings = {
+            key: {"value": value, "source": source} for key, value, source in loaded.values()
+        }
+        print_json({"home": str(home.path), "settings": settings})
+        return 0
+    columns = (Column("KEY"), Column("VALUE", shrink=True), Column("FROM"))
+    rows = [(key, _value(value), source) for key, value, source in loaded.values()]
+    print_table(columns, [("(folder)", str(home.path), ""), *rows])
+    for warning in loaded.warnings:
+        say(warning, "yellow")
+    return 0
+
+
+def _value(value: object) -> str:
+    """As the file would say it; nothing for what is left out."""
+    return "" if value is None else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def version(args: argparse.Namespace) -> int:
+    """The installed version."""
+    import importlib.metadata
+
+    print(f"promptmesh {importlib.metadata.version('promptmesh')}")
+    return 0

@@ -1,0 +1,215 @@
+"""The sections of the configuration: typed values, each with its default, unit and documentation.
+
+`docs/configuration.md` is generated from these classes.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ..providers.base import Policy
+from .addresses import check_dialable, check_listen
+from .config_values import Secret, setting
+
+MAX_NAME = 63
+
+
+def host_name() -> str:
+    """The host's name, made fit to name a node."""
+    return re.sub(r"[^\w.-]+", "-", socket.gethostname().partition(".")[0])[:MAX_NAME] or "node"
+
+
+def check_name(text: str) -> str:
+    """A name that fits into PEER-NAME:PROVIDER/MODEL. Raises `ValueError`."""
+    if not 0 < len(text) <= MAX_NAME or re.search(r"[\s:/]", text):
+        raise ValueError(f"expected 1 to {MAX_NAME} characters without spaces, ':' and '/'")
+    return text
+
+
+def split_host_port(text: str) -> tuple[str, int]:
+    """`127.0.0.1:7411` or `[::1]:7411` taken apart. Raises `ValueError`."""
+    host, colon, port = text.rpartition(":")
+    if not host or not colon or not re.fullmatch(r"\d{1,5}", port) or int(port) > 65535:
+        raise ValueError("expected HOST:PORT, such as 127.0.0.1:7411")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def check_http_listen(text: str) -> str:
+    """An address that only this machine reaches. Raises `ValueError`."""
+    host, _ = split_host_port(text)
+    try:
+        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        raise ValueError(
+            f"expected an address of this machine such as 127.0.0.1, not {host!r}"
+        ) from None
+    if not loopback:
+        raise ValueError(
+            "other machines could reach this address, and whoever reaches it could spend your "
+            "models and keys. The HTTP interface listens on 127.0.0.1 or [::1] only; other "
+            "machines run a node of their own (`promptmesh invite`)"
+        )
+    return text
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeConfig:
+    """This node."""
+
+    name: str = setting(
+        factory=host_name,
+        doc="The node's name, by which others see it and may ask it.",
+        left_out="the host's name",
+        check=check_name,
+    )
+    json_logs: bool = setting(False, "Write the log as JSON lines.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HttpConfig:
+    """The HTTP interface for programs on this machine."""
+
+    listen: str = setting(
+        "127.0.0.1:7411",
+        "Where it listens, as HOST:PORT. Only addresses of this machine are allowed; port 0 takes "
+        "any free one.",
+        check=check_http_listen,
+    )
+
+    @property
+    def host(self) -> str:
+        return split_host_port(self.listen)[0]
+
+    @property
+    def port(self) -> int:
+        return split_host_port(self.listen)[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """The other nodes, and how one is chosen among them."""
+
+    enabled: bool = setting(True, "Take part in the mesh. If not, this node works alone.")
+    listen: tuple[str, ...] = setting(
+        ("/ip4/0.0.0.0/tcp/7412",),
+        "The multiaddrs on which peers reach this node.",
+        check=check_listen,
+    )
+    bootstrap: tuple[str, ...] = setting(
+        (),
+        "Multiaddrs with /p2p/PEERID to begin at, beside those that `promptmesh join` stored.",
+        check=check_dialable,
+    )
+    mdns: bool = setting(True, "Find peers of this mesh on the local network.")
+    policy: Policy = setting(  # noqa: RUF009 (makes a dataclass field)
+        "round_robin",
+        "Who answers a request that several can answer: everyone in turn, the one with the most "
+        "free slots, or the one expected to finish first. `promptmesh init` writes "
+        "`best_performance`.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """The stored answers."""
+
+    max_bytes: int = setting(
+        1_000_000_000, "What they may take on disk; the longest unused go first.", unit="bytes"
+    )
+    reuse: Literal["deterministic", "always", "never"] = setting(
+        "deterministic",
+        "Which requests get a stored answer: those whose answer is the same each time "
+        "(temperature 0 or a seed), all, or none. The two variables take 0 for `never`.",
+    )
+    ttl: float = setting(30 * 24 * 3600.0, "How long an answer is kept.", unit="seconds", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalHFConfig:
+    """The model that this node runs itself, by transformers and torch."""
+
+    model: str = setting(
+        "", "A transformers id or a folder; empty for none.", left_out="no model of its own"
+    )
+    device: str = setting("auto", "`auto`, `cpu`, `cuda`, `cuda:1`...: where it runs.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto",
+        "The numbers it computes with. `auto`: float32 on a CPU, where greedy answers are then the "
+        "same alone and in a batch, and the model's own on a GPU.",
+    )
+    threads: int | None = setting(
+        None, "Processor threads.", left_out="what torch takes", low=1, high=1024
+    )
+    max_context: int | None = setting(
+        None,
+        "The longest prompt and answer together.",
+        unit="tokens",
+        left_out="what the model was made for, as far as memory allows",
+        low=16,
+    )
+    max_batch: int = setting(16, "Requests computed at once.", low=1, high=1024)
+    memory_fraction: float = setting(
+        0.5, "The share of the free memory that running requests may take.", low=0.01, high=1
+    )
+    share: bool = setting(True, "May peers use it?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeadlinesConfig:
+    """How long a request may take before the next candidate is tried, or it fails."""
+
+    connect: float = setting(5.0, "To reach a peer.", unit="seconds", low=0.1)
+    first_token: float = setting(
+        120.0, "To the first token, waiting for a free slot included.", unit="seconds", low=0.1
+    )
+    gap: float = setting(60.0, "Between one token and the next.", unit="seconds", low=0.1)
+    whole: float = setting(600.0, "To the end of the answer.", unit="seconds", low=0.1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitsConfig:
+    """What is refused because it is too much."""
+
+    max_body: int = setting(
+        32 << 20, "The largest body of an HTTP request.", unit="bytes", low=1024
+    )
+    max_connections: int = setting(1024, "HTTP connections at once.", low=1, high=65536)
+    max_waiting: int = setting(
+        256, "Requests that wait for a slot, per provider; one more is refused.", high=65536
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProviderConfig:
+    """An LLM server, or another source of answers, that this node offers. One table each."""
+
+    kind: str = setting(doc="What it is, such as `openai_compatible`.", check=check_name)
+    name: str = setting(doc="Its name in PROVIDER/MODEL.", left_out="its kind", check=check_name)
+    share: bool = setting(
+        doc="May peers use it?", left_out="yes; no where a key pays (`api_key_env`)"
+    )
+    slots: int | None = setting(
+        None, "Requests it takes at once.", left_out="the kind's own default", low=1, high=4096
+    )
+    api_key_env: str = setting(
+        "", "The environment variable that holds its key. Never the key itself.", left_out="no key"
+    )
+    api_key: Secret | None = None
+    #: The keys that only its kind understands, such as `base_url`.
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+SECTIONS: dict[str, Any] = {
+    "node": NodeConfig,
+    "http": HttpConfig,
+    "mesh": MeshConfig,
+    "cache": CacheConfig,
+    "local_hf": LocalHFConfig,
+    "deadlines": DeadlinesConfig,
+    "limits": LimitsConfig,
+}

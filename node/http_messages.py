@@ -1,0 +1,479 @@
+"""HTTP/1.1 messages without any I/O: bytes cut into requests, the heads of answers made.
+
+Nothing here waits or knows a socket; `http_server.py` does. Two parsers must agree before a request
+is accepted: a strict pattern over the whole head, and llhttp (`httptools`), which alone would let
+some things through that other servers read differently (request smuggling). The body is cut out by
+its declared length or by our own decoder of chunks, never by llhttp: it does not say where a
+message ends, and so cannot be stopped before a pipelined one.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Literal
+from urllib.parse import parse_qs, unquote
+
+import httptools
+import msgspec
+
+#: Longest line that announces a chunk, with its extension; longest trailers; sum of extensions.
+MAX_CHUNK_LINE = 256
+MAX_TRAILERS = 8 * 1024
+MAX_CHUNK_EXTENSIONS = 16 * 1024
+#: Fields of a query.
+MAX_QUERY_FIELDS = 100
+
+Phase = Literal["idle", "head", "body"]
+
+_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]++"
+#: A field line. The name ends at its colon (no space before it), the value has no control
+#: characters but tab, and a line that begins with a space (obs-fold) has no name.
+_FIELD = _TOKEN + rb":[\t\x20-\x7e\x80-\xff]*+\r\n"
+_HEAD = re.compile(rb"[A-Z]++ [\x21\x22\x24-\x7e]++ HTTP/1\.([01])\r\n(?:" + _FIELD + rb")*+\r\n")
+_OTHER_VERSION = re.compile(rb"[A-Z]++ [\x21-\x7e]++ HTTP/(?!1\.[01])[0-9]\.[0-9]\r\n")
+#: What no head may hold, seen before its end has come: control characters, LF without CR, CR
+#: without LF (the last byte may be a CR whose LF is still on the way).
+_FORBIDDEN = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?![\n]|\Z)")
+_HOST = re.compile(r"(?:[A-Za-z0-9\-._~!$&'()*+,;=%]+|\[([0-9A-Fa-f:.]+)\])(?::[0-9]{0,5})?")
+_ABSOLUTE = re.compile(r"https?://([^/?]+)(/[^?]*)?(\?.*)?", re.IGNORECASE)
+_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;([\t\x20-\x7e\x80-\xff]*))?")
+_PART_OF_CHUNK_LINE = re.compile(
+    rb"[0-9A-Fa-f]{0,15}(?:(?<=[0-9A-Fa-f])[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?\r?)?"
+)
+_TRAILER = re.compile(_FIELD)
+
+#: Header fields whose repetition is refused: two readers could each believe another one.
+_ONCE = {
+    *("host", "content-length", "transfer-encoding", "content-type", "expect"),
+    *("authorization", "origin"),
+}
+#: Header fields of an answer that the server writes itself.
+_FRAMING = frozenset(("connection", "content-length", "content-type", "transfer-encoding"))
+_FIELD_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+_UNSAFE_VALUE = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+_STATUS_LINES = {s.value: f"HTTP/1.1 {s.value} {s.phrase}\r\n" for s in HTTPStatus}
+
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a client may take of us. Sizes in bytes, times in seconds."""
+
+    max_head: int = 64 * 1024
+    #: Header fields of one request.
+    max_fields: int = 100
+    max_body: int = 32 * 1024 * 1024
+    #: Pipelined bytes kept while a request is being answered. Beyond it nothing more is read until
+    #: the answer is finished, and so a client that leaves is noticed only at the next write.
+    max_read_ahead: int = 64 * 1024
+    max_connections: int = 1024
+    #: From the first byte of a head to its end.
+    head_timeout: float = 15.0
+    #: From the end of a head to the end of its body.
+    body_timeout: float = 60.0
+    #: From the start of a connection, or the end of an answer, to the next first byte.
+    idle_timeout: float = 120.0
+    #: How long a write may stay without progress.
+    send_timeout: float = 30.0
+    #: How long a closed connection may still send, so that its client can read the last answer.
+    linger_timeout: float = 2.0
+
+
+class RefusedRequest(Exception):
+    """These bytes are no request that is taken: answer `status`, then close the connection."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+
+
+@dataclass(slots=True)
+class Request:
+    """A whole request.
+
+    `target` is as sent, `path` decoded and without the query. Header names are in lower case;
+    repeated fields are joined with a comma. `keep_alive`: the client would send another request.
+    """
+
+    method: str
+    target: str
+    path: str
+    query: dict[str, list[str]]
+    headers: dict[str, str]
+    version: Literal["1.0", "1.1"]
+    keep_alive: bool
+    client_host: str = ""
+    body: bytes = field(default=b"", repr=False)
+
+
+class _Fields:
+    """What llhttp finds in a head."""
+
+    __slots__ = ("found", "target")
+
+    def __init__(self) -> None:
+        self.target = b""
+        self.found: list[tuple[bytes, bytes]] = []
+
+    def on_url(self, url: bytes) -> None:
+        self.target += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.found.append((name, value))
+
+
+# --- the head -----------------------------------------------------------------------------------
+
+
+def parse_head(head: bytes, limits: Limits, client_host: str = "") -> Request:
+    """The request without its body. `head` ends with its empty line.
+
+    Raises `RefusedRequest` for anything that is not plainly a request of HTTP/1.0 or 1.1.
+    """
+    if head.count(b"\r\n") - 2 > limits.max_fields:
+        raise RefusedRequest(431, "too many header fields")
+    match = _HEAD.fullmatch(head)
+    if match is None:
+        if _OTHER_VERSION.match(head):
+            raise RefusedRequest(505, "only HTTP/1.0 and HTTP/1.1 are spoken here")
+        raise RefusedRequest(400, "malformed request head")
+    if head.startswith(b"CONNECT "):
+        raise RefusedRequest(501, "CONNECT is not supported")
+    method, parsed = _parse_with_llhttp(head)
+    headers = _join_fields(parsed.found)
+    target = parsed.target.decode("ascii")
+    path, query, authority = _split_target(method, target)
+    old = match[1] == b"0"
+    _check_host(headers, authority, required=not old)
+    return Request(
+        method=method,
+        target=target,
+        path=path,
+        query=query,
+        headers=headers,
+        version="1.0" if old else "1.1",
+        keep_alive=_is_kept_alive(headers.get("connection"), old),
+        client_host=client_host,
+    )
+
+
+def _is_kept_alive(connection: str | None, old: bool) -> bool:
+    if connection is None:
+        return not old
+    options = {option.strip() for option in connection.lower().split(",")}
+    return "close" not in options and (not old or "keep-alive" in options)
+
+
+def _parse_with_llhttp(head: bytes) -> tuple[str, _Fields]:
+    fields = _Fields()
+    parser = httptools.HttpRequestParser(fields)
+    try:
+        parser.feed_data(head)
+    except httptools.HttpParserUpgrade:
+        pass  # asks for another protocol, which a server may ignore: the head was read all the same
+    except httptools.HttpParserInvalidMethodError:
+        raise RefusedRequest(501, "unknown method") from None
+    except httptools.HttpParserError as error:
+        raise RefusedRequest(400, f"malformed request head: {error}") from None
+    if len(fields.found) != head.count(b"\r\n") - 2:
+        raise RefusedRequest(400, "malformed header fields")
+    return parser.get_method().decode("ascii"), fields
+
+
+def _join_fields(found: list[tuple[bytes, bytes]]) -> dict[str, str]:
+    headers: dict[str, str] = {}
+    for raw_name, raw_value in found:
+        name = raw_name.decode("ascii").lower()
+        value = raw_value.decode("latin-1").strip(" \t")
+        if name in headers:
+            if name in _ONCE:
+                raise RefusedRequest(400, f"more than one {name} header")
+            value = f"{headers[name]}, {value}"
+        headers[name] = value
+    return headers
+
+
+def _split_target(method: str, target: str) -> tuple[str, dict[str, list[str]], str | None]:
+    """Path, query and authority of a target: the origin form, the absolute form or `*`."""
+    authority = None
+    if target == "*" and method == "OPTIONS":
+        return "*", {}, None
+    if not target.startswith("/"):
+        match = _ABSOLUTE.fullmatch(target)
+        if match is None:
+            raise RefusedRequest(400, "malformed request target")
+        authority = match[1]
+        target = (match[2] or "/") + (match[3] or "")
+    path, mark, rest = target.partition("?")
+    try:
+        if "%" in path:
+            path = unquote(path, errors="strict")
+        query = (
+            parse_qs(rest, keep_blank_values=True, max_num_fields=MAX_QUERY_FIELDS) if mark else {}
+        )
+    except ValueError:
+        raise RefusedRequest(400, "malformed path or query") from None
+    return path, query, authority
+
+
+def _check_host(headers: dict[str, str], authority: str | None, *, required: bool) -> None:
+    """One sound Host where one is due. The authority of an absolute target takes its place."""
+    host = headers.get("host")
+    if host is None:
+        if required:
+            raise RefusedRequest(400, "the Host header is missing")
+    elif not _is_host(host):
+        raise RefusedRequest(400, "malformed Host header")
+    if authority is not None:
+        if not _is_host(authority):
+            raise RefusedRequest(400, "malformed request target")
+        headers["host"] = authority
+
+
+def _is_host(text: str) -> bool:
+    match = _HOST.fullmatch(text)
+    if match is None or match[1] is None:
+        return match is not None
+    try:
+        ipaddress.IPv6Address(match[1])
+    except ValueError:
+        return False
+    return True
+
+
+# --- the body -----------------------------------------------------------------------------------
+
+
+class ChunkedBody:
+    """Decodes a chunked body: takes what it can from the front of a buffer."""
+
+    def __init__(self, max_body: int) -> None:
+        self._max_body = max_body
+        self._body = bytearray()
+        #: Bytes of this chunk still to come; None: a line of a size comes next.
+        self._left: int | None = None
+        self._last = False
+        self._extensions = 0
+        self._trailers = 0
+
+    def take(self, buffer: bytearray) -> bytes | None:
+        """The whole body, or None: more is needed. Raises `RefusedRequest`."""
+        while not self._last:
+            if self._left is None:
+                if not self._take_size(buffer):
+                    return None
+            elif not self._take_data(buffer, self._left):
+                return None
+        return bytes(self._body) if self._take_trailers(buffer) else None
+
+    def _take_size(self, buffer: bytearray) -> bool:
+        end = buffer.find(b"\r\n", 0, MAX_CHUNK_LINE + 2)
+        if end < 0:
+            if len(buffer) > MAX_CHUNK_LINE + 1 or not _PART_OF_CHUNK_LINE.fullmatch(buffer):
+                raise RefusedRequest(400, "malformed chunk size")
+            return False
+        match = _CHUNK_LINE.fullmatch(buffer, 0, end)
+        if match is None:
+            raise RefusedRequest(400, "malformed chunk size")
+        size = int(match[1], 16)
+        self._extensions += len(match[2] or b"")
+        if self._extensions > MAX_CHUNK_EXTENSIONS:
+            raise RefusedRequest(400, "too many chunk extensions")
+        if len(self._body) + size > self._max_body:
+            raise RefusedRequest(413, f"the body is larger than {self._max_body} bytes")
+        del buffer[: end + 2]
+        self._left = size
+        self._last = size == 0
+        return True
+
+    def _take_data(self, buffer: bytearray, left: int) -> bool:
+        if left:
+            piece = buffer[:left]
+            self._body += piece
+            del buffer[:left]
+            self._left = left - len(piece)
+            if self._left:
+                return False
+        if buffer[:2] != b"\r\n":
+            if not b"\r\n".startswith(buffer[:2]):
+                raise RefusedRequest(400, "malformed chunk: its data is longer than its size")
+            return False
+        del buffer[:2]
+        self._left = None
+        return True
+
+    def _take_trailers(self, buffer: bytearray) -> bool:
+        """Pass over the trailers; they are checked and dropped."""
+        while not buffer.startswith(b"\r\n"):
+            end = buffer.find(b"\r\n")
+            if self._trailers + (len(buffer) if end < 0 else end) > MAX_TRAILERS:
+                raise RefusedRequest(431, "the trailers are too large")
+            if end < 0:
+                return False
+            if not _TRAILER.fullmatch(buffer, 0, end + 2):
+                raise RefusedRequest(400, "malformed trailer")
+            del buffer[: end + 2]
+            self._trailers += end + 2
+        del buffer[:2]
+        return True
+
+
+class RequestReader:
+    """Cuts what a client sends into requests. A refusal is final: feed nothing more."""
+
+    def __init__(self, limits: Limits, client_host: str = "") -> None:
+        self._limits = limits
+        self._client_host = client_host
+        self._buffer = bytearray()
+        #: So many bytes of the buffer hold no end of a head and nothing forbidden.
+        self._scanned = 0
+        #: The request whose body is being read.
+        self._request: Request | None = None
+        self._length = 0
+        self._chunks: ChunkedBody | None = None
+        self._expects_continue = False
+
+    @property
+    def buffered(self) -> int:
+        """Bytes fed and not yet used."""
+        return len(self._buffer)
+
+    @property
+    def phase(self) -> Phase:
+        """Which part of a request comes next, or is on its way."""
+        if self._request is not None:
+            return "body"
+        return "head" if self._buffer else "idle"
+
+    def feed(self, data: bytes) -> None:
+        """Add what was received."""
+        self._buffer += data
+
+    def next_request(self) -> Request | None:
+        """The next whole request, or None: more is needed. Raises `RefusedRequest`."""
+        request = self._request
+        if request is None:
+            head = self._take_head()
+            if head is None:
+                return None
+            request = self._request = parse_head(head, self._limits, self._client_host)
+            self._begin_body(request)
+        body = self._take_body()
+        if body is None:
+            return None
+        request.body = body
+        self._request = None
+        self._expects_continue = False
+        return request
+
+    def take_expectation(self) -> bool:
+        """True once, if the client waits for `100 Continue` before it sends its body."""
+        expects, self._expects_continue = self._expects_continue, False
+        return expects
+
+    def _take_head(self) -> bytes | None:
+        buffer = self._buffer
+        while buffer.startswith(b"\r\n"):  # empty lines before a request are passed over
+            del buffer[:2]
+        end = buffer.find(b"\r\n\r\n", max(0, self._scanned - 3))
+        if end < 0:
+            if buffer:
+                self._check_part_of_head()
+            return None
+        if end + 4 > self._limits.max_head:
+            raise RefusedRequest(431, "the request head is too large")
+        head = bytes(buffer[: end + 4])
+        del buffer[: end + 4]
+        self._scanned = 0
+        return head
+
+    def _check_part_of_head(self) -> None:
+        """Refuse what cannot become a head at once: its sender may be waiting for an answer."""
+        buffer = self._buffer
+        if _FORBIDDEN.search(buffer, max(0, self._scanned - 1)) or not (
+            65 <= buffer[0] <= 90 or buffer == b"\r"
+        ):
+            raise RefusedRequest(400, "malformed request head")
+        if len(buffer) > self._limits.max_head:
+            if b"\r\n" in buffer:
+                raise RefusedRequest(431, "the request head is too large")
+            raise RefusedRequest(414, "the request target is too long")
+        self._scanned = len(buffer)
+
+    def _begin_body(self, request: Request) -> None:
+        headers = request.headers
+        length = headers.get("content-length")
+        coding = headers.get("transfer-encoding")
+        self._length = 0
+        self._chunks = None
+        if coding is not None:
+            if length is not None:
+                raise RefusedRequest(400, "both Content-Length and Transfer-Encoding")
+            if coding.lower() != "chunked" or request.version == "1.0":
+                raise RefusedRequest(400, "the only Transfer-Encoding is chunked, of HTTP/1.1")
+            self._chunks = ChunkedBody(self._limits.max_body)
+        elif length is not None:
+            if not (length.isascii() and length.isdigit() and len(length) <= 19):
+                raise RefusedRequest(400, "malformed Content-Length")
+            self._length = int(length)
+            if self._length > self._limits.max_body:
+                raise RefusedRequest(413, f"the body is larger than {self._limits.max_body} bytes")
+        expect = headers.get("expect")
+        if expect is not None and request.version == "1.1":
+            if expect.lower() != "100-continue":
+                raise RefusedRequest(417, "the only expectation is 100-continue")
+            self._expects_continue = True
+
+    def _take_body(self) -> bytes | None:
+        if self._chunks is not None:
+            return self._chunks.take(self._buffer)
+        if not self._length:
+            return b""
+        if len(self._buffer) < self._length:
+            return None
+        body = bytes(self._buffer[: self._length])
+        del self._buffer[: self._length]
+        return body
+
+
+# --- answers ------------------------------------------------------------------------------------
+
+
+def answer_head(
+    status: int, content_type: str, headers: Sequence[tuple[str, str]], framing: str
+) -> bytes:
+    """The head of an answer. `framing` are the whole lines that say where its body ends.
+
+    Values are sent as UTF-8. Raises `ValueError` for a status that is not final, for a field that
+    could end its line (header injection), and for one that the server writes itself.
+    """
+    if not 200 <= status <= 599:
+        raise ValueError(f"not the status of an answer: {status}")
+    lines = [_STATUS_LINES.get(status) or f"HTTP/1.1 {status} \r\n"]
+    if content_type:
+        lines.append(_field_line("content-type", content_type))
+    for name, value in headers:
+        if not _FIELD_NAME.fullmatch(name) or name.lower() in _FRAMING:
+            raise ValueError(f"not a header field for a handler to set: {name!r}")
+        lines.append(_field_line(name, value))
+    lines.append(framing)
+    lines.append("\r\n")
+    return "".join(lines).encode()
+
+
+def _field_line(name: str, value: str) -> str:
+    if _UNSAFE_VALUE.search(value):
+        raise ValueError(f"the header {name} would hold a control character")
+    return f"{name}: {value}\r\n"
+
+
+def error_body(status: int, message: str) -> bytes:
+    """The JSON that says why, in the form clients of model servers know."""
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    return msgspec.json.encode({"error": {"message": message, "type": kind}})
