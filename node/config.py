@@ -41,6 +41,7 @@ __all__ = [
     "NodeConfig",
     "ProviderConfig",
     "Secret",
+    "child_environment",
     "home_path",
     "load_config",
     "variables_of",
@@ -126,6 +127,11 @@ def wants_colour(environ: Mapping[str, str] | None = None) -> bool:
     """False where the environment asks for plain text (https://no-color.org)."""
     environ = _environment(environ)
     return not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
+
+
+def child_environment() -> Mapping[str, str]:
+    """This process's environment, for the processes it starts."""
+    return dict(os.environ)
 
 
 def _environment(environ: Mapping[str, str] | None) -> Mapping[str, str]:

@@ -107,12 +107,9 @@ class Home:
 
     def peer_id(self) -> str:
         """This node's peer id, as libp2p derives it from the identity. Raises `HomeError`."""
-        from base58 import b58encode
-        from nacl.signing import SigningKey
+        from .identity import Identity  # cryptography, which few commands need
 
-        public = bytes(SigningKey(self.identity()).verify_key)
-        # An identity multihash of the public key in libp2p's protobuf form (type 1 is Ed25519).
-        return b58encode(b"\x00\x24\x08\x01\x12\x20" + public).decode()
+        return Identity(self.identity()).peer_id
 
     def swarm_key(self) -> bytes:
         """The 32-byte mesh secret. Raises `HomeError`."""

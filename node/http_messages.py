@@ -181,6 +181,7 @@ def _parse_with_llhttp(head: bytes) -> tuple[str, _Fields]:
         raise RefusedRequest(501, "unknown method") from None
     except httptools.HttpParserError as error:
         raise RefusedRequest(400, f"malformed request head: {error}") from None
+    # The callbacks come in pieces that httptools joins: be sure that no two fields became one.
     if len(fields.found) != head.count(b"\r\n") - 2:
         raise RefusedRequest(400, "malformed header fields")
     return parser.get_method().decode("ascii"), fields

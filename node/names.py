@@ -11,31 +11,21 @@ from typing import NamedTuple
 
 import msgspec
 
-from ..providers.base import GenerateRequest, ModelNotFound, ModelOffer
+from ..mesh.candidates import Source
+from ..providers.base import GenerateRequest, ModelNotFound
 
 AUTO = "auto"
-
-
-class ModelSource(NamedTuple):
-    """A model as one provider of one node offers it."""
-
-    peer: str
-    node: str
-    provider: str
-    kind: str
-    offer: ModelOffer
-    own: bool
 
 
 class Names:
     """Resolves model names against what is offered now, by this node and its peers."""
 
-    def __init__(self, sources: Callable[[], Iterable[ModelSource]]) -> None:
+    def __init__(self, sources: Callable[[], Iterable[Source]]) -> None:
         self._sources = sources
 
-    def models(self) -> Mapping[str, Sequence[ModelSource]]:
+    def models(self) -> Mapping[str, Sequence[Source]]:
         """Each model id with who offers it, sorted by id, this node's own first."""
-        found: dict[str, list[ModelSource]] = {}
+        found: dict[str, list[Source]] = {}
         for source in self._sources():
             found.setdefault(source.offer.id, []).append(source)
         return {
@@ -66,7 +56,7 @@ class Names:
                     )
         return request
 
-    def _best(self, sources: Sequence[ModelSource], request: GenerateRequest) -> str:
+    def _best(self, sources: Sequence[Source], request: GenerateRequest) -> str:
         """The model `auto` stands for: own before peers', free before paid; echo is the last."""
         usable = [
             source
@@ -92,7 +82,7 @@ class _Spelling(NamedTuple):
     peer: str | None
 
 
-def _spellings(source: ModelSource) -> Iterable[_Spelling]:
+def _spellings(source: Source) -> Iterable[_Spelling]:
     """The longer names of a model."""
     model, provider = source.offer.id, source.provider
     yield _Spelling(f"{provider}/{model}", provider, None)

@@ -59,7 +59,8 @@ def _header_value(text: str) -> str:
     return text.encode("ascii", "backslashreplace").decode().replace("\r", "").replace("\n", "")
 
 
-def _usage_fields(usage: Usage) -> dict[str, Any]:
+def usage_fields(usage: Usage) -> dict[str, Any]:
+    """The `usage` object."""
     fields: dict[str, Any] = {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
@@ -102,7 +103,7 @@ def encode_whole(
             "created": created,
             "model": origin.model,
             "choices": [choice],
-            "usage": _usage_fields(completion.usage),
+            "usage": usage_fields(completion.usage),
             "promptmesh": origin_fields(origin, request_id, cid),
         }
     )
@@ -156,7 +157,7 @@ class StreamEncoder:
         tail = b'],"promptmesh":' + _encode(fields)
         events = self._head + _encode(choice) + tail + self._none[1:]
         if self._include_usage:
-            usage = _encode(_usage_fields(chunk.usage or Usage(exact=False)))
+            usage = _encode(usage_fields(chunk.usage or Usage(exact=False)))
             events += self._head + b'],"usage":' + usage + b"}\n\n"
         return events + b"data: [DONE]\n\n"
 

@@ -17,7 +17,9 @@ from typing import Literal, Protocol
 import msgspec
 import trio
 
-from ..cache.answers import AnswerCache, StoredAnswer
+from ..cache.answer_rows import StoredAnswer
+from ..cache.answers import AnswerCache
+from ..cache.cid import Cid
 from ..cache.keys import request_key
 from ..providers.base import (
     Answering,
@@ -51,7 +53,7 @@ class SharedAnswers(Protocol):
         """A stored answer of a peer, fetched and verified, and that peer's id."""
         ...
 
-    def announce(self, key: bytes, request: GenerateRequest, cid: bytes) -> None:
+    async def announce(self, key: bytes, request: GenerateRequest, cid: Cid) -> None:
         """Tell the others that this node has the answer."""
         ...
 
@@ -147,7 +149,9 @@ class Router:
         self, key: bytes, request: GenerateRequest, local_only: bool
     ) -> Answering | None:
         now = time.time()
-        stored = await self._answers.lookup(key, now=now, max_age=request.cache.max_age)
+        stored = await self._answers.lookup(
+            key, now=now, max_age=request.cache.max_age, shared_only=local_only
+        )
         if stored is not None:
             return self._replay(stored, "hit-local", self._peer)
         if local_only or request.cache.scope == "local" or request.privacy == "local":
@@ -199,6 +203,7 @@ class Router:
         self, key: bytes, request: GenerateRequest, completion: Completion, origin: Origin
     ) -> str | None:
         """Store a whole answer, tell the others, and return its CID; None if it may not be kept."""
+        shared = request.cache.scope == "mesh" and request.privacy != "local"
         cut = completion.finish_reason == "length" and request.sampling.max_tokens is None
         if cut or completion.finish_reason == "content_filter":
             return None
@@ -213,12 +218,12 @@ class Router:
             ttl=request.cache.ttl,
             source=origin.peer,
             namespace=request.cache.namespace,
+            shared=shared,
         )
         if cid is None:
             return None
-        made_here = origin.peer == self._peer
-        if made_here and request.cache.scope == "mesh" and request.privacy != "local":
-            self._shared.announce(key, request, cid.raw)
+        if shared and origin.peer == self._peer:
+            await self._shared.announce(key, request, cid)
         return cid.text
 
 

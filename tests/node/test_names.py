@@ -2,13 +2,14 @@
 
 import pytest
 
-from promptmesh.node.names import ModelSource, Names
+from promptmesh.mesh.candidates import Source
+from promptmesh.node.names import Names
 from promptmesh.providers.base import GenerateRequest, ModelNotFound, ModelOffer, Privacy
 
 
-def source(node: str, provider: str, model: str, **more: bool) -> ModelSource:
+def source(node: str, provider: str, model: str, **more: bool) -> Source:
     offer = ModelOffer(id=model, egress=more.get("egress", False))
-    return ModelSource(f"12D3-{node}", node, provider, provider, offer, more.get("own", False))
+    return Source(f"12D3-{node}", node, provider, provider, offer, more.get("own", False))
 
 
 SOURCES = [

@@ -1,0 +1,187 @@
+"""What is known of a stored answer beside its record, and the SQL that reads and writes it."""
+
+from __future__ import annotations
+
+import sqlite3
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..providers.base import Completion
+from .cid import Cid, cid_of
+from .records import AnswerRecord
+
+#: Answers to one key that are kept; sampled ones, which nobody asks for again, can be many.
+MAX_ALTERNATIVES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class StoredAnswer:
+    """An answer from the cache. Times in seconds of the wall clock."""
+
+    cid: Cid
+    record: AnswerRecord
+    #: When it was made, as far as this node knows; None for a block that no key leads to.
+    stored_at: float | None
+    #: Seconds since then.
+    age: float | None
+    expires_at: float | None
+    #: The peer that computed it.
+    source: str
+    #: Bytes of its blocks.
+    size: int
+
+    @property
+    def completion(self) -> Completion:
+        return self.record.completion
+
+    @property
+    def cid_text(self) -> str:
+        return self.cid.text
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of the index: that an answer belongs to a key."""
+
+    key: bytes
+    cid: Cid
+    model: str
+    weights: str | None
+    source: str
+    own: bool
+    #: How many peers claimed it when it was fetched; 0 for one that was not.
+    claimed: int
+    namespace: str
+    #: May it leave this node?
+    shared: bool
+    tokens: int
+    size: int
+    hits: int
+    stored_at: float
+    expires_at: float
+    used_at: float
+    pinned: bool
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerStat:
+    """What the cache holds, and what it saved since it was begun."""
+
+    answers: int
+    blocks: int
+    bytes: int
+    max_bytes: int
+    pinned: int
+    hits: int
+    tokens_saved: int
+
+
+#: (key, now, made after, weights or None, only those that may leave) -> alternatives, best first.
+LOOKUP = """
+    SELECT a.digest, a.stored_at, a.expires_at, a.source, a.size
+    FROM answer AS a JOIN block AS b ON b.digest = a.digest
+    WHERE a.key = ?1 AND (a.expires_at > ?2 OR b.pinned) AND a.stored_at >= ?3
+        AND (?4 IS NULL OR a.weights = ?4) AND (a.shared OR NOT ?5)
+    ORDER BY a.own DESC, a.claimed DESC, a.stored_at DESC"""
+
+#: (digest,) -> the row that was written last.
+BY_DIGEST = """
+    SELECT stored_at, expires_at, source, size FROM answer
+    WHERE digest = ? ORDER BY stored_at DESC LIMIT 1"""
+
+#: (digest of a root or a leaf,) -> does it belong to an answer that may leave this node?
+SHARED = """
+    SELECT 1 FROM answer WHERE shared AND digest IN (
+        SELECT ?1 UNION ALL SELECT root FROM link WHERE leaf = ?1) LIMIT 1"""
+
+_ROW = """
+    SELECT a.key, a.digest, a.model, a.weights, a.source, a.own, a.claimed, a.namespace, a.shared,
+        a.tokens, a.size, a.hits, a.stored_at, a.expires_at, b.used_at, b.pinned
+    FROM block AS b JOIN answer AS a ON a.digest = b.digest"""
+#: (now, limit) -> the pinned, then the others that hold, the last used first.
+LISTING = f"""{_ROW}
+    WHERE a.expires_at > ? OR b.pinned ORDER BY b.pinned DESC, b.used_at DESC LIMIT ?"""
+#: (key, digest) -> one row.
+ONE = f"{_ROW} WHERE a.key = ? AND a.digest = ?"
+
+STAT = """
+    SELECT answers, blocks, bytes, (SELECT count(*) FROM block WHERE pinned = 1), hits, tokens_saved
+    FROM total"""
+
+#: (now, limit) -> rows that expired; pinned answers do not.
+EXPIRED = """
+    SELECT a.key, a.digest FROM answer AS a JOIN block AS b ON b.digest = a.digest
+    WHERE a.expires_at <= ? AND NOT b.pinned LIMIT ?"""
+#: (limit,) -> what was used longest ago.
+OLDEST = "SELECT digest FROM block WHERE pinned = 0 ORDER BY used_at LIMIT ?"
+
+_INSERT = """
+    INSERT INTO answer (key, digest, model, weights, source, own, claimed, namespace, shared,
+        tokens, size, stored_at, expires_at)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+    ON CONFLICT DO UPDATE SET
+        source = iif(own, source, excluded.source), own = max(own, excluded.own),
+        claimed = max(claimed, excluded.claimed), shared = max(shared, excluded.shared),
+        stored_at = max(stored_at, excluded.stored_at), expires_at = excluded.expires_at"""
+_SURPLUS = f"""
+    DELETE FROM answer WHERE key = ?1 AND digest IN (
+        SELECT a.digest FROM answer AS a JOIN block AS b ON b.digest = a.digest
+        WHERE a.key = ?1 AND NOT b.pinned
+        ORDER BY a.own DESC, a.stored_at DESC LIMIT -1 OFFSET {MAX_ALTERNATIVES})"""
+
+
+@dataclass(frozen=True, slots=True)
+class NewRow:
+    """What whoever stores an answer says of it."""
+
+    source: str
+    own: bool
+    claimed: int
+    namespace: str
+    shared: bool
+    stored_at: float
+    expires_at: float
+
+
+def insert(
+    connection: sqlite3.Connection,
+    key: bytes,
+    digest: bytes,
+    record: AnswerRecord,
+    size: int,
+    new: NewRow,
+) -> None:
+    """Write the row, over an older one of the same answer; the block must be there."""
+    connection.execute(
+        _INSERT,
+        (
+            key,
+            digest,
+            record.model,
+            record.weights,
+            new.source,
+            new.own,
+            new.claimed,
+            new.namespace,
+            new.shared,
+            record.completion.usage.total_tokens,
+            size,
+            new.stored_at,
+            new.expires_at,
+        ),
+    )
+    (count,) = connection.execute("SELECT count(*) FROM answer WHERE key = ?", (key,)).fetchone()
+    if count > MAX_ALTERNATIVES:
+        connection.execute(_SURPLUS, (key,))
+
+
+def row(values: tuple[Any, ...]) -> Row:
+    """A `Row` from the columns of `LISTING` or `ONE`."""
+    found = Row(*values)
+    return replace(
+        found,
+        cid=Cid(cid_of(values[1])),
+        own=bool(found.own),
+        shared=bool(found.shared),
+        pinned=bool(found.pinned),
+    )

@@ -1,0 +1,278 @@
+"""The stored answers: from a key to a record, its blocks, and how long all that is kept.
+
+An answer and its row are one transaction, done when `store` returns. Several answers to one key are
+alternatives: this node's own comes first, then the one that most peers claimed, then the newest.
+The room is bounded by the bytes of blocks; what was used longest ago goes first, and what is pinned
+is kept for ever.
+
+A fault of the database is a miss: it is logged, and nothing here raises for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import trio
+
+from ..providers.base import Completion
+from . import answer_rows
+from .answer_rows import AnswerStat, NewRow, Row, StoredAnswer
+from .blocks import SqliteBlocks
+from .cid import Cid, cid_of, split, verify
+from .database import Database
+from .record_bounds import RecordError
+from .records import AnswerRecord, Blocks, decode, encode
+from .upkeep import Swept, sweep
+
+logger = logging.getLogger(__name__)
+
+DAY = 86400.0
+#: Seconds between two times that hits and uses are written down.
+NOTED_EVERY = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much is kept, and for how long (s)."""
+
+    max_bytes: int = 1_000_000_000
+    default_ttl: float = DAY
+    max_ttl: float = 7 * DAY
+
+
+class AnswerCache:
+    """The answers that this node holds. See the module."""
+
+    def __init__(
+        self,
+        database: Database,
+        blocks: SqliteBlocks,
+        *,
+        peer: str = "",
+        limits: Limits | None = None,
+    ) -> None:
+        """`blocks` is over the same database; `peer` is this node."""
+        self._database = database
+        self._blocks = blocks
+        self._peer = peer
+        self._limits = limits or Limits()
+        self._noted_at = 0.0
+
+    # --- reading --------------------------------------------------------------------------------
+
+    async def lookup(
+        self,
+        key: bytes,
+        *,
+        now: float,
+        max_age: float | None = None,
+        weights: str | None = None,
+        shared_only: bool = False,
+    ) -> StoredAnswer | None:
+        """The best answer to a key, or None.
+
+        `max_age` (s): none that is older. `weights`: only of weights with that digest.
+        `shared_only`: none that may not leave this node.
+        """
+        after = float("-inf") if max_age is None else now - max_age
+
+        def lookup() -> StoredAnswer | None:
+            sql, wanted = answer_rows.LOOKUP, (key, now, after, weights, shared_only)
+            for digest, stored_at, expires_at, source, size in self._database.rows(sql, wanted):
+                record = self._record(digest, used=True)
+                if record is not None:
+                    self._blocks.uses.hit(key, digest)
+                    age = max(0.0, now - stored_at)
+                    cid = Cid(cid_of(digest))
+                    return StoredAnswer(cid, record, stored_at, age, expires_at, source, size)
+            return None
+
+        return self._database.attempt("lookup", lookup, None)
+
+    async def get(self, cid: bytes, *, now: float) -> StoredAnswer | None:
+        """The answer that a CID names, expired or not; None if it is not here or no answer.
+
+        Looking at it is no use of it: it may still be the next to be evicted.
+        """
+        digest = split(cid)[1]
+
+        def get() -> StoredAnswer | None:
+            record = self._record(digest, used=False)
+            if record is None:
+                return None
+            found = self._database.row(answer_rows.BY_DIGEST, (digest,))
+            stored_at, expires_at, source, size = found or (None, None, "", 0)
+            age = None if stored_at is None else max(0.0, now - stored_at)
+            return StoredAnswer(
+                Cid(cid_of(digest)), record, stored_at, age, expires_at, source, size
+            )
+
+        return self._database.attempt("get", get, None)
+
+    async def row(self, key: bytes, cid: bytes) -> Row | None:
+        """What the index says of one answer to one key."""
+        found = self._database.attempt(
+            "row", lambda: self._database.row(answer_rows.ONE, (key, split(cid)[1])), None
+        )
+        return answer_rows.row(found) if found else None
+
+    async def listing(self, limit: int = 100, *, now: float) -> list[Row]:
+        """The pinned ones, then the others, the last used first."""
+        await self._blocks.uses.write(now)
+        found: list[Any] = self._database.attempt(
+            "listing", lambda: self._database.rows(answer_rows.LISTING, (now, limit)), []
+        )
+        return [answer_rows.row(values) for values in found]
+
+    async def stat(self, *, now: float) -> AnswerStat:
+        """What is held and what it saved."""
+        await self._blocks.uses.write(now)
+        found = self._database.attempt(
+            "stat", lambda: self._database.row(answer_rows.STAT), (0,) * 6
+        )
+        answers, blocks, held, pinned, hits, saved = found
+        return AnswerStat(answers, blocks, held, self._limits.max_bytes, pinned, hits, saved)
+
+    async def may_leave(self, cid: bytes) -> bool:
+        """Does this block, a root or a leaf, belong to an answer that may leave this node?"""
+        found = self._database.attempt(
+            "permission", lambda: self._database.row(answer_rows.SHARED, (split(cid)[1],)), None
+        )
+        return found is not None
+
+    # --- writing --------------------------------------------------------------------------------
+
+    async def store(
+        self,
+        key: bytes,
+        completion: Completion,
+        *,
+        model: str,
+        weights: str | None = None,
+        engine: str | None = None,
+        numerics: str | None = None,
+        now: float,
+        ttl: float | None = None,
+        source: str = "",
+        namespace: str = "",
+        shared: bool = True,
+    ) -> Cid | None:
+        """Keep a whole answer for `ttl` seconds and return its CID once it is written.
+
+        None if it was not stored: a filtered answer, one that has no record, a `ttl` of nothing, a
+        fault. `source` is the peer that computed it; `shared`: may it leave this node?
+        """
+        record = AnswerRecord(
+            model=model, completion=completion, weights=weights, engine=engine, numerics=numerics
+        )
+        try:
+            blocks = encode(record)
+        except RecordError as error:
+            logger.info("an answer is not stored: %s", error)
+            return None
+        expires_at = now + min(
+            self._limits.default_ttl if ttl is None else ttl, self._limits.max_ttl
+        )
+        own = source in ("", self._peer)
+        new = NewRow(source or self._peer, own, 0, namespace, shared, now, expires_at)
+        return Cid(blocks.cid) if self._keep(key, record, blocks, new, now) else None
+
+    async def adopt(
+        self,
+        key: bytes,
+        cid: bytes,
+        blocks: Mapping[bytes, bytes],
+        *,
+        now: float,
+        made_at: float,
+        expires_at: float,
+        source: str,
+        claimed: int = 1,
+        namespace: str = "",
+    ) -> StoredAnswer:
+        """Keep an answer that peers claimed, from its blocks by CID, the root and its leaves.
+
+        Given back also where it cannot be stored. Raises `RecordError` if the blocks are not an
+        answer record with that CID.
+        """
+        root = blocks.get(cid)
+        if root is None or not verify(cid, root):
+            raise RecordError("the block is not what its CID names")
+        record = decode(root, blocks.get)
+        again = encode(record)
+        expires_at = min(expires_at, now + self._limits.max_ttl)
+        made_at = min(made_at, now)
+        new = NewRow(source, source == self._peer, claimed, namespace, True, made_at, expires_at)
+        self._keep(key, record, again, new, now)
+        return StoredAnswer(
+            Cid(cid), record, made_at, now - made_at, expires_at, source, again.size
+        )
+
+    async def pin(self, cid: bytes) -> bool:
+        """Keep it for ever. Is it there?"""
+        return await self._blocks.pin(cid)
+
+    async def unpin(self, cid: bytes) -> bool:
+        """Let it expire and be evicted like any other. Is it there?"""
+        return await self._blocks.pin(cid, False)
+
+    async def remove(self, cid: bytes) -> bool:
+        """Forget it, pinned or not, for every key. Was it there?"""
+        return await self._blocks.delete(cid)
+
+    # --- upkeep ---------------------------------------------------------------------------------
+
+    async def maintain(self, now: float) -> Swept:
+        """One round: expiry, eviction, checkpoint. Never raises."""
+        if not 0 <= now - self._noted_at < NOTED_EVERY:
+            self._noted_at = now
+            await self._blocks.uses.write(now)
+        return await sweep(self._database, self._blocks, now=now, max_bytes=self._limits.max_bytes)
+
+    async def run(self, *, interval: float = 2.0, clock: Callable[[], float] = time.time) -> None:
+        """`maintain` every so many seconds, until cancelled."""
+        try:
+            while True:
+                await self.maintain(clock())
+                await trio.sleep(interval)
+        finally:
+            with trio.move_on_after(1) as cleanup:
+                cleanup.shield = True
+                await self._blocks.uses.write(clock())
+
+    # --- inside ---------------------------------------------------------------------------------
+
+    def _record(self, digest: bytes, *, used: bool) -> AnswerRecord | None:
+        """Raises `sqlite3.Error`."""
+        root = self._blocks.read(digest, used=used)
+        if root is None:
+            return None
+        try:
+            return decode(root, lambda cid: self._blocks.read(split(cid)[1], used=used))
+        except RecordError as error:
+            # A leaf was damaged, or somebody else put a block that is no record.
+            logger.info("%s is no answer: %s", Cid(cid_of(digest)).text, error)
+            return None
+
+    def _keep(
+        self, key: bytes, record: AnswerRecord, blocks: Blocks, new: NewRow, now: float
+    ) -> bool:
+        if new.expires_at <= now:
+            return False
+        root = split(blocks.cid)[1]
+
+        def keep() -> bool:
+            with self._database.transaction() as connection:
+                self._blocks.write(connection, blocks.blocks, now)
+                connection.executemany(
+                    "INSERT INTO link VALUES (?, ?) ON CONFLICT DO NOTHING",
+                    [(root, split(cid)[1]) for cid, _ in blocks.blocks[1:]],
+                )
+                answer_rows.insert(connection, key, root, record, blocks.size, new)
+            return True
+
+        return self._database.attempt("store", keep, False)

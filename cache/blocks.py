@@ -1,0 +1,207 @@
+"""Blocks by CID: the store in `cache.sqlite`, and one in memory.
+
+A block is kept under its digest, so that it is found by its raw and its dag-cbor CID alike. What is
+read is always checked against the CID: a damaged block is not there, and is deleted.
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from .cid import cid_of, cid_text, split, verify
+from .database import Database
+from .uses import SAME_USE, Uses
+
+logger = logging.getLogger(__name__)
+
+#: Bytes of the largest block that is taken, the same as in Kubo and bitswap.
+MAX_BLOCK = 2 * 1024 * 1024
+#: A leaf is pinned while one of its roots is, not counting the first parameter.
+_PIN_LEAVES = """
+    UPDATE block SET pinned = EXISTS (
+        SELECT 1 FROM link JOIN block AS root ON root.digest = link.root
+        WHERE link.leaf = block.digest AND root.pinned AND root.digest IS NOT ?)
+    WHERE digest IN (SELECT leaf FROM link WHERE root = ?)"""
+
+
+@dataclass(frozen=True, slots=True)
+class StoreSize:
+    """How much a store holds."""
+
+    blocks: int
+    bytes: int
+    pinned: int
+
+
+class BlockStore(Protocol):
+    """Keeps blocks.
+
+    A store that fails is an empty one; only `put` says so, by False. A CID with a hash or a codec
+    that we do not use has no block.
+    """
+
+    async def put(self, cid: bytes, block: bytes) -> bool:
+        """Keep it. Raises `ValueError` if the CID is not of this block, or the block too large."""
+        ...
+
+    async def get(self, cid: bytes) -> bytes | None:
+        """The block, checked against the CID."""
+        ...
+
+    async def has(self, cid: bytes) -> bool:
+        """Is it there? (Not checked; `get` may still find it damaged.)"""
+        ...
+
+    async def delete(self, cid: bytes) -> bool:
+        """Forget it, pinned or not. Was it there?"""
+        ...
+
+    async def pin(self, cid: bytes, pinned: bool = True) -> bool:
+        """Never evict it, nor the leaves it links to; or again do. Is it there?"""
+        ...
+
+    async def size(self) -> StoreSize: ...
+
+
+class MemoryBlocks:
+    """A `BlockStore` in memory, without bound."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[bytes, bytes] = {}
+        self._pinned: set[bytes] = set()
+
+    async def put(self, cid: bytes, block: bytes) -> bool:
+        check(cid, block)
+        self._blocks[_digest(cid)] = block
+        return True
+
+    async def get(self, cid: bytes) -> bytes | None:
+        return self._blocks.get(_digest(cid))
+
+    async def has(self, cid: bytes) -> bool:
+        return _digest(cid) in self._blocks
+
+    async def delete(self, cid: bytes) -> bool:
+        digest = _digest(cid)
+        self._pinned.discard(digest)
+        return self._blocks.pop(digest, None) is not None
+
+    async def pin(self, cid: bytes, pinned: bool = True) -> bool:
+        digest = _digest(cid)
+        if digest in self._blocks:
+            (self._pinned.add if pinned else self._pinned.discard)(digest)
+        return digest in self._blocks
+
+    async def size(self) -> StoreSize:
+        held = sum(len(block) for block in self._blocks.values())
+        return StoreSize(len(self._blocks), held, len(self._pinned))
+
+
+class SqliteBlocks:
+    """A `BlockStore` over `cache.sqlite`, and what `AnswerCache` needs inside a transaction."""
+
+    def __init__(self, database: Database, *, clock: Callable[[], float] = time.time) -> None:
+        self._database = database
+        self._clock = clock
+        #: What was read; `AnswerCache` writes it down.
+        self.uses = Uses(database)
+
+    async def put(self, cid: bytes, block: bytes) -> bool:
+        check(cid, block)
+
+        def put() -> bool:
+            with self._database.transaction() as connection:
+                self.write(connection, [(cid, block)], self._clock())
+            return True
+
+        return self._database.attempt("putting a block", put, False)
+
+    async def get(self, cid: bytes) -> bytes | None:
+        return self._database.attempt("getting a block", lambda: self.read(_digest(cid)), None)
+
+    async def has(self, cid: bytes) -> bool:
+        sql = "SELECT 1 FROM block WHERE digest = ?"
+        found = self._database.attempt(
+            "looking for a block", lambda: self._database.row(sql, (_digest(cid),)), None
+        )
+        return found is not None
+
+    async def delete(self, cid: bytes) -> bool:
+        digest = _digest(cid)
+        return self._database.attempt("deleting a block", lambda: self.drop([digest]) > 0, False)
+
+    async def pin(self, cid: bytes, pinned: bool = True) -> bool:
+        digest = _digest(cid)
+
+        def pin() -> bool:
+            with self._database.transaction() as connection:
+                found = connection.execute(
+                    "UPDATE block SET pinned = ? WHERE digest = ?", (pinned, digest)
+                ).rowcount
+                connection.execute(_PIN_LEAVES, (None, digest))
+            return found > 0
+
+        return self._database.attempt("pinning a block", pin, False)
+
+    async def size(self) -> StoreSize:
+        sql = "SELECT blocks, bytes, (SELECT count(*) FROM block WHERE pinned = 1) FROM total"
+        found = self._database.attempt(
+            "counting blocks", lambda: self._database.row(sql), (0, 0, 0)
+        )
+        return StoreSize(*found)
+
+    # --- inside: these raise sqlite3.Error ------------------------------------------------------
+
+    def read(self, digest: bytes, *, used: bool = True) -> bytes | None:
+        """The block with that digest. A damaged one is deleted, and with it its answers."""
+        found = self._database.row("SELECT data FROM block WHERE digest = ?", (digest,))
+        if found is None:
+            return None
+        block: bytes = found[0]
+        if not isinstance(block, bytes) or not verify(cid_of(digest, "raw"), block):
+            logger.warning("a stored block was damaged: %s is gone", cid_text(cid_of(digest)))
+            self.drop([digest])
+            return None
+        if used:
+            self.uses.block(digest)
+        return block
+
+    def write(
+        self, connection: sqlite3.Connection, blocks: Iterable[tuple[bytes, bytes]], now: float
+    ) -> None:
+        """Keep blocks that are known to be what their CIDs name."""
+        connection.executemany(
+            "INSERT INTO block (digest, size, used_at, data) VALUES (?, ?, ?, ?)"
+            " ON CONFLICT DO UPDATE SET used_at = excluded.used_at"
+            f" WHERE used_at < excluded.used_at - {SAME_USE}",
+            [(_digest(cid), len(block), int(now), block) for cid, block in blocks],
+        )
+
+    def drop(self, digests: Sequence[bytes]) -> int:
+        """Delete blocks, pinned or not, with what needs them; how many of these there were."""
+        with self._database.transaction() as connection:
+            connection.executemany(_PIN_LEAVES, [(digest, digest) for digest in digests])
+            return connection.executemany(
+                "DELETE FROM block WHERE digest = ?", [(digest,) for digest in digests]
+            ).rowcount
+
+
+def check(cid: bytes, block: bytes) -> None:
+    """Raises `ValueError` if the CID is not of this block, or the block too large."""
+    if len(block) > MAX_BLOCK:
+        raise ValueError(f"a block of {len(block)} bytes; {MAX_BLOCK} is the most")
+    if not verify(cid, block):
+        raise ValueError(f"the block is not what {cid.hex()} names")
+
+
+def _digest(cid: bytes) -> bytes:
+    """What the block is kept under; nothing is kept under an empty one."""
+    try:
+        return split(cid)[1]
+    except ValueError:
+        return b""

@@ -1,0 +1,232 @@
+"""One candidate asked once: its deadlines, and what is learnt from how it went."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+
+import msgspec
+import trio
+
+from ..providers.base import (
+    Answering,
+    CacheOnlyMiss,
+    Chunk,
+    DeadlineExceeded,
+    GenerateError,
+    Origin,
+    ProviderUnavailable,
+    RequestRejected,
+    StreamInterrupted,
+)
+from .frames import RemoteProtocolError
+from .measure import Experience, Fault
+from .policies import Candidate
+from .pool import CONNECT, PeerAnswer
+from .protocol import is_plain
+from .transport import TransportError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deadlines:
+    """Time limits in seconds. `whole` None: what the request says, else none."""
+
+    #: To have a connection and a stream, and to send the request.
+    connect: float = CONNECT
+    #: From there to the first token: queueing, loading a model, reading the prompt.
+    first_token: float = 120.0
+    #: Between two tokens.
+    gap: float = 60.0
+    whole: float | None = None
+
+
+class Asking:
+    """Asks one candidate. Its chunks are the answer's, each within its time.
+
+    `source` begins the work: a provider's `Answering`, or a `PeerAnswer`.
+    """
+
+    def __init__(
+        self,
+        candidate: Candidate,
+        source: Callable[[], AbstractAsyncContextManager[Answering | PeerAnswer]],
+        *,
+        deadlines: Deadlines,
+        experience: Experience,
+        stamp: Callable[[Origin], Origin],
+        closed: Callable[[Candidate, PeerAnswer], None],
+    ) -> None:
+        self.candidate = candidate
+        #: Its first token came: what follows cannot be tried elsewhere.
+        self.begun = False
+        self._source = source
+        self._deadlines = deadlines
+        self._experience = experience
+        #: Makes the answer's origin what it is to this node's callers.
+        self._stamp = stamp
+        #: Takes what the closing frame of a peer carries.
+        self._closed = closed
+        self._started = trio.current_time()
+        self._first: Chunk | None = None
+        self._first_at = 0.0
+        self._text: list[str] = []
+        self._settled = self._over = self._ended = False
+        self._origin = Origin()
+        self._remote: PeerAnswer | None = None
+
+    @property
+    def seconds(self) -> float:
+        """How long it has taken so far."""
+        return trio.current_time() - self._started
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[Answering]:
+        """The answer, once its first token is there. Leaving cancels the work.
+
+        Raises a `GenerateError`, here or from the chunks.
+        """
+        self._experience.begin(self.candidate.measured)
+        limit = trio.CancelScope(deadline=self._started + self._deadlines.first_token)
+        try:
+            with limit:
+                async with self._source() as source:
+                    await self._wait_first(source)
+                    limit.deadline = math.inf
+                    self.begun = True
+                    yield Answering(self._origin, self)
+            if limit.cancelled_caught:
+                raise _TooLate(f"no token within {self._deadlines.first_token:g} s")
+        except Exception as error:  # the caller sees it as a `GenerateError`
+            if self.begun:
+                raise
+            raise self._failed(error) from error
+        finally:
+            self._end()
+
+    async def _wait_first(self, source: Answering | PeerAnswer) -> None:
+        self._remote = source if isinstance(source, PeerAnswer) else None
+        self._chunks = source if isinstance(source, PeerAnswer) else aiter(source.chunks)
+        self._origin = self._stamp(source.origin)
+        self._first = await self._read()
+        self._first_at = trio.current_time()
+        if self._computed and self.candidate.busy < self.candidate.slots:
+            speed = self._experience.measures.of(self.candidate.measured)
+            speed.first_token(self._first_at - self._started)
+
+    @property
+    def _computed(self) -> bool:
+        """Was it made for this request, so that its time says something?"""
+        return self._origin.cache in ("miss", "bypass")
+
+    # --- the chunks
+
+    def __aiter__(self) -> Asking:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        if self._first is not None:
+            chunk, self._first = self._first, None
+        elif self._over:
+            raise StopAsyncIteration
+        else:
+            ready = self._remote.take() if self._remote else None
+            chunk = ready or await self._read_within_gap()
+        if chunk.finish_reason is None:
+            self._text.append(chunk.text)
+            return chunk
+        self._finish(chunk)
+        return msgspec.structs.replace(chunk, origin=self._origin)
+
+    async def _read(self) -> Chunk:
+        """The next chunk that holds anything."""
+        async for chunk in self._chunks:
+            if chunk.text or not is_plain(chunk):
+                return chunk
+        raise _Cut("it ended without its end marker")
+
+    async def _read_within_gap(self) -> Chunk:
+        try:
+            with trio.move_on_after(self._deadlines.gap):
+                return await self._read()
+            raise _TooLate(f"no token for {self._deadlines.gap:g} s")
+        except Exception as error:  # the caller sees it as a `GenerateError`
+            self._over = True
+            failure = self._failed(error)
+            if isinstance(failure, RequestRejected):  # a content filter that woke up late
+                raise failure from error
+            raise StreamInterrupted(
+                f"{self.candidate} broke off its answer: {failure}",
+                partial="".join(self._text),
+                retry_after=failure.retry_after,
+            ) from error
+
+    # --- what is learnt
+
+    def _finish(self, last: Chunk) -> None:
+        self._over = self._settled = True
+        what = self.candidate.measured
+        self._end()
+        self._experience.succeeded(what)
+        tokens = last.usage.completion_tokens if last.usage else 0
+        if self._computed and tokens:
+            now = self._remote.arrived if self._remote else trio.current_time()
+            self._experience.measures.of(what).finished(tokens, now - self._first_at)
+            self._experience.measures.add_length(what.model, tokens)
+        if self._remote:
+            self._closed(self.candidate, self._remote)
+
+    def _failed(self, error: Exception) -> GenerateError:
+        """Learn from a failure, and say it in the caller's terms."""
+        failure, fault = _judge(error)
+        self._settled = True
+        self._end()
+        self._experience.failed(
+            self.candidate.measured, fault, str(failure), trio.current_time(), failure.retry_after
+        )
+        if self._remote:
+            self._closed(self.candidate, self._remote)
+        return failure
+
+    def _end(self) -> None:
+        """The request is not in flight any more."""
+        if not self._ended:
+            self._ended = True
+            self._experience.end(self.candidate.measured)
+            if not self._settled:
+                self._experience.abandoned(self.candidate.measured)
+
+
+class _TooLate(DeadlineExceeded):
+    """A time limit of this module passed."""
+
+
+class _Cut(ProviderUnavailable):
+    """An answer ended without its end marker."""
+
+
+def _judge(error: Exception) -> tuple[GenerateError, Fault]:
+    """What a failure is called, and whom it speaks against."""
+    match error:
+        case ExceptionGroup(exceptions=(Exception() as only,)):
+            return _judge(only)
+        case TransportError():
+            return ProviderUnavailable(f"the connection failed: {error}"), Fault.PEER
+        case RemoteProtocolError():
+            message = f"it broke the protocol: {error}"
+            return ProviderUnavailable(message), Fault.PROVIDER_AT_ONCE
+        case _TooLate():
+            return DeadlineExceeded(error.message), Fault.PROVIDER_AT_ONCE
+        case _Cut():
+            return ProviderUnavailable(error.message), Fault.PROVIDER
+        case RequestRejected() | CacheOnlyMiss():
+            return error, Fault.NONE
+        case GenerateError():
+            return error, Fault.PROVIDER
+        case _:
+            logger.error("a provider failed", exc_info=error)
+            return ProviderUnavailable(f"an internal error: {error!r:.200}"), Fault.PROVIDER

@@ -1,0 +1,293 @@
+"""`BackendManager`: one provider over all candidates, this node's own and its peers'.
+
+It is thin: `attempts` and `policies` decide, `asking` carries out, `measure` remembers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from random import Random
+from typing import NamedTuple, Protocol
+
+import msgspec
+import trio
+
+from ..providers.base import (
+    Answering,
+    DeadlineExceeded,
+    GenerateError,
+    GenerateRequest,
+    Health,
+    ModelOffer,
+    Origin,
+    Policy,
+    ProviderUnavailable,
+)
+from .asking import Asking, Deadlines
+from .attempts import Attempt, Attempts, RuledOut
+from .candidates import Candidates, LocalBackend, Source, paused
+from .frames import Load
+from .measure import BackendId, Experience
+from .peers import Advert, PeerTable
+from .policies import Candidate, Turns, choose
+from .pool import PeerAnswer
+from .transport import PeerId
+
+logger = logging.getLogger(__name__)
+
+#: Requests whose attempts are remembered.
+MAX_LOGS = 512
+
+
+class RequestLog(NamedTuple):
+    """How a request went: for people who ask why."""
+
+    policy: Policy
+    tried: Sequence[Attempt]
+    ruled_out: Sequence[RuledOut]
+
+
+class PeerNetwork(Protocol):
+    """The network that the peers' providers are asked over (`mesh.network.Network`)."""
+
+    def ask(
+        self, peer: PeerId, request: GenerateRequest, *, connect: float
+    ) -> AbstractAsyncContextManager[PeerAnswer]: ...
+
+    def listen(
+        self, *, advert: Callable[[Advert], None], connection: Callable[[PeerId, bool], None]
+    ) -> None: ...
+
+
+class BackendManager:
+    """Chooses who answers, and asks them. See the module."""
+
+    name = "backend_manager"
+
+    def __init__(
+        self,
+        *,
+        local: Callable[[], Sequence[LocalBackend]],
+        peers: PeerTable,
+        policy: Policy,
+        peer_id: PeerId,
+        node: str,
+        rng: Random,
+        deadlines: Deadlines | None = None,
+        on_claim: Callable[[PeerId, bytes, str], None] = lambda peer, claim, cid: None,
+    ) -> None:
+        self.experience = Experience()
+        self._candidates = Candidates(
+            local=local, peers=peers, peer_id=peer_id, node=node, experience=self.experience
+        )
+        self._peers = peers
+        self._policy: Policy = policy
+        self._rng = rng
+        self._deadlines = deadlines or Deadlines()
+        self._on_claim = on_claim
+        self._turns = Turns()
+        self._network: PeerNetwork | None = None
+        self._logs: OrderedDict[str, RequestLog] = OrderedDict()
+
+    # --- the network, which may come and go
+
+    def attach(self, network: PeerNetwork) -> None:
+        """The peers' providers are candidates from now on."""
+        self._network = network
+        network.listen(advert=self._heard, connection=self.experience.connection)
+
+    def detach(self) -> None:
+        """Only this node's own providers are candidates from now on."""
+        self._network = None
+
+    def _heard(self, advert: Advert) -> None:
+        for provider in advert.providers:
+            self.experience.loads.report(BackendId(advert.peer, provider.name), provider.load)
+
+    # --- what there is
+
+    def sources(self) -> Iterator[Source]:
+        """Every model with who offers it: this node's own providers, then the peers'."""
+        return self._candidates.sources(with_peers=self._network is not None)
+
+    def models(self) -> Sequence[ModelOffer]:
+        """The models that can be asked, each once."""
+        found: dict[str, ModelOffer] = {}
+        for source in self.sources():
+            found.setdefault(source.offer.id, source.offer)
+        return list(found.values())
+
+    async def check(self) -> Health:
+        """Is there any model?"""
+        if self.models():
+            return Health()
+        return Health(
+            state="unavailable",
+            reason="there is no model, here or at a peer",
+            hint="configure a provider, or join a mesh that has one",
+        )
+
+    def loads(self) -> dict[str, Load]:
+        """How busy the providers are that peers may use."""
+        return self._candidates.loads()
+
+    def log(self, request_id: str) -> RequestLog | None:
+        """How a recent request went."""
+        return self._logs.get(request_id)
+
+    # --- answering
+
+    @asynccontextmanager
+    async def open(
+        self, request: GenerateRequest, *, local_only: bool = False, key: bytes = b""
+    ) -> AsyncIterator[Answering]:
+        """Answer the request, whose model is resolved, by the candidate that the policy chooses.
+
+        With `local_only` (a peer asks) the candidates are this node's shared providers. `key` names
+        the question: equal ones go to the same candidate where the policy sees no difference.
+        Raises a `GenerateError`, here or from the chunks.
+        """
+        whole = self._deadlines.whole
+        if whole is None:
+            async with self._answer(request, local_only, key) as answering:
+                yield answering
+            return
+        with trio.move_on_after(whole) as limit:
+            async with self._answer(request, local_only, key) as answering:
+                yield answering
+        if limit.cancelled_caught:
+            raise DeadlineExceeded(f"there was no whole answer within {whole:g} s")
+
+    @asynccontextmanager
+    async def _answer(
+        self, request: GenerateRequest, local_only: bool, key: bytes
+    ) -> AsyncIterator[Answering]:
+        policy = request.policy or self._policy
+        started = trio.current_time()
+        attempts = self._attempts(request, policy, local_only, key)
+        self._remember(request.id, policy, attempts)
+        while True:
+            candidate = attempts.next()
+            asking = self._asking(candidate, request, started, policy, len(attempts.tried) + 1)
+            try:
+                self._check_breaker(candidate)
+                async with asking.open() as answering:
+                    attempts.answered(candidate, asking.seconds)
+                    yield answering
+            except GenerateError as error:
+                if asking.begun:
+                    raise
+                logger.info("request %s: %s failed: %s", request.id, candidate, error)
+                attempts.failed(candidate, error, asking.seconds)
+            else:
+                return
+
+    def _asking(
+        self,
+        candidate: Candidate,
+        request: GenerateRequest,
+        started: float,
+        policy: Policy,
+        number: int,
+    ) -> Asking:
+        def stamp(origin: Origin) -> Origin:
+            return _seen_from_here(origin, candidate, policy, number)
+
+        left = request.deadline
+        if left is not None:
+            left = max(left - (trio.current_time() - started), 0.0)
+        forwarded = msgspec.structs.replace(
+            request, provider=candidate.provider, peer=None, policy=None, deadline=left
+        )
+        return Asking(
+            candidate,
+            lambda: self._source(candidate, forwarded),
+            deadlines=self._deadlines,
+            experience=self.experience,
+            stamp=stamp,
+            closed=self._closed,
+        )
+
+    def _source(
+        self, candidate: Candidate, request: GenerateRequest
+    ) -> AbstractAsyncContextManager[Answering | PeerAnswer]:
+        if not candidate.own:
+            if self._network is None:
+                raise ProviderUnavailable("this node has left the mesh")
+            return self._network.ask(candidate.peer, request, connect=self._deadlines.connect)
+        backend = self._candidates.local(candidate.provider)
+        if backend is None:
+            raise ProviderUnavailable("this provider was removed")
+        return backend.provider.open(request)
+
+    def _closed(self, candidate: Candidate, answer: PeerAnswer) -> None:
+        """Take what a peer's closing frame carries beside the answer."""
+        closing = answer.closing
+        if closing is None:
+            return
+        state = self._peers.get(candidate.peer)
+        for provider in state.providers if state else ():
+            load = closing.loads.get(provider.name)
+            if load is not None:
+                self.experience.loads.report(BackendId(candidate.peer, provider.name), load)
+        claim, chunk = getattr(closing, "claim", None), getattr(closing, "chunk", None)
+        if claim is not None and chunk is not None and chunk.cid:
+            self._on_claim(candidate.peer, claim, chunk.cid)
+
+    def _check_breaker(self, candidate: Candidate) -> None:
+        """It may have opened since the candidates were weighed."""
+        refusal = self.experience.breakers.refusal(candidate.backend, trio.current_time())
+        if refusal is not None:
+            raise ProviderUnavailable(paused(*refusal), retry_after=refusal[0])
+
+    def _remember(self, request_id: str, policy: Policy, attempts: Attempts) -> None:
+        if request_id:
+            self._logs[request_id] = RequestLog(policy, attempts.tried, attempts.ruled_out)
+            if len(self._logs) > MAX_LOGS:
+                self._logs.popitem(last=False)
+
+    def _attempts(
+        self, request: GenerateRequest, policy: Policy, local_only: bool, key: bytes
+    ) -> Attempts:
+        tokens = self.experience.measures.length(request.model)
+        if request.sampling.max_tokens is not None:
+            tokens = min(tokens, request.sampling.max_tokens)
+        with_peers = self._network is not None and not local_only
+        suitable, ruled_out = self._candidates.sort(
+            request, with_peers=with_peers, only_shared=local_only
+        )
+        return Attempts(
+            request,
+            suitable,
+            ruled_out,
+            choose=lambda left: choose(
+                policy, left, turns=self._turns, key=key, tokens=tokens, rng=self._rng
+            ),
+            models=lambda: (
+                source.offer.id
+                for source in self._candidates.sources(
+                    with_peers=with_peers, only_shared=local_only
+                )
+            ),
+            for_peer=local_only,
+        )
+
+
+def _seen_from_here(origin: Origin, candidate: Candidate, policy: str, attempts: int) -> Origin:
+    """What a backend says of itself, with what this node knows better."""
+    offer = candidate.offer
+    return msgspec.structs.replace(
+        origin,
+        peer=candidate.peer,
+        node=candidate.node,
+        provider=origin.provider if origin.cache.startswith("hit") else candidate.provider,
+        model=offer.id,
+        policy=policy,
+        attempts=attempts,
+        weights=origin.weights or offer.weights,
+        engine=origin.engine or offer.engine,
+        numerics=origin.numerics or offer.numerics,
+    )

@@ -1,0 +1,174 @@
+"""The candidates for a request: who offers the model, how busy and how fast they are.
+
+This node's own providers are candidates like those of its peers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import trio
+
+from ..providers.base import GenerateRequest, ModelOffer, Provider
+from .attempts import Obstacle, RuledOut, rule_out
+from .frames import Load
+from .measure import BackendId, Experience, Measured
+from .peers import Offered, PeerState, PeerTable, ProviderAdvert
+from .policies import Candidate
+from .transport import PeerId
+
+
+class HasLoad(Protocol):
+    """How busy a provider of this node is."""
+
+    @property
+    def running(self) -> int: ...
+    @property
+    def waiting(self) -> int: ...
+    @property
+    def slots(self) -> int: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalBackend:
+    """A provider of this node."""
+
+    provider: Provider
+    name: str
+    kind: str
+    #: May peers use it?
+    shared: bool
+    load: Callable[[], HasLoad]
+    #: It spends somebody's money or subscription.
+    paid: bool = False
+
+
+class Source(NamedTuple):
+    """A model as one provider of one node offers it."""
+
+    peer: PeerId
+    node: str
+    provider: str
+    kind: str
+    offer: ModelOffer
+    own: bool
+
+
+class Candidates:
+    """What this node knows of everybody who offers a model."""
+
+    def __init__(
+        self,
+        *,
+        local: Callable[[], Sequence[LocalBackend]],
+        peers: PeerTable,
+        peer_id: PeerId,
+        node: str,
+        experience: Experience,
+    ) -> None:
+        self._local = local
+        self._peers = peers
+        self._peer_id = peer_id
+        self._node = node
+        self._experience = experience
+
+    def sources(self, *, with_peers: bool, only_shared: bool = False) -> Iterator[Source]:
+        """Every model with who offers it: this node's own providers, then the peers'."""
+        for backend in self._local():
+            for offer in backend.provider.models() if backend.shared or not only_shared else ():
+                yield Source(self._peer_id, self._node, backend.name, backend.kind, offer, True)
+        for offered in self._peers.models().values() if with_peers else ():
+            for peer, provider, offer in offered:
+                yield Source(peer.peer, peer.node, provider.name, provider.kind, offer, False)
+
+    def local(self, name: str) -> LocalBackend | None:
+        """This node's provider of that name."""
+        return next((b for b in self._local() if b.name == name), None)
+
+    def loads(self) -> dict[str, Load]:
+        """How busy the providers are that peers may use."""
+        return {b.name: _load(b) for b in self._local() if b.shared}
+
+    def sort(
+        self, request: GenerateRequest, *, with_peers: bool, only_shared: bool
+    ) -> tuple[list[Candidate], list[RuledOut]]:
+        """Who may answer, and who not and why."""
+        suitable, ruled_out = [], []
+        for candidate, obstacle in self._of(request.model, with_peers, only_shared):
+            reason = rule_out(candidate, request, obstacle)
+            if reason is None:
+                suitable.append(candidate)
+            else:
+                ruled_out.append(reason)
+        return suitable, ruled_out
+
+    def _of(
+        self, model: str, with_peers: bool, only_shared: bool
+    ) -> Iterator[tuple[Candidate, Obstacle | None]]:
+        now = trio.current_time()
+        for backend in self._local():
+            if backend.shared or not only_shared:
+                for offer in backend.provider.models():
+                    if offer.id == model:
+                        candidate = self._own(backend, offer)
+                        yield candidate, self._breaker_obstacle(candidate, now)
+        for offered in self._peers.offers(model) if with_peers else ():
+            candidate = self._remote(offered)
+            obstacle = _obstacle(offered.peer, offered.provider)
+            yield candidate, obstacle or self._breaker_obstacle(candidate, now)
+
+    def _own(self, backend: LocalBackend, offer: ModelOffer) -> Candidate:
+        load = _load(backend)
+        return Candidate(
+            peer=self._peer_id,
+            node=self._node,
+            provider=backend.name,
+            offer=offer,
+            own=True,
+            slots=load.slots,
+            # It counts our requests too.
+            others=load.running + load.waiting,
+            speed=self._experience.measures.get(Measured(self._peer_id, backend.name, offer.id)),
+            paid=backend.paid,
+        )
+
+    def _remote(self, offered: Offered) -> Candidate:
+        peer, provider, offer = offered
+        busy = self._experience.loads.get(BackendId(peer.peer, provider.name), provider.load)
+        return Candidate(
+            peer=peer.peer,
+            node=peer.node,
+            provider=provider.name,
+            offer=offer,
+            slots=busy.slots,
+            others=busy.others,
+            in_flight=busy.in_flight,
+            speed=self._experience.measures.get(Measured(peer.peer, provider.name, offer.id)),
+            said_ttft=provider.ttft,
+            said_rate=provider.rate,
+            paid=provider.paid,
+        )
+
+    def _breaker_obstacle(self, candidate: Candidate, now: float) -> Obstacle | None:
+        refusal = self._experience.breakers.refusal(candidate.backend, now)
+        return None if refusal is None else Obstacle(paused(*refusal), refusal[0])
+
+
+def _load(backend: LocalBackend) -> Load:
+    load = backend.load()
+    return Load(running=load.running, waiting=load.waiting, slots=max(load.slots, 1))
+
+
+def _obstacle(peer: PeerState, provider: ProviderAdvert) -> Obstacle | None:
+    """Why this peer's provider cannot be asked now, as far as the table knows."""
+    if peer.state == "unreachable":
+        return Obstacle(f"its node is not reachable: {peer.reason}")
+    if provider.state != "ready":
+        return Obstacle(f"it is {provider.state}: {provider.reason}", wait=5.0)
+    return None
+
+
+def paused(wait: float, reason: str) -> str:
+    return f"it failed and is left alone for {wait:.1f} s more: {reason}"

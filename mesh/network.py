@@ -1,0 +1,278 @@
+"""The mesh as one object: joins the parts of this folder over one `Transport`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from random import Random
+from typing import Any
+
+import trio
+
+from ..providers.base import GenerateRequest
+from .dialing import Dialing
+from .frames import (
+    AskBlock,
+    AskClaims,
+    AskTable,
+    Block,
+    End,
+    Failed,
+    Generate,
+    Items,
+    Known,
+    RemoteProtocolError,
+    Request,
+)
+from .gossip import Gossip
+from .liveness import Liveness
+from .peers import Advert, PeerTable
+from .pool import CONNECT, PeerAnswer, StreamPool
+from .protocol import PROTOCOL
+from .serving import Services, Serving
+from .transport import PeerId, Transport, TransportError
+
+logger = logging.getLogger(__name__)
+
+#: Seconds to get a block; a peer's table or claims.
+BLOCK_TIME, LIST_TIME = 10.0, 30.0
+#: Tries to greet a peer that has just connected, which may still be starting, and the pause (s).
+GREETINGS, GREETING_PAUSE = 3, 1.0
+#: Seconds between two looks for adverts that have ended.
+EXPIRE_PERIOD = 1.0
+
+
+async def _nothing(peer: PeerId) -> None:
+    await trio.lowlevel.checkpoint()
+
+
+class Network:
+    """This node in its mesh, while `run` runs."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        table: PeerTable,
+        services: Services,
+        *,
+        describe: Callable[[], Advert],
+        epoch: int,
+        rng: Random,
+        on_claims: Callable[[PeerId, bytes], bool] = lambda peer, data: False,
+        on_met: Callable[[PeerId], Awaitable[None]] = _nothing,
+        bootstrap: Sequence[str] = (),
+        known: Mapping[PeerId, Sequence[str]] | None = None,
+        save_known: Callable[[Mapping[PeerId, Sequence[str]]], None] = lambda known: None,
+    ) -> None:
+        """What a node passes in.
+
+        `describe` gives the advert's node, version, machine and providers; `epoch` must be greater
+        at each start. `on_claims` takes a batch that came by gossip and says whether it may be
+        passed on; `on_met` runs for each peer that connects, after its table was read. `known` are
+        the peers of last time, and `save_known` takes those for next time (it must not block).
+        Raises `ValueError` for a bootstrap address without a peer id.
+        """
+        self.table = table
+        self._transport = transport
+        self._on_met = on_met
+        self._gossip = Gossip(
+            transport,
+            table,
+            describe=describe,
+            epoch=epoch,
+            on_advert=self._heard,
+            on_claims=on_claims,
+            rng=rng,
+        )
+        self._serving = Serving(services, self._gossip.relayed)
+        self._liveness = Liveness(transport, table, lost=self._lost)
+        self._dialing = Dialing(
+            transport, table, bootstrap=bootstrap, known=known or {}, save=save_known, rng=rng
+        )
+        self._nursery: trio.Nursery | None = None
+        self._pool: StreamPool | None = None
+        #: Why a connection is being cut.
+        self._reasons: dict[PeerId, str] = {}
+        self._advert_listeners: list[Callable[[Advert], None]] = []
+        self._connection_listeners: list[Callable[[PeerId, bool], None]] = []
+
+    @property
+    def peer_id(self) -> PeerId:
+        return self._transport.peer_id
+
+    def listen(
+        self, *, advert: Callable[[Advert], None], connection: Callable[[PeerId, bool], None]
+    ) -> None:
+        """Be told of each new advert of a peer, and of each connection that comes or goes."""
+        self._advert_listeners.append(advert)
+        self._connection_listeners.append(connection)
+
+    async def run(self, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
+        """Be in the mesh until cancelled."""
+        transport = self._transport
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                self._pool = StreamPool(transport, nursery, reach=self._dialing.reach)
+                await nursery.start(self._gossip.run)
+                transport.handle(PROTOCOL, self._serving.handle)
+                transport.on_connection(self._connection)
+                for peer in transport.connected():
+                    self._connection(peer, True)
+                nursery.start_soon(self._liveness.run)
+                nursery.start_soon(self._dialing.run)
+                nursery.start_soon(self._expire)
+                task_status.started()
+        finally:
+            self._nursery = self._pool = None
+
+    def connected(self) -> Sequence[PeerId]:
+        """The peers that are connected now."""
+        return list(self._transport.connected())
+
+    def members(self) -> int:
+        """How many nodes the mesh has, as far as this one knows."""
+        return len(self.table) + 1
+
+    # --- asking
+
+    @asynccontextmanager
+    async def ask(
+        self, peer: PeerId, request: GenerateRequest, *, connect: float = CONNECT
+    ) -> AsyncIterator[PeerAnswer]:
+        """A peer's answer, once it is known who there answers. Leaving makes the peer stop.
+
+        `connect` (s) limits the time until the request is sent. Raises `TransportError`,
+        `RemoteProtocolError` and what the peer says, a `GenerateError`; here or from the chunks.
+        """
+        asked = Generate(request=request)
+        async with self._open_pool().ask(peer, asked, connect=connect) as stream:
+            answer = PeerAnswer(stream)
+            await answer.wait_head()
+            yield answer
+
+    async def fetch_block(self, peer: PeerId, cid: bytes) -> bytes | None:
+        """The block with that CID, not checked yet; None if the peer does not have it.
+
+        Raises `TransportError`, `RemoteProtocolError`.
+        """
+        block: bytes | None = None
+
+        def take(frame: Block) -> None:
+            nonlocal block
+            block = frame.block
+
+        await self._collect(peer, AskBlock(cid=cid), BLOCK_TIME, take)
+        return block
+
+    async def ask_claims(self, peer: PeerId, known: Mapping[PeerId, Known]) -> Sequence[bytes]:
+        """A page of the batches of claims that the peer has and that are not `known`.
+
+        Raises `TransportError`, `RemoteProtocolError`.
+        """
+        page: list[bytes] = []
+        await self._take_items(peer, AskClaims(known=dict(known)), page.append)
+        return page
+
+    # --- telling
+
+    def changed(self) -> None:
+        """What `describe` gives has changed: the mesh should know soon."""
+        self._gossip.changed()
+
+    async def announce_claims(self, batch: bytes) -> None:
+        """Gossip a signed batch of claims."""
+        await self._gossip.announce_claims(batch)
+
+    async def announce_leaving(self) -> None:
+        """Tell the mesh that this node goes, just before it does. Never raises."""
+        await self._gossip.announce_leaving()
+
+    def found(self, peer: PeerId, addresses: Sequence[str]) -> None:
+        """A member was found on the LAN."""
+        if peer != self.peer_id:
+            self._dialing.found(peer, addresses)
+
+    # --- what happens
+
+    def _heard(self, advert: Advert) -> None:
+        if advert.leaving:
+            self._dialing.left(advert.peer)
+        elif advert.addresses:
+            self._dialing.found(advert.peer, advert.addresses, advertised=True)
+        for tell in self._advert_listeners:
+            tell(advert)
+
+    def _connection(self, peer: PeerId, connected: bool) -> None:
+        if self._nursery is None:
+            return
+        now = trio.current_time()
+        address = self._transport.connected().get(peer, "")
+        if connected:
+            self.table.connected(peer, address, now)
+            self._nursery.start_soon(self._greet, peer)
+        else:
+            reason = self._reasons.pop(peer, "the connection was lost")
+            self.table.disconnected(peer, reason, now)
+        self._dialing.connection(peer, connected)
+        for tell in self._connection_listeners:
+            tell(peer, connected)
+
+    async def _lost(self, peer: PeerId, reason: str) -> None:
+        self._reasons[peer] = reason
+        await self._transport.disconnect(peer)
+        self._reasons.pop(peer, None)
+
+    async def _greet(self, peer: PeerId) -> None:
+        """Learn what a peer knows that has just connected."""
+        for _ in range(GREETINGS):
+            try:
+                await self._take_items(peer, AskTable(), self._gossip.take_relayed)
+                await self._on_met(peer)
+                return
+            except RemoteProtocolError as error:
+                logger.warning("peer %s broke the protocol: %s", peer, error)
+                return
+            except TransportError as error:
+                logger.debug("peer %s did not tell its table: %s", peer, error)
+            await trio.sleep(GREETING_PAUSE)
+            if peer not in self._transport.connected():
+                return
+
+    async def _expire(self) -> None:
+        while True:
+            self.table.expire(trio.current_time())
+            await trio.sleep(EXPIRE_PERIOD)
+
+    # --- requests with a list or a block for a reply
+
+    async def _take_items(
+        self, peer: PeerId, request: Request, take: Callable[[bytes], None]
+    ) -> None:
+        def each(frame: Items | End) -> None:
+            for item in frame.items if isinstance(frame, Items) else ():
+                take(item)
+
+        await self._collect(peer, request, LIST_TIME, each)
+
+    async def _collect(
+        self, peer: PeerId, request: Request, limit: float, take: Callable[..., None]
+    ) -> None:
+        """Send a request and give each frame of the reply to `take`."""
+        with trio.move_on_after(limit):
+            async with self._open_pool().ask(peer, request, connect=CONNECT) as stream:
+                while True:
+                    await stream.wait_frame()
+                    for frame in stream.take_frames():
+                        if isinstance(frame, Failed):
+                            raise TransportError(f"the peer says: {frame.message[:500]}")
+                        take(frame)
+                    if stream.idle:
+                        return
+        raise TransportError(f"no whole reply within {limit:g} s")
+
+    def _open_pool(self) -> StreamPool:
+        if self._pool is None:
+            raise TransportError("this node is not in the mesh")
+        return self._pool

@@ -1,0 +1,383 @@
+"""py-libp2p 0.8.1, mended: what of it cannot be exposed to a network as it is.
+
+The mends are subclasses, so that the library beside them stays as it was. What they are, and what
+happens without them:
+
+========================================  ======================================================
+mend                                      without it
+========================================  ======================================================
+yamux.py, streams.py: our own muxer       cancelling a task that reads or writes kills the
+                                          connection; a peer fills our memory (see there)
+pnet.py: our own socket layer, XSalsa20   a private network of Python nodes only; a stranger makes
+                                          dials hang; two system calls and two locks a read
+gossipsub.py                              a malformed message ends the host (see there)
+Link: a handler that fails resets its     one exception in any stream handler ends the host
+stream
+Link: streams are negotiated here         a protocol id of any length is read into memory; four
+                                          round trips of the scheduler for each of its bytes
+Link: ends with its handlers at once      fixed sleeps make each disconnection take 0.2 s; a
+                                          stopped peer holds up leaving for ever
+Network: each connection holds its own    the slot of a closed inbound connection is never freed:
+task and nothing else                     the 251st in the life of a process is refused
+Network: waiting handshakes are few, and  idle sockets keep everybody out for 10 s at a time
+the oldest gives way
+Network: dials one address, at once, once  250 ms for each dial, only one address of a kind is
+                                          tried, a failed peer is blocked for 60 s, a wrong peer
+                                          id is tried four times
+Network: noise only                       a client that offers only plaintext is taken
+Network: no auto-connector, no dialling   dials what is merely known; the newest connection is not
+in `new_stream`, no resource manager      the one that is used; the next stream above a limit waits
+Network: listens without SO_REUSEPORT     two nodes share a port, and each gets half of the peers
+Network: no notice of each stream         a nursery and three tasks for nothing at each stream
+LibraryHost: identify in our nursery      runs in trio's system tasks: its failure ends the program
+`install`: loggers                        raw text on stderr, and a handler on the root logger
+========================================  ======================================================
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from typing import Any, cast
+
+import trio
+from libp2p.abc import IHost, INetConn, INetStream
+from libp2p.crypto.keys import KeyPair
+from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
+from libp2p.custom_types import TProtocol
+from libp2p.host.basic_host import BasicHost
+from libp2p.host.exceptions import StreamFailure
+from libp2p.identity.identify.identify import ID as IDENTIFY
+from libp2p.identity.identify.identify import (
+    _mk_identify_protobuf,
+    _remote_address_to_multiaddr,
+)
+from libp2p.io.exceptions import IOException
+from libp2p.network.config import ConnectionConfig
+from libp2p.network.connection import swarm_connection
+from libp2p.network.exceptions import SwarmException
+from libp2p.network.stream.net_stream import NetStream, StreamState
+from libp2p.network.swarm import Swarm
+from libp2p.peer.id import ID
+from libp2p.peer.peerstore import PeerStore
+from libp2p.protocol_muxer.generic_selector import GenericMultistreamSelector
+from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
+from libp2p.security.noise.transport import Transport as NoiseTransport
+from libp2p.transport.upgrader import TransportUpgrader
+from libp2p.utils import encode_varint_prefixed
+from multiaddr import Multiaddr  # type: ignore[import-untyped]
+
+from .pnet import Wire
+from .streams import LibraryStream, SecureYamux, negotiate, select
+from .transport import PeerId, TransportError
+from .yamux import PROTOCOL_ID as YAMUX
+from .yamux import YamuxStream
+
+log = logging.getLogger(__name__)
+
+MENDED_VERSION = "0.8.1"
+
+#: Seconds for the handshake of an inbound connection, and for agreeing on a stream's protocol.
+HANDSHAKE_TIMEOUT = 5.0
+NEGOTIATE_TIMEOUT = 10.0
+#: Inbound connections that have not shown who they are. One more, and the oldest is closed.
+MAX_HANDSHAKES = 128
+#: Connections in all. The limit of open files is 1024 on most systems.
+MAX_CONNECTIONS = 768
+#: Connections to one peer: both may dial at once, and each may come back before it is missed.
+MAX_CONNECTIONS_TO_PEER = 4
+
+
+def install() -> None:
+    """Check the version and quieten the library. Call it before any host is made."""
+    installed = version("libp2p")
+    if installed != MENDED_VERSION:
+        raise RuntimeError(f"libp2p {installed} is installed; {MENDED_VERSION} is what is mended")
+    _quieten()
+
+
+def _quieten() -> None:
+    """The library's records go where the program sends its own, and only the serious ones."""
+    library = logging.getLogger("libp2p")
+    if library.handlers and not isinstance(library.handlers[0], logging.NullHandler):
+        return  # somebody asked for its own log (LIBP2P_DEBUG)
+    if not library.handlers:
+        library.addHandler(logging.NullHandler())  # else what nobody takes goes to stderr
+    library.propagate = True
+    library.setLevel(logging.CRITICAL)
+    # It calls `logging.debug()`, which puts a handler on the root logger of the program.
+    cast(Any, swarm_connection).logging = logging.getLogger(swarm_connection.__name__)
+
+
+class Link(swarm_connection.SwarmConn):
+    """One connection to a peer, with the streams on it."""
+
+    muxed_conn: SecureYamux
+    swarm: Network
+
+    def __init__(self, muxed: SecureYamux, network: Network, *, address: str) -> None:
+        super().__init__(muxed, network)
+        self.peer: PeerId = muxed.peer_id.to_base58()
+        #: Where it was dialled, or where it comes from.
+        self.address = address
+        self.set_transport_info(muxed.get_transport_addresses(), muxed.get_connection_type())
+        self.event_started.set()
+
+    @property
+    def is_closed(self) -> bool:
+        return self.muxed_conn.is_closed
+
+    async def close(self) -> None:
+        await self.muxed_conn.close()
+
+    async def run(self) -> None:
+        """Serve the peer until the connection is over. Its handlers end with it."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._serve, nursery)
+            nursery.start_soon(self.swarm.notify_connected, self)
+            await self.muxed_conn.start()
+            self.event_closed.set()
+            self.swarm.forget(self)
+            nursery.cancel_scope.cancel()
+
+    async def _serve(self, nursery: trio.Nursery) -> None:
+        try:
+            while True:
+                nursery.start_soon(self._serve_stream, await self.muxed_conn.session.accept())
+        except TransportError:
+            return
+
+    async def _serve_stream(self, stream: YamuxStream) -> None:
+        finished = False
+        try:
+            handlers = self.swarm.handlers
+            with trio.fail_after(NEGOTIATE_TIMEOUT):
+                protocol = await negotiate(stream, handlers)
+            await handlers[protocol](self.library_stream(stream, protocol))
+            finished = True
+        except (TransportError, IOException) as error:  # the peer changed its mind: its right
+            log.debug("a stream of %s ended: %s", self.peer, error)
+        except Exception as error:  # the log has it, and the peer sees a reset
+            log.warning("serving a stream of %s failed: %r", self.peer, error)
+        finally:
+            await (stream.aclose() if finished else stream.reset())
+
+    def library_stream(self, stream: YamuxStream, protocol: str) -> NetStream:
+        """The stream as the library's protocols use it."""
+        shown = NetStream(LibraryStream(stream, self.muxed_conn), None, None)
+        shown._state = StreamState.OPEN
+        shown.set_protocol(TProtocol(protocol))
+        return shown
+
+
+class Network(Swarm):
+    """The connections of a host: TCP, noise, yamux; in a private network if there is a key."""
+
+    def __init__(self, key_pair: KeyPair, *, key: bytes | None, nursery: trio.Nursery) -> None:
+        peer_id = ID.from_pubkey(key_pair.public_key)
+        peerstore = PeerStore()
+        peerstore.add_key_pair(peer_id, key_pair)
+        noise = NoiseTransport(key_pair, noise_privkey=create_noise_key_pair().private_key)
+        # The defaults would connect to whatever is known.
+        config = ConnectionConfig(min_connections=0, low_watermark=0)
+        upgrader = TransportUpgrader({NOISE: noise}, {})
+        super().__init__(peer_id, peerstore, upgrader, [], connection_config=config)
+        self.handlers: dict[str, Callable[[INetStream], Any]] = {}
+        #: Called with (peer, connected?) at each first connection and last disconnection.
+        self.on_change: list[Callable[[PeerId, bool], None]] = []
+        self.background_nursery: trio.Nursery = nursery
+        self._key = key
+        self._muxers: GenericMultistreamSelector[type[SecureYamux]] = GenericMultistreamSelector()
+        self._muxers.add_handler(TProtocol(YAMUX), SecureYamux)
+        self._handshakes: dict[Wire, trio.CancelScope] = {}
+
+    # --- connections ------------------------------------------------------------------------------
+
+    def link(self, peer_id: ID) -> Link:
+        """The connection to use: the newest, as the peer may have lost those before.
+
+        Raises `TransportError`.
+        """
+        for link in reversed(self.connections.get(peer_id, ())):
+            if not link.is_closed:
+                return cast(Link, link)
+        raise TransportError(f"not connected to {peer_id}")
+
+    async def accept(self, stream: trio.SocketStream) -> None:
+        """Serve an inbound connection to its end. Never raises."""
+        wire = Wire(stream, initiator=False, key=self._key)
+        try:
+            muxed = await self._handshake(wire)
+        except Exception as error:  # anybody can send anything here
+            log.debug("an inbound connection from %s failed: %r", wire.get_remote_address(), error)
+            muxed = None
+        if muxed is None or len(self.get_connections()) >= MAX_CONNECTIONS:
+            wire.abort()
+            return
+        addresses = wire.get_transport_addresses()
+        await self._live(Link(muxed, self, address=str(addresses[0]) if addresses else ""))
+
+    async def _handshake(self, wire: Wire) -> SecureYamux | None:
+        """Who is it? None if it did not say in time, or had to give way to others."""
+        scope = trio.CancelScope(deadline=trio.current_time() + HANDSHAKE_TIMEOUT)
+        self._handshakes[wire] = scope
+        if len(self._handshakes) > MAX_HANDSHAKES:
+            self._handshakes.pop(next(iter(self._handshakes))).cancel()
+        try:
+            with scope:
+                return await self._upgrade(wire, None)
+            return None
+        except BaseException:
+            wire.abort()
+            raise
+        finally:
+            self._handshakes.pop(wire, None)
+
+    async def dial(self, host: str, port: int, peer_id: ID, *, address: str) -> Link:
+        """Connect to that peer there. Raises whatever went wrong; has no time limit of its own."""
+        wire = Wire(await trio.open_tcp_stream(host, port), initiator=True, key=self._key)
+        try:
+            link = Link(await self._upgrade(wire, peer_id), self, address=address)
+        except BaseException:
+            wire.abort()
+            raise
+        await self.background_nursery.start(self._live, link)
+        return link
+
+    async def _upgrade(self, wire: Wire, peer_id: ID | None) -> SecureYamux:
+        secured = await self.upgrader.upgrade_security(wire, wire.is_initiator, peer_id)
+        _, muxer = await self._muxers.select(secured, wire.is_initiator)
+        return muxer(secured, secured.get_remote_peer())
+
+    async def _live(self, link: Link, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
+        links = self.connections.setdefault(link.muxed_conn.peer_id, [])
+        links.append(link)
+        if len(links) > MAX_CONNECTIONS_TO_PEER:
+            self.background_nursery.start_soon(links[0].close)
+        if len(links) == 1:
+            self._tell(link.peer, True)
+        task_status.started()
+        try:
+            await link.run()
+        except Exception:  # a bug of ours: the log has it, and this connection ends
+            log.exception("the connection to %s failed", link.peer)
+        finally:
+            self.forget(link)
+            await link.muxed_conn.close()
+
+    def forget(self, link: Link) -> None:
+        """The connection is over."""
+        peer_id = link.muxed_conn.peer_id
+        links = self.connections.get(peer_id, [])
+        if link not in links:
+            return
+        links.remove(link)
+        if not links:
+            del self.connections[peer_id]
+            self._tell(link.peer, False)
+        self.background_nursery.start_soon(self._notify, "disconnected", link)
+
+    def _tell(self, peer: PeerId, connected: bool) -> None:
+        for told in list(self.on_change):
+            try:
+                told(peer, connected)
+            except Exception:  # the log has it; the connection is as it is
+                log.exception("a connection handler failed")
+
+    async def close_peer(self, peer_id: ID) -> None:
+        """Close every connection to that peer."""
+        async with trio.open_nursery() as nursery:
+            for link in self.get_connections(peer_id):
+                nursery.start_soon(link.close)
+
+    async def close(self) -> None:
+        """Close every connection, within `streams.LINGER`."""
+        async with trio.open_nursery() as nursery:
+            for link in self.get_connections():
+                nursery.start_soon(link.close)
+
+    # --- what the library asks for ----------------------------------------------------------------
+
+    async def new_stream(self, peer_id: ID) -> INetStream:
+        try:
+            link = self.link(peer_id)
+            return link.library_stream(link.muxed_conn.session.open(), "")
+        except TransportError as error:
+            raise SwarmException(str(error)) from error
+
+    async def dial_peer(self, peer_id: ID) -> list[INetConn]:
+        links = self.get_connections(peer_id)
+        if not links:
+            raise SwarmException(f"not connected to {peer_id}; nothing here dials by itself")
+        return links
+
+    async def notify_opened_stream(self, stream: INetStream) -> None:
+        """Nobody listens to it."""
+
+    async def notify_closed_stream(self, stream: INetStream) -> None:
+        """Nobody listens to it."""
+
+
+class LibraryHost(BasicHost):
+    """A host for the library's protocols: identify, ping, gossipsub."""
+
+    _network: Network
+
+    def __init__(
+        self, network: Network, *, agent: str, addresses: Callable[[], Sequence[str]]
+    ) -> None:
+        self._addresses = addresses
+        super().__init__(network, disable_identify_address_discovery=True)
+        network.handlers = cast(Any, self.multiselect.handlers)
+        self.set_stream_handler(IDENTIFY, _identify_handler(self, agent))
+
+    def get_transport_addrs(self) -> list[Multiaddr]:
+        return [Multiaddr(address.partition("/p2p/")[0]) for address in self._addresses()]
+
+    def get_addrs(self) -> list[Multiaddr]:
+        return [Multiaddr(address) for address in self._addresses()]
+
+    async def new_stream(self, peer_id: ID, protocol_ids: Sequence[TProtocol]) -> INetStream:
+        try:
+            link = self._network.link(peer_id)
+            stream, protocol = await open_stream(link, [str(p) for p in protocol_ids])
+        except TransportError as error:
+            raise StreamFailure(str(error)) from error
+        return link.library_stream(stream, protocol)
+
+    def _schedule_identify(self, peer_id: ID, *, reason: str) -> None:
+        if peer_id not in self._identify_inflight and peer_id not in self._identified_peers:
+            self._identify_inflight.add(peer_id)
+            self._network.background_nursery.start_soon(self._identify, peer_id, reason)
+
+    async def _identify(self, peer_id: ID, reason: str) -> None:
+        try:
+            await self._identify_task_entry(peer_id, reason)
+        except Exception as error:  # what a peer says of itself is of no importance here
+            log.debug("%s could not be identified: %r", peer_id, error)
+
+
+async def open_stream(link: Link, protocols: Sequence[str]) -> tuple[YamuxStream, str]:
+    """A new stream, and which of the protocols the peer speaks on it. Raises `TransportError`."""
+    stream = link.muxed_conn.session.open()
+    try:
+        with trio.fail_after(NEGOTIATE_TIMEOUT):
+            return stream, await select(stream, protocols)
+    except trio.TooSlowError:
+        await stream.reset()
+        raise TransportError(f"{link.peer} did not open a stream in time") from None
+    except BaseException:
+        await stream.reset()
+        raise
+
+
+def _identify_handler(host: IHost, agent: str) -> Callable[[INetStream], Any]:
+    async def identify(stream: INetStream) -> None:
+        message = _mk_identify_protobuf(
+            host, _remote_address_to_multiaddr(stream.get_remote_address())
+        )
+        message.agent_version = agent
+        await stream.write(encode_varint_prefixed(message.SerializeToString()))
+
+    return identify

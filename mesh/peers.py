@@ -1,0 +1,391 @@
+"""Who is in the mesh: adverts, and the table of peers. Pure: told the time, does no I/O.
+
+An advert is what a node says of itself. It travels signed, so that others may pass it on (a peer
+that has just connected asks for the table), but nobody can refresh or change it but its subject:
+what is not newer in (epoch, seq) is dropped. It lives for its `ttl` after it was received, by the
+receiver's own clock; who passes it on says how old it is. So neither a wrong clock nor gossip that
+goes round brings back a node that is gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal, NamedTuple
+
+import msgspec
+
+from ..providers.base import ModelOffer, Value
+from .frames import Load, RemoteProtocolError, decode_value, encode_value
+from .transport import PeerId
+
+#: The version of the advert's form.
+VERSION = 1
+#: Bytes of an advert, so that one gossip message carries it.
+MAX_ADVERT = 64 * 1024
+#: Peers in the table. A mesh is small; this bounds what members can make us keep.
+MAX_PEERS = 2048
+#: Seconds that an advert may live unrefreshed.
+MIN_TTL, MAX_TTL = 5.0, 600.0
+#: Seconds for which a peer that is gone is remembered, so that its old adverts stay old.
+MEMORY = 3600.0
+#: Seconds for which a peer that cannot be reached is shown after the last try to reach it.
+LINGER = 120.0
+#: What is signed begins with this, so that no other signed bytes pass for an advert.
+CONTEXT = b"promptmesh advert 1\0"
+
+#: Names end in terminals and in HTTP headers, so they hold no control characters.
+PRINTABLE = "^[^\\x00-\\x1f\\x7f]*$"
+Name = Annotated[str, msgspec.Meta(max_length=200, pattern=PRINTABLE)]
+Line = Annotated[str, msgspec.Meta(max_length=500, pattern=PRINTABLE)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+Slots = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
+Positive = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
+
+
+# --- wire values --------------------------------------------------------------------------------
+
+
+class Gpu(Value, frozen=True, kw_only=True):
+    """A graphics card; memory in bytes, `utilisation` from 0 to 1."""
+
+    index: Count
+    name: Name
+    memory_total: Count
+    memory_free: Count
+    utilisation: Positive = 0.0
+
+
+class Machine(Value, frozen=True, kw_only=True):
+    """What a node runs on; memory in bytes. `cpus` is None where it is not known."""
+
+    cpus: Count | None = None
+    memory_total: Count = 0
+    memory_free: Count = 0
+    gpus: Annotated[tuple[Gpu, ...], msgspec.Meta(max_length=64)] = ()
+
+
+class ProviderAdvert(Value, frozen=True, kw_only=True):
+    """A provider that peers may use, as its node sees it.
+
+    `ttft` (s to the first token) and `rate` (tokens/s) are measured there; None: not yet.
+    """
+
+    name: Name
+    kind: Name = ""
+    models: Annotated[tuple[ModelOffer, ...], msgspec.Meta(max_length=1024)] = ()
+    slots: Slots = 1
+    running: Count = 0
+    waiting: Count = 0
+    state: Literal["ready", "starting", "unavailable"] = "ready"
+    reason: Line = ""
+    ttft: Positive | None = None
+    rate: Positive | None = None
+    #: It spends somebody's money or subscription.
+    paid: bool = False
+
+    @property
+    def load(self) -> Load:
+        return Load(running=self.running, waiting=self.waiting, slots=self.slots)
+
+
+class Advert(Value, frozen=True, kw_only=True):
+    """What a node says of itself. `epoch` rises with each start, `seq` with each advert."""
+
+    v: int = VERSION
+    peer: Name = ""
+    node: Name = ""
+    version: Name = ""
+    epoch: Count = 0
+    seq: Count = 0
+    #: Seconds after receipt for which it holds.
+    ttl: Positive = MIN_TTL
+    addresses: Annotated[tuple[Line, ...], msgspec.Meta(max_length=32)] = ()
+    machine: Machine = Machine()
+    providers: Annotated[tuple[ProviderAdvert, ...], msgspec.Meta(max_length=64)] = ()
+    #: The node goes; it offers nothing any more.
+    leaving: bool = False
+
+    @property
+    def stamp(self) -> tuple[int, int]:
+        """Orders the adverts of one node."""
+        return self.epoch, self.seq
+
+
+class SignedAdvert(Value, frozen=True, kw_only=True):
+    """An advert's bytes with its subject's signature. `age` (s) says who passes it on."""
+
+    advert: Annotated[bytes, msgspec.Meta(max_length=MAX_ADVERT)]
+    signature: Annotated[bytes, msgspec.Meta(max_length=128)]
+    age: Positive = 0.0
+
+
+def seal(advert: Advert, sign: Callable[[bytes], bytes]) -> SignedAdvert:
+    """The advert, signed. Models that do not fit into `MAX_ADVERT` are left out, last first.
+
+    Raises `ValueError` if a field is longer than what peers accept.
+    """
+    data = encode_value(advert)
+    while len(data) > MAX_ADVERT and any(p.models for p in advert.providers):
+        advert = _with_fewer_models(advert)
+        data = encode_value(advert)
+    try:
+        decode_value(data, Advert, limit=MAX_ADVERT)
+    except RemoteProtocolError as error:
+        raise ValueError(f"peers would refuse this node's advert: {error}") from None
+    return SignedAdvert(advert=data, signature=sign(CONTEXT + data))
+
+
+def _with_fewer_models(advert: Advert) -> Advert:
+    largest = max(advert.providers, key=lambda p: len(p.models))
+    kept = msgspec.structs.replace(largest, models=largest.models[: len(largest.models) // 2])
+    providers = tuple(kept if p is largest else p for p in advert.providers)
+    return msgspec.structs.replace(advert, providers=providers)
+
+
+def open_sealed(data: bytes) -> tuple[SignedAdvert, Advert]:
+    """An advert as it came, not yet trusted. Raises `RemoteProtocolError`."""
+    sealed = decode_value(data, SignedAdvert, limit=MAX_ADVERT + 1024)
+    return sealed, decode_value(sealed.advert, Advert, limit=MAX_ADVERT)
+
+
+def is_signed(
+    sealed: SignedAdvert, subject: PeerId, verify: Callable[[PeerId, bytes, bytes], bool]
+) -> bool:
+    """Did its subject sign it?"""
+    return verify(subject, CONTEXT + sealed.advert, sealed.signature)
+
+
+# --- the table ----------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, eq=False)
+class PeerState:
+    """What this node knows of a peer. Times are this node's monotonic seconds."""
+
+    peer: PeerId
+    #: What it says of itself; None: nothing that still holds.
+    advert: Advert | None = None
+    sealed: SignedAdvert | None = None
+    #: When its advert was made, as far as we know, and when it ends.
+    made: float = 0.0
+    expires: float = 0.0
+    connected: bool = False
+    #: The address of the connection.
+    address: str = ""
+    #: Since when it is connected, or not.
+    since: float = 0.0
+    #: Round trip in seconds.
+    rtt: float | None = None
+    #: Why it cannot be reached; "": it was not tried, or is connected.
+    reason: str = ""
+    #: When it was last found unreachable.
+    failed: float = 0.0
+    #: It said that it goes.
+    left: bool = False
+
+    @property
+    def state(self) -> Literal["connected", "known", "unreachable"]:
+        if self.connected:
+            return "connected"
+        return "unreachable" if self.reason else "known"
+
+    @property
+    def node(self) -> str:
+        """Its name, if it said one."""
+        return self.advert.node if self.advert else ""
+
+    @property
+    def providers(self) -> Sequence[ProviderAdvert]:
+        return self.advert.providers if self.advert else ()
+
+
+class Offered(NamedTuple):
+    """A model that a peer's provider offers."""
+
+    peer: PeerState
+    provider: ProviderAdvert
+    offer: ModelOffer
+
+
+class _Past(NamedTuple):
+    """The newest advert ever seen of a peer, and until when that is remembered."""
+
+    stamp: tuple[int, int]
+    sealed: SignedAdvert
+    until: float
+
+
+class PeerTable:
+    """The peers of this node. Every method that depends on time is told it."""
+
+    def __init__(self, own: PeerId) -> None:
+        self.own = own
+        #: Rises with each change of who offers what.
+        self.version = 0
+        self._peers: dict[PeerId, PeerState] = {}
+        self._past: dict[PeerId, _Past] = {}
+        self._index: dict[str, list[Offered]] = {}
+        self._indexed = -1
+
+    def __len__(self) -> int:
+        return len(self._peers)
+
+    def __iter__(self) -> Iterator[PeerState]:
+        return iter(list(self._peers.values()))
+
+    def clear(self) -> None:
+        """Forget everybody: this node leaves, and may enter another mesh."""
+        self._peers.clear()
+        self.version += 1
+
+    def get(self, peer: PeerId) -> PeerState | None:
+        return self._peers.get(peer)
+
+    # --- adverts
+
+    def is_news(self, advert: Advert) -> bool:
+        """Would `observe` take it? (asked before its signature is checked, which costs more)"""
+        past = self._past.get(advert.peer)
+        return (
+            advert.v == VERSION
+            and advert.peer not in ("", self.own)
+            and (past is None or advert.stamp > past.stamp)
+        )
+
+    def observe(self, advert: Advert, sealed: SignedAdvert, now: float, age: float = 0.0) -> bool:
+        """Take an advert whose signature holds, made `age` seconds ago. Was it news?"""
+        ttl = min(max(advert.ttl, MIN_TTL), MAX_TTL)
+        if not self.is_news(advert) or age >= ttl or not self._has_room(advert.peer):
+            return False
+        self._past.pop(advert.peer, None)  # the order of `_past` is that of their last advert
+        self._past[advert.peer] = _Past(advert.stamp, sealed, now + MEMORY)
+        if advert.leaving:
+            self._leave(advert.peer)
+            return True
+        peer = self._peers.get(advert.peer) or self._add(advert.peer, now)
+        peer.advert, peer.sealed, peer.left = advert, sealed, False
+        peer.made, peer.expires = now - age, now - age + ttl
+        self.version += 1
+        return True
+
+    def expire(self, now: float) -> list[PeerId]:
+        """Forget what has ended. Returns the peers that are out of the table."""
+        gone = []
+        for peer in self:
+            if peer.advert is not None and now >= peer.expires:
+                self._silence(peer)
+            if peer.advert or peer.connected or (peer.reason and now < peer.failed + LINGER):
+                continue
+            del self._peers[peer.peer]
+            gone.append(peer.peer)
+        for name in [name for name, past in self._past.items() if now >= past.until]:
+            if name not in self._peers:
+                del self._past[name]
+        return gone
+
+    def relayed(self, asker: PeerId, now: float) -> list[SignedAdvert]:
+        """The adverts to tell a peer that asks, each with its age.
+
+        Its own newest one is among them though it may have ended: a node whose clock went back
+        learns from it which epoch it must exceed.
+        """
+        adverts = [
+            msgspec.structs.replace(peer.sealed, age=max(now - peer.made, 0.0))
+            for peer in self._peers.values()
+            if peer.sealed is not None and peer.peer != asker
+        ]
+        past = self._past.get(asker)
+        return adverts if past is None else [*adverts, past.sealed]
+
+    def _leave(self, name: PeerId) -> None:
+        peer = self._peers.get(name)
+        if peer is None:
+            return
+        self._silence(peer)
+        peer.left = True
+        if not peer.connected:
+            del self._peers[name]
+
+    def _silence(self, peer: PeerState) -> None:
+        peer.advert = peer.sealed = None
+        self.version += 1
+
+    def _add(self, peer: PeerId, now: float) -> PeerState:
+        state = self._peers[peer] = PeerState(peer, since=now)
+        return state
+
+    def _has_room(self, peer: PeerId) -> bool:
+        """Room for one more, made by dropping one that is not connected where needed."""
+        if peer not in self._peers and len(self._peers) >= MAX_PEERS:
+            for name, state in self._peers.items():
+                if not state.connected:
+                    del self._peers[name]
+                    self.version += 1
+                    break
+            else:
+                return False
+        if peer not in self._past and len(self._past) >= 4 * MAX_PEERS:
+            del self._past[next(iter(self._past))]
+        return True
+
+    # --- connections
+
+    def connected(self, peer: PeerId, address: str, now: float) -> None:
+        """There is a connection."""
+        self._has_room(peer)  # a connection is not refused for the table's sake
+        state = self._peers.get(peer) or self._add(peer, now)
+        if not state.connected:
+            state.connected, state.since, state.rtt, state.left = True, now, None, False
+        state.address, state.reason = address, ""
+        self.version += 1
+
+    def disconnected(self, peer: PeerId, reason: str, now: float) -> None:
+        """The last connection is gone."""
+        state = self._peers.get(peer)
+        if state is None or not state.connected:
+            return
+        state.connected, state.since, state.rtt = False, now, None
+        state.reason, state.failed, state.address = reason, now, ""
+        self.version += 1
+        if state.left:
+            del self._peers[peer]
+
+    def unreachable(self, peer: PeerId, reason: str, now: float) -> None:
+        """It could not be connected to."""
+        if peer == self.own or (peer not in self._peers and not self._has_room(peer)):
+            return
+        state = self._peers.get(peer) or self._add(peer, now)
+        if not state.connected:
+            state.reason, state.failed = reason[:500], now
+            self.version += 1
+
+    def answered(self, peer: PeerId, rtt: float) -> None:
+        """It answered a ping."""
+        state = self._peers.get(peer)
+        if state is not None:
+            state.rtt = rtt if state.rtt is None else 0.8 * state.rtt + 0.2 * rtt
+
+    # --- what can be asked
+
+    def offers(self, model: str) -> Sequence[Offered]:
+        """Who says it has that model, whether it can be reached or not."""
+        return self._by_model().get(model, ())
+
+    def models(self) -> Mapping[str, Sequence[Offered]]:
+        """All models, with who says it has them."""
+        return self._by_model()
+
+    def _by_model(self) -> dict[str, list[Offered]]:
+        if self._indexed != self.version:
+            self._index = {}
+            for offered in self._offered():
+                self._index.setdefault(offered.offer.id, []).append(offered)
+            self._indexed = self.version
+        return self._index
+
+    def _offered(self) -> Iterable[Offered]:
+        for peer in self._peers.values():
+            for provider in peer.providers:
+                for offer in provider.models:
+                    yield Offered(peer, provider, offer)

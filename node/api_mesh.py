@@ -1,0 +1,253 @@
+"""The routes about the node itself: `/mesh/v1/*`, `/healthz`, `/readyz`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import msgspec
+import trio
+
+from ..cache.answer_rows import StoredAnswer
+from ..cache.answers import AnswerCache
+from ..cache.blocks import BlockStore
+from ..cache.cid import parse_cid
+from ..cache.dag_json import block_as_json
+from ..mesh.peers import Machine, PeerState, PeerTable, ProviderAdvert
+from ..mesh.transport import TransportError
+from .http_server import Request, Responder
+from .own_providers import OwnProvider, OwnProviders
+from .routes import send_problem
+
+logger = logging.getLogger(__name__)
+
+JSON = "application/json"
+#: Characters of an answer that a listing shows.
+PREVIEW = 80
+#: Answers of one listing.
+MAX_LISTED = 1000
+
+
+class MembershipControl(Protocol):
+    """What can be told to the mesh membership (`node.membership.Membership`)."""
+
+    @property
+    def addresses(self) -> list[str]: ...
+
+    @property
+    def problem(self) -> str: ...
+
+    async def reload(self) -> None: ...
+
+    async def leave(self) -> None: ...
+
+
+class MeshApi:
+    """The handlers of `/mesh/v1/*`."""
+
+    def __init__(
+        self,
+        *,
+        peer: str,
+        node: str,
+        policy: str,
+        peers: PeerTable,
+        providers: OwnProviders,
+        machine: Callable[[], Machine],
+        answers: AnswerCache,
+        blocks: BlockStore,
+        membership: MembershipControl,
+        ready: Callable[[], bool],
+    ) -> None:
+        self._peer = peer
+        self._node = node
+        self._policy = policy
+        self._peers = peers
+        self._providers = providers
+        self._machine = machine
+        self._answers = answers
+        self._blocks = blocks
+        self._membership = membership
+        self._ready = ready
+        self._started = time.time()
+
+    async def status(self, request: Request, responder: Responder) -> None:
+        """`GET /mesh/v1/status`."""
+        stat = await self._answers.stat(now=time.time())
+        connected = sum(peer.state == "connected" for peer in self._peers)
+        fields = {
+            "peer": self._peer,
+            "node": self._node,
+            "version": importlib.metadata.version("promptmesh"),
+            "started_at": int(self._started),
+            "policy": self._policy,
+            "addresses": self._membership.addresses,
+            "mesh": {"connected": connected, "problem": self._membership.problem or None},
+            "machine": _machine(self._machine()),
+            "providers": [_own(p) for p in self._providers],
+            "cache": {
+                "answers": stat.answers,
+                "bytes": stat.bytes,
+                "max_bytes": stat.max_bytes,
+                "hits": stat.hits,
+                "tokens_saved": stat.tokens_saved,
+            },
+        }
+        await _send(responder, fields)
+
+    async def peers(self, request: Request, responder: Responder) -> None:
+        """`GET /mesh/v1/peers`: this node, then the others."""
+        machine = _machine(self._machine())
+        own: dict[str, Any] = {
+            "peer": self._peer,
+            "node": self._node,
+            "state": "connected",
+            "address": next(iter(self._membership.addresses), ""),
+            "providers": [_advert(p.advert()) for p in self._providers],
+            "gpus": machine["gpus"],
+            "machine": machine,
+            "reason": self._membership.problem,
+        }
+        now = trio.current_time()
+        others = sorted(self._peers, key=lambda p: (p.state, p.node, p.peer))
+        await _send(responder, [own, *(_peer(p, now) for p in others)])
+
+    async def providers(self, request: Request, responder: Responder) -> None:
+        """`GET /mesh/v1/providers`: this node's own."""
+        await _send(responder, [_own(p) for p in self._providers])
+
+    async def cache(self, request: Request, responder: Responder) -> None:
+        """`GET /mesh/v1/cache`."""
+        now = time.time()
+        rows = await self._answers.listing(MAX_LISTED, now=now)
+        found = []
+        for row in rows:
+            stored = await self._answers.get(row.cid.raw, now=now)
+            found.append(
+                {
+                    "cid": row.cid.text,
+                    "model": row.model,
+                    "bytes": row.size,
+                    "stored_at": int(row.stored_at),
+                    "expires_at": int(row.expires_at),
+                    "text": stored.completion.text[:PREVIEW] if stored else "",
+                    "pinned": row.pinned,
+                    "hits": row.hits,
+                    "tokens": row.tokens,
+                    "source": row.source,
+                }
+            )
+        await _send(responder, found)
+
+    async def answer(self, request: Request, responder: Responder, name: str) -> None:
+        """`GET /mesh/v1/cache/CID`: the record as dag-json, its output whole."""
+        try:
+            cid = parse_cid(name)
+        except ValueError as error:
+            await send_problem(responder, 400, f"{name[:100]!r} is no CID: {error}")
+            return
+        stored = await self._answers.get(cid, now=time.time())
+        block = await self._blocks.get(cid) if stored else None
+        if stored is None or block is None:
+            await send_problem(responder, 404, f"this node holds no answer {name}")
+            return
+        await _send(responder, _record(block, stored))
+
+    async def reload(self, request: Request, responder: Responder) -> None:
+        """`POST /mesh/v1/reload`: be in the mesh that the home folder now names."""
+        try:
+            await self._membership.reload()
+        except TransportError as error:
+            await send_problem(responder, 502, str(error))
+            return
+        await _send(responder, {"addresses": self._membership.addresses})
+
+    async def leave(self, request: Request, responder: Responder) -> None:
+        """`POST /mesh/v1/leave`: tell the peers, and be alone."""
+        await self._membership.leave()
+        await _send(responder, {"left": True})
+
+    async def healthz(self, request: Request, responder: Responder) -> None:
+        """`GET /healthz`: the process answers."""
+        await _send(responder, {"status": "ok"})
+
+    async def readyz(self, request: Request, responder: Responder) -> None:
+        """`GET /readyz`: there is a model that can be asked."""
+        if self._ready():
+            await _send(responder, {"status": "ready"})
+            return
+        waiting = [f"{p.name}: {p.health.state} {p.health.reason}" for p in self._providers]
+        reason = "; ".join(waiting) or "no provider is configured, and no peer offers a model"
+        await _send(responder, {"status": "not ready", "reason": reason}, status=503)
+
+
+async def _send(responder: Responder, value: Any, status: int = 200) -> None:
+    await responder.send(status, msgspec.json.encode(value), content_type=JSON)
+
+
+def _own(own: OwnProvider) -> Mapping[str, Any]:
+    fields = _advert(own.advert())
+    fields |= {"reason": own.health.reason, "hint": own.health.hint, "share": own.shared}
+    stats = getattr(own.admission.provider, "stats", None)
+    if callable(stats):
+        fields["stats"] = stats()
+    return fields
+
+
+def _advert(advert: ProviderAdvert) -> dict[str, Any]:
+    return {
+        "name": advert.name,
+        "kind": advert.kind,
+        "models": [offer.id for offer in advert.models],
+        "slots": advert.slots,
+        "running": advert.running,
+        "waiting": advert.waiting,
+        "state": advert.state,
+        "reason": advert.reason,
+        "ttft_s": advert.ttft,
+        "tokens_per_s": advert.rate,
+        "offers": advert.models,
+    }
+
+
+def _machine(machine: Machine) -> dict[str, Any]:
+    """All its fields: on the wire those that have their default are left out."""
+    fields = msgspec.structs.asdict(machine)
+    fields["gpus"] = [msgspec.structs.asdict(gpu) for gpu in machine.gpus]
+    return fields
+
+
+def _peer(peer: PeerState, now: float) -> Mapping[str, Any]:
+    machine = _machine(peer.advert.machine if peer.advert else Machine())
+    return {
+        "peer": peer.peer,
+        "node": peer.node,
+        "state": peer.state,
+        "address": peer.address,
+        "providers": [_advert(p) for p in peer.providers],
+        "gpus": machine["gpus"],
+        "machine": machine,
+        "rtt_ms": None if peer.rtt is None else round(peer.rtt * 1000, 3),
+        # The table counts in monotonic seconds, which mean nothing outside.
+        "since": int(time.time() - (now - peer.since)),
+        "reason": peer.reason,
+    }
+
+
+def _record(block: bytes, stored: StoredAnswer) -> Mapping[str, Any]:
+    fields: dict[str, Any] = block_as_json(block)
+    if "output" not in fields:  # a long answer, whose output lies in leaves
+        completion = stored.completion
+        fields["output"] = [
+            {
+                "role": "assistant",
+                "text": completion.text,
+                "reasoning": completion.reasoning,
+                "tool_calls": completion.tool_calls,
+                "logprobs": completion.logprobs,
+            }
+        ]
+    return fields

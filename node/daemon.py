@@ -1,0 +1,219 @@
+"""The daemon: opens everything in one nursery, serves until it is told to stop, closes in order."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from contextlib import AbstractAsyncContextManager
+from random import Random
+from typing import TYPE_CHECKING
+
+import trio
+
+from ..cache.cid import parse_cid
+from ..mesh.peers import Advert
+from ..mesh.serving import Services
+from ..mesh.transport import TransportError
+from ..providers.base import Answering, GenerateRequest
+from ..providers.registry import SettingsError
+from .api_ipfs import IpfsApi
+from .api_mesh import MeshApi
+from .api_openai import OpenAIApi
+from .config import Config, child_environment
+from .home import Home, HomeError
+from .http_server import HttpServer, Limits, open_listeners
+from .logs import set_up_logging
+from .machine import Gpus, read_machine
+from .membership import Membership
+from .parts import Parts, open_parts, version
+from .routes import Routes
+
+if TYPE_CHECKING:
+    # The stubs that come with libp2p know `trio` without it.
+    from trio_typing import TaskStatus
+
+logger = logging.getLogger(__name__)
+
+#: Seconds that answers in progress get when the node is told to stop.
+GRACE = 1.0
+#: Seconds between two looks at the machine: NVML takes a few milliseconds a card.
+MACHINE_PERIOD = 2.0
+
+
+def run(config: Config, home: Home) -> int:
+    """Run a node until SIGINT or SIGTERM. Returns the process's exit status.
+
+    Who calls holds `home.lock()`.
+    """
+    set_up_logging(json_lines=config.node.json_logs)
+    try:
+        trio.run(_main, config, home)
+    except BaseExceptionGroup as group:
+        known, rest = group.split((SettingsError, HomeError, TransportError, OSError))
+        if known is None or rest is not None:
+            raise
+        return _refuse(_first(known))
+    except (SettingsError, HomeError, TransportError, OSError) as error:
+        return _refuse(error)
+    return 0
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def _refuse(error: BaseException) -> int:
+    logger.error("the node cannot start: %s", error)
+    return 1
+
+
+async def _main(config: Config, home: Home) -> None:
+    with open_parts(config, home, child_environment()) as parts:
+        async with trio.open_nursery() as nursery:
+            node = Node(config, home, parts, nursery)
+            await nursery.start(_stop_on_signals, node)
+            await node.run()
+            nursery.cancel_scope.cancel()
+
+
+class Node:
+    """All of a node, joined. Its tasks run in the nursery given."""
+
+    def __init__(self, config: Config, home: Home, parts: Parts, nursery: trio.Nursery) -> None:
+        self._config = config
+        self._home = home
+        self._parts = parts
+        self._nursery = nursery
+        self.scope = nursery.cancel_scope
+        #: Set when the node is told to stop.
+        self.stopping = trio.Event()
+        self._sharing = parts.sharing
+        self._router = parts.router(config, nursery)
+        self._gpus = Gpus()
+        self._machine = read_machine(self._gpus)
+        self._membership = Membership(
+            config=config.mesh,
+            home=home,
+            table=parts.peers,
+            backends=parts.backends,
+            sharing=self._sharing,
+            services=self._services(),
+            describe=self._describe,
+            rng=Random(),
+        )
+        parts.providers.on_change.append(self._membership.changed)
+
+    async def run(self) -> None:
+        """Serve until `stopping` is set, then close in order."""
+        server = HttpServer(
+            self._routes(),
+            Limits(
+                max_body=self._config.limits.max_body,
+                max_connections=self._config.limits.max_connections,
+            ),
+        )
+        http = self._config.http
+        listeners = await open_listeners(http.host, http.port)
+        port = listeners[0].socket.getsockname()[1]
+        address = f"[{http.host}]:{port}" if ":" in http.host else f"{http.host}:{port}"
+        await self._nursery.start(server.serve, listeners)
+        with self._home.announced(address):
+            self._nursery.start_soon(self._parts.providers.run)
+            self._nursery.start_soon(self._parts.answers.run)
+            self._nursery.start_soon(self._sharing.run)
+            self._nursery.start_soon(self._watch_machine)
+            await self._nursery.start(self._membership.run)
+            self._say_hello(address)
+            await self.stopping.wait()
+        async with trio.open_nursery() as closing:
+            closing.start_soon(server.stop, GRACE)
+            closing.start_soon(self._membership.announce_leaving)
+
+    # --- what the mesh is told
+
+    def _describe(self) -> Advert:
+        return Advert(
+            node=self._parts.node,
+            version=version(),
+            machine=self._machine,
+            providers=self._parts.providers.adverts(),
+        )
+
+    async def _watch_machine(self) -> None:
+        limiter = trio.CapacityLimiter(1)
+        while True:
+            await trio.sleep(MACHINE_PERIOD)
+            self._machine = await trio.to_thread.run_sync(read_machine, self._gpus, limiter=limiter)
+
+    # --- what peers may ask
+
+    def _services(self) -> Services:
+        return Services(
+            answer=self._answer_peer,
+            block=self._sharing.block,
+            claims=self._sharing.since,
+            loads=self._parts.backends.loads,
+            claim_for=lambda cid: self._sharing.claim_for(parse_cid(cid)),
+        )
+
+    def _answer_peer(
+        self, request: GenerateRequest, peer: str
+    ) -> AbstractAsyncContextManager[Answering]:
+        return self._router.open(request, local_only=True)
+
+    # --- what programs may ask
+
+    def _routes(self) -> Routes:
+        parts = self._parts
+        openai = OpenAIApi(self._router, parts.names)
+        ipfs = IpfsApi(parts.blocks)
+        mesh = MeshApi(
+            peer=parts.peer,
+            node=parts.node,
+            policy=self._config.mesh.policy,
+            peers=parts.peers,
+            providers=parts.providers,
+            machine=lambda: self._machine,
+            answers=parts.answers,
+            blocks=parts.blocks,
+            membership=self._membership,
+            ready=lambda: bool(parts.backends.models()),
+        )
+        routes = Routes()
+        routes.add("POST", "/v1/chat/completions", openai.chat_completions)
+        routes.add("GET", "/v1/models", openai.models)
+        routes.add("GET", "/mesh/v1/status", mesh.status)
+        routes.add("GET", "/mesh/v1/peers", mesh.peers)
+        routes.add("GET", "/mesh/v1/providers", mesh.providers)
+        routes.add("GET", "/mesh/v1/cache", mesh.cache)
+        routes.add("POST", "/mesh/v1/reload", mesh.reload)
+        routes.add("POST", "/mesh/v1/leave", mesh.leave)
+        routes.add("GET", "/healthz", mesh.healthz)
+        routes.add("GET", "/readyz", mesh.readyz)
+        routes.add_below("GET", "/mesh/v1/cache/", mesh.answer)
+        routes.add_below("GET", "/ipfs/", ipfs.block)
+        return routes
+
+    def _say_hello(self, address: str) -> None:
+        logger.info("%s is up: http://%s/v1 (peer %s)", self._parts.node, address, self._parts.peer)
+        for mesh_address in self._membership.addresses:
+            logger.info("peers reach it at %s", mesh_address)
+        logger.info("next: `promptmesh ask 'Why is the sky blue?'`, `promptmesh invite`")
+
+
+async def _stop_on_signals(
+    node: Node, *, task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """The first signal stops the node in order, the second at once."""
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as received:
+        task_status.started()
+        async for number in received:
+            if node.stopping.is_set():
+                logger.warning("stopping at once")
+                node.scope.cancel()
+                return
+            logger.info("%s: stopping", signal.Signals(number).name)
+            node.stopping.set()

@@ -1,0 +1,237 @@
+"""This node's membership in a mesh, which can end and begin anew while the node runs.
+
+The host, the network over it and everything that speaks through them live in one task, which is
+left and entered again when the mesh secret changes (`join`, `leave`). The rest of the node goes on:
+it only sees a network that is there or not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from random import Random
+from typing import TYPE_CHECKING
+
+import trio
+
+from ..mesh import mdns
+from ..mesh.backends import BackendManager
+from ..mesh.gossip import ADVERTS, CLAIMS
+from ..mesh.host import HostSettings, open_host
+from ..mesh.network import Network
+from ..mesh.peers import Advert, PeerTable
+from ..mesh.serving import Services
+from ..mesh.transport import PeerId, Transport, TransportError
+from .config import MeshConfig
+from .home import Home, HomeError, KnownPeers
+from .sharing import Sharing
+
+if TYPE_CHECKING:
+    # The stubs that come with libp2p know `trio` without it.
+    from trio_typing import TaskStatus
+
+logger = logging.getLogger(__name__)
+
+#: Seconds until another try, where the mesh could not be entered again.
+RETRY = 5.0
+#: Seconds until the known peers are written down after they changed.
+SAVE_DELAY = 1.0
+
+
+class Membership:
+    """Keeps this node in the mesh of its home folder."""
+
+    def __init__(
+        self,
+        *,
+        config: MeshConfig,
+        home: Home,
+        table: PeerTable,
+        backends: BackendManager,
+        sharing: Sharing,
+        services: Services,
+        describe: Callable[[], Advert],
+        rng: Random,
+    ) -> None:
+        self._config = config
+        self._home = home
+        self._table = table
+        self._backends = backends
+        self._sharing = sharing
+        self._services = services
+        self._describe = describe
+        self._rng = rng
+        #: Why the node is not in the mesh though it should be; "" if it is.
+        self.problem = ""
+        self._alone = not config.enabled
+        self._network: Network | None = None
+        self._transport: Transport | None = None
+        #: The present session, or the pause before the next try.
+        self._scope = trio.CancelScope()
+        self._settled = trio.Event()
+        self._saver = _Saver(home)
+
+    @property
+    def addresses(self) -> list[str]:
+        """Where peers can dial this node now, each with its peer id."""
+        return list(self._transport.addresses) if self._transport else []
+
+    def changed(self) -> None:
+        """What this node offers has changed."""
+        if self._network is not None:
+            self._network.changed()
+
+    async def run(self, *, task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Be in the mesh until cancelled.
+
+        Raises `TransportError` or `HomeError` if it cannot be entered the first time; later that is
+        logged and tried again.
+        """
+        await self._session(task_status)
+        while True:
+            try:
+                await self._session(trio.TASK_STATUS_IGNORED)
+            except (TransportError, HomeError) as error:
+                logger.error("not in the mesh: %s", error)
+                self._settle(str(error))
+                with trio.CancelScope() as self._scope:
+                    await trio.sleep(RETRY)
+
+    async def reload(self) -> None:
+        """Be in the mesh that the home folder names now. Raises `TransportError`."""
+        self._alone = not self._config.enabled
+        await self._begin_anew()
+        if self.problem:
+            raise TransportError(self.problem)
+
+    async def leave(self) -> None:
+        """Tell the peers, and be alone until `reload`."""
+        if self._network is not None:
+            await self._network.announce_leaving()
+        self._alone = True
+        await self._begin_anew()
+
+    async def announce_leaving(self) -> None:
+        """Tell the peers that this node goes. Never raises."""
+        if self._network is not None:
+            await self._network.announce_leaving()
+
+    async def _begin_anew(self) -> None:
+        self._settled = trio.Event()
+        self._scope.cancel()
+        await self._settled.wait()
+
+    def _settle(self, problem: str) -> None:
+        self.problem = problem
+        self._settled.set()
+
+    async def _session(self, task_status: TaskStatus[None]) -> None:
+        """Be a member, or alone, until the scope is cancelled."""
+        with trio.CancelScope() as self._scope:
+            if self._alone:
+                self._settle("")
+                task_status.started()
+                await trio.sleep_forever()
+            key = self._home.swarm_key()
+            settings = HostSettings(
+                seed=self._home.identity(),
+                listen=self._config.listen,
+                psk=key,
+                topics=frozenset({ADVERTS, CLAIMS}),
+            )
+            async with open_host(settings) as transport, trio.open_nursery() as nursery:
+                network = await self._open_network(transport, nursery)
+                self._enter(transport, network, key)
+                try:
+                    if self._config.mdns:
+                        nursery.start_soon(self._discover, transport, network, key)
+                    nursery.start_soon(self._saver.run)
+                    self._settle("")
+                    task_status.started()
+                    await trio.sleep_forever()
+                finally:
+                    self._leave()
+
+    async def _open_network(self, transport: Transport, nursery: trio.Nursery) -> Network:
+        known = self._home.known_peers()
+        bootstrap = tuple(dict.fromkeys((*self._config.bootstrap, *known.bootstrap)))
+        self._saver.bootstrap = known.bootstrap
+        network = Network(
+            transport,
+            self._table,
+            self._services,
+            describe=self._describe,
+            # Milliseconds: a node is not started twice in one.
+            epoch=int(time.time() * 1000),
+            rng=self._rng,
+            on_claims=self._sharing.hear,
+            on_met=self._sharing.meet,
+            bootstrap=bootstrap,
+            known=known.peers,
+            save_known=self._saver.save,
+        )
+        await nursery.start(network.run)
+        return network
+
+    def _enter(self, transport: Transport, network: Network, key: bytes) -> None:
+        self._transport, self._network = transport, network
+        self._backends.attach(network)
+        self._sharing.attach(network, key)
+
+    def _leave(self) -> None:
+        self._backends.detach()
+        self._sharing.detach()
+        self._transport = self._network = None
+        # The next mesh may be another one, with other peers.
+        self._table.clear()
+
+    async def _discover(self, transport: Transport, network: Network, key: bytes) -> None:
+        """Look for members on the local network. Others see only a tag made from the secret."""
+        tag = hmac.new(key, b"promptmesh mdns", hashlib.sha256).hexdigest()[:16]
+        await mdns.discover(
+            transport.peer_id, lambda: transport.addresses, tag=tag, found=network.found
+        )
+
+
+class _Saver:
+    """Writes down the peers that are known, a moment after they changed and at the end."""
+
+    def __init__(self, home: Home) -> None:
+        self._home = home
+        self.bootstrap: tuple[str, ...] = ()
+        self._known: Mapping[PeerId, Sequence[str]] | None = None
+        self._changed = trio.Event()
+        self._limiter = trio.CapacityLimiter(1)
+
+    def save(self, known: Mapping[PeerId, Sequence[str]]) -> None:
+        """Have these written soon. Does not block."""
+        self._known = known
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Write until cancelled."""
+        try:
+            while True:
+                await self._changed.wait()
+                self._changed = trio.Event()
+                await trio.sleep(SAVE_DELAY)
+                await self._write()
+        finally:
+            with trio.CancelScope(shield=True):
+                await self._write()
+
+    async def _write(self) -> None:
+        known, self._known = self._known, None
+        if known is None:
+            return
+        peers = {peer: tuple(addresses) for peer, addresses in known.items()}
+        to_keep = KnownPeers(bootstrap=self.bootstrap, peers=peers)
+        try:
+            await trio.to_thread.run_sync(
+                self._home.write_known_peers, to_keep, limiter=self._limiter
+            )
+        except HomeError as error:
+            logger.warning("the peers are not remembered for the next start: %s", error)

@@ -1,0 +1,199 @@
+"""This node's providers: built from the configuration, kept running, watched and advertised."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import trio
+
+from ..mesh.candidates import LocalBackend
+from ..mesh.frames import Load
+from ..mesh.peers import ProviderAdvert
+from ..providers.admission import Admission
+from ..providers.base import Health
+from ..providers.registry import Runs, build
+from .config import Config
+
+logger = logging.getLogger(__name__)
+
+#: What a provider without a bound of its own says it takes at once.
+UNBOUNDED_SLOTS = 64
+#: Requests at once, where the configuration says nothing.
+DEFAULT_SLOTS: Mapping[str, int | None] = {"echo": None, "openai_compatible": 16}
+#: Seconds between two looks at a provider: while it is not ready, and when it is.
+LOOK_SOON, LOOK_LATER = 0.5, 5.0
+#: `check` keeps to 2 s by its contract; one that does not is not ready.
+CHECK_LIMIT = 4.0
+#: Seconds between two lines of the log about the progress of one that is starting.
+SAY_PERIOD = 5.0
+
+
+#: The health of one that was not looked at yet.
+NOT_SEEN = Health(state="starting", reason="it was not looked at yet")
+
+
+@dataclass
+class OwnProvider:
+    """A provider of this node, with its slots and its health as last seen."""
+
+    name: str
+    kind: str
+    admission: Admission
+    shared: bool
+    paid: bool
+    health: Health = NOT_SEEN
+    _offered: object = None
+
+    def load(self) -> Load:
+        """How busy it is."""
+        load = self.admission.load
+        return Load(
+            running=load.running,
+            waiting=load.waiting,
+            slots=UNBOUNDED_SLOTS if load.slots is None else load.slots,
+        )
+
+    def backend(self) -> LocalBackend:
+        """It as a candidate."""
+        return LocalBackend(
+            provider=self.admission,
+            name=self.name,
+            kind=self.kind,
+            shared=self.shared,
+            load=self.load,
+            paid=self.paid,
+        )
+
+    def advert(self) -> ProviderAdvert:
+        """It as peers see it."""
+        load = self.load()
+        return ProviderAdvert(
+            name=self.name,
+            kind=self.kind,
+            models=tuple(self.admission.models()),
+            slots=load.slots,
+            running=load.running,
+            waiting=load.waiting,
+            state=self.health.state,
+            reason=self.health.reason[:500],
+            ttft=self.admission.ttft,
+            rate=self.admission.rate,
+            paid=self.paid,
+        )
+
+    async def watch(self, changed: Callable[[], None]) -> None:
+        """Keep its health fresh until cancelled; `changed` is called when what it offers does."""
+        said_at = -math.inf
+        while True:
+            health = Health(state="unavailable", reason=f"no answer within {CHECK_LIMIT:g} s")
+            with trio.move_on_after(CHECK_LIMIT):
+                health = await self.admission.check()
+            now = trio.current_time()
+            if health.state != self.health.state or (
+                health.reason != self.health.reason and now >= said_at + SAY_PERIOD
+            ):
+                said_at = now
+                log = logger.warning if health.state == "unavailable" else logger.info
+                log("%s is %s", self.name, _sentence(health))
+            self.health = health
+            offered = (health.state, tuple(offer.id for offer in self.admission.models()))
+            if offered != self._offered:
+                self._offered = offered
+                changed()
+            await trio.sleep(LOOK_LATER if health.state == "ready" else LOOK_SOON)
+
+
+def _sentence(health: Health) -> str:
+    return "; ".join(part for part in (health.state, health.reason, health.hint) if part)
+
+
+class OwnProviders:
+    """All providers of this node."""
+
+    def __init__(self, providers: Sequence[OwnProvider]) -> None:
+        self._providers = list(providers)
+        self._backends = [provider.backend() for provider in providers]
+        #: Called when what any of them offers has changed.
+        self.on_change: list[Callable[[], None]] = []
+
+    def __iter__(self) -> Iterator[OwnProvider]:
+        return iter(self._providers)
+
+    def backends(self) -> Sequence[LocalBackend]:
+        """They as candidates."""
+        return self._backends
+
+    def adverts(self) -> tuple[ProviderAdvert, ...]:
+        """Those that peers may use, as peers see them."""
+        return tuple(p.advert() for p in self._providers if p.shared)
+
+    async def run(self) -> None:
+        """Run what needs running, and watch all, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            for own in self._providers:
+                if isinstance(own.admission.provider, Runs):
+                    nursery.start_soon(own.admission.provider.run)
+                nursery.start_soon(own.watch, self._changed)
+
+    def _changed(self) -> None:
+        for tell in self.on_change:
+            tell()
+
+
+def build_providers(config: Config, environment: Mapping[str, str]) -> OwnProviders:
+    """The providers of a configuration. Raises `SettingsError` that names what is wrong.
+
+    `environment` is what a model's own process is started with.
+    """
+    found = []
+    if config.local_hf.model:
+        found.append(_local_hf(config, environment))
+    for table in config.providers:
+        settings = dict(table.options)
+        if table.api_key is not None:
+            settings["api_key"] = table.api_key.reveal()
+        slots = table.slots or DEFAULT_SLOTS.get(table.kind)
+        found.append(
+            OwnProvider(
+                name=table.name,
+                kind=table.kind,
+                admission=Admission(
+                    build(table.kind, table.name, settings),
+                    slots=slots,
+                    max_waiting=config.limits.max_waiting,
+                ),
+                shared=table.share,
+                paid=table.api_key is not None,
+            )
+        )
+    return OwnProviders(found)
+
+
+def _local_hf(config: Config, environment: Mapping[str, str]) -> OwnProvider:
+    local = config.local_hf
+    settings: dict[str, Any] = {
+        "model": local.model,
+        "device": local.device,
+        "dtype": local.dtype,
+        "threads": local.threads,
+        "max_batch": local.max_batch,
+        "max_waiting": config.limits.max_waiting,
+        "max_context": local.max_context,
+        "memory": local.memory_fraction,
+        "environment": dict(environment),
+    }
+    return OwnProvider(
+        name="local_hf",
+        kind="local_hf",
+        admission=Admission(
+            build("local_hf", "local_hf", settings),
+            slots=local.max_batch,
+            max_waiting=config.limits.max_waiting,
+        ),
+        shared=local.share,
+        paid=False,
+    )

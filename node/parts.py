@@ -1,0 +1,115 @@
+"""The parts that answer a request on this machine, joined: what `up` and `ask` have in common."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from random import Random
+
+import trio
+
+from ..cache.answers import AnswerCache, Limits
+from ..cache.blocks import SqliteBlocks
+from ..cache.claim_index import ClaimIndex
+from ..cache.claims import ClaimLog
+from ..cache.database import Database
+from ..mesh.asking import Deadlines
+from ..mesh.backends import BackendManager
+from ..mesh.peers import PeerTable
+from .config import Config
+from .home import Home
+from .identity import Identity, verify
+from .names import Names
+from .own_providers import OwnProviders, build_providers
+from .router import Router
+from .sharing import Sharing
+
+
+def version() -> str:
+    """The installed version."""
+    return importlib.metadata.version("promptmesh")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What answers requests here. `database` is open for as long as they are."""
+
+    peer: str
+    node: str
+    providers: OwnProviders
+    database: Database
+    blocks: SqliteBlocks
+    answers: AnswerCache
+    peers: PeerTable
+    backends: BackendManager
+    names: Names
+    sharing: Sharing
+
+    def router(self, config: Config, nursery: trio.Nursery) -> Router:
+        """A router over them; the computations that requests share run in the nursery."""
+        return Router(
+            backends=self.backends,
+            names=self.names,
+            answers=self.answers,
+            shared=self.sharing,
+            nursery=nursery,
+            peer=self.peer,
+            node=self.node,
+            reuse=config.cache.reuse,
+            deadline=config.deadlines.whole,
+        )
+
+
+@contextmanager
+def open_parts(config: Config, home: Home, environment: Mapping[str, str]) -> Iterator[Parts]:
+    """Build them. Raises `SettingsError` or `HomeError` for what is wrong in the configuration."""
+    identity = Identity(home.identity())
+    peer = identity.peer_id
+    providers = build_providers(config, environment)
+    database = Database(home.cache_path)
+    try:
+        blocks = SqliteBlocks(database)
+        limits = Limits(
+            max_bytes=config.cache.max_bytes,
+            default_ttl=config.cache.ttl,
+            max_ttl=config.cache.ttl,
+        )
+        answers = AnswerCache(database, blocks, peer=peer, limits=limits)
+        sharing = Sharing(
+            answers=answers,
+            blocks=blocks,
+            log=ClaimLog(database, peer=peer, sign=identity.sign),
+            index=ClaimIndex(database, peer=peer, verify=verify),
+            rng=Random(),
+        )
+        peers = PeerTable(peer)
+        backends = BackendManager(
+            local=providers.backends,
+            peers=peers,
+            policy=config.mesh.policy,
+            peer_id=peer,
+            node=config.node.name,
+            rng=Random(),
+            deadlines=Deadlines(
+                connect=config.deadlines.connect,
+                first_token=config.deadlines.first_token,
+                gap=config.deadlines.gap,
+            ),
+            on_claim=sharing.take_claim,
+        )
+        yield Parts(
+            peer=peer,
+            node=config.node.name,
+            providers=providers,
+            database=database,
+            blocks=blocks,
+            answers=answers,
+            peers=peers,
+            backends=backends,
+            names=Names(backends.sources),
+            sharing=sharing,
+        )
+    finally:
+        database.close()

@@ -1,0 +1,267 @@
+"""A provider without a model: it answers with the last user message, word by word.
+
+For tests and first tries. What it does wrong, it does on demand: by its settings, or for one
+request by a directive anywhere in the last user message, which is not part of the answer::
+
+    tell me [[echo first_s=0.5 gap_s=0.01 n=20 fail=unavailable after=3 retry_after=2]]
+
+- `first_s`, `gap_s`: seconds before the first word, and between two words.
+- `n`: answer with that many words, repeating the message as often as needed.
+- `fail`: fail with `unavailable`, `rejected`, `context`, `filtered`, `model`, `deadline` or
+  `interrupted`; before the first word, or after the number of words that `after` says. `after`
+  without `fail` means `interrupted`. `retry_after`: seconds, told with the failure.
+- `hang`: say nothing more, before the first word or after that many.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Annotated, Literal, Self
+
+import msgspec
+import trio
+
+from .base import (
+    Answering,
+    Chunk,
+    ContentFiltered,
+    ContextTooLong,
+    DeadlineExceeded,
+    FinishReason,
+    GenerateError,
+    GenerateRequest,
+    Health,
+    ModelNotFound,
+    ModelOffer,
+    Origin,
+    ProviderUnavailable,
+    RequestRejected,
+    StreamInterrupted,
+    Usage,
+)
+
+Fail = Literal[
+    "", "unavailable", "rejected", "context", "filtered", "model", "deadline", "interrupted"
+]
+_FAILURES: dict[str, type[GenerateError]] = {
+    "unavailable": ProviderUnavailable,
+    "rejected": RequestRejected,
+    "context": ContextTooLong,
+    "filtered": ContentFiltered,
+    "model": ModelNotFound,
+    "deadline": DeadlineExceeded,
+    "interrupted": StreamInterrupted,
+}
+#: Words of an answer, so that a directive costs no unbounded memory.
+MAX_WORDS = 100_000
+
+_DIRECTIVE = re.compile(r"\s?\[\[echo\b([^\[\]]*)\]\]")
+#: A word with the space around it: joined, they are the text again.
+_WORD = re.compile(r"\s*\S+|\s+")
+
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=86400)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_WORDS)]
+
+
+class Behaviour(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How it answers. See the module."""
+
+    first_s: Seconds = 0.0
+    gap_s: Seconds = 0.0
+    n: Count | None = None
+    fail: Fail = ""
+    after: Count | None = None
+    retry_after: Seconds | None = None
+    hang: bool = False
+
+
+class EchoSettings(Behaviour, frozen=True, kw_only=True):
+    """The behaviour of every request, and what it offers."""
+
+    name: str = "echo"
+    models: tuple[str, ...] = ("echo",)
+    #: In words; a longer prompt, with the `max_tokens` of its answer, is refused.
+    context_length: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    #: Requests it takes at once; None: as many as come.
+    slots: Annotated[int, msgspec.Meta(ge=1)] | None = None
+
+
+class EchoStats(msgspec.Struct, frozen=True, kw_only=True):
+    """What it has done. Each request is started, and ends as one of the next three."""
+
+    started: int = 0
+    finished: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    running: int = 0
+    tokens: int = 0
+
+
+class Echo:
+    """A `Provider`. See the module."""
+
+    def __init__(self, settings: EchoSettings | None = None) -> None:
+        self._settings = settings or EchoSettings()
+        self._counts = dict.fromkeys(EchoStats.__struct_fields__, 0)
+        self._offers = tuple(
+            ModelOffer(
+                id=model,
+                context_length=self._settings.context_length,
+                can_continue=True,
+                engine="echo",
+                repeatable=True,
+            )
+            for model in self._settings.models
+        )
+
+    @property
+    def name(self) -> str:
+        return self._settings.name
+
+    @property
+    def slots(self) -> int | None:
+        """Requests it takes at once."""
+        return self._settings.slots
+
+    def models(self) -> Sequence[ModelOffer]:
+        return self._offers
+
+    async def check(self) -> Health:
+        return Health()
+
+    def stats(self) -> EchoStats:
+        """The counters."""
+        return EchoStats(**self._counts)
+
+    def count(self, counter: str, change: int = 1) -> None:
+        self._counts[counter] += change
+
+    def open(self, request: GenerateRequest) -> _Call:
+        return _Call(self, self._settings, request)
+
+
+def words(text: str) -> list[str]:
+    """The tokens of a text: its words, each with its space, so that joined they are the text."""
+    return _WORD.findall(text)
+
+
+def read_directive(text: str, settings: EchoSettings) -> tuple[str, Behaviour]:
+    """The text without its directive, and what it makes of the settings.
+
+    Raises `RequestRejected` for a directive that says something else than the module's list.
+    """
+    found = _DIRECTIVE.search(text)
+    if found is None:
+        return text, settings
+    fields = {name: getattr(settings, name) for name in Behaviour.__struct_fields__}
+    for word in found[1].split():
+        name, _, value = word.partition("=")
+        fields[name] = value or True
+    try:
+        # Not strict: the values are text.
+        wanted = msgspec.convert(fields, Behaviour, strict=False)
+    except msgspec.ValidationError as error:
+        raise RequestRejected(f"[[echo ...]]: {error}", field="messages") from None
+    return text[: found.start()] + text[found.end() :], wanted
+
+
+class _Call:
+    """One request, and the iterator of its chunks."""
+
+    def __init__(self, echo: Echo, settings: EchoSettings, request: GenerateRequest) -> None:
+        self._echo = echo
+        self._settings = settings
+        self._request = request
+        self._ended: Literal["finished", "failed", "cancelled"] = "cancelled"
+        self._given = 0
+        self._done = False
+
+    async def __aenter__(self) -> Answering:
+        await trio.lowlevel.checkpoint()
+        self._prepare()
+        self._echo.count("started")
+        self._echo.count("running")
+        return Answering(Origin(provider=self._echo.name, model=self._request.model), self)
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._echo.count("running", -1)
+        self._echo.count(self._ended)
+
+    def _prepare(self) -> None:
+        """Work out the whole answer. Raises `RequestRejected`."""
+        request, settings = self._request, self._settings
+        if request.model not in settings.models:
+            raise ModelNotFound(f"{settings.name} has no model {request.model!r}", field="model")
+        last = next((m.text for m in reversed(request.messages) if m.role == "user"), "")
+        text, self._behaviour = read_directive(last, settings)
+        self._prompt = sum(len(words(message.text)) for message in request.messages)
+        limit = request.sampling.max_tokens
+        if settings.context_length and self._prompt + (limit or 0) > settings.context_length:
+            raise ContextTooLong(
+                f"{self._prompt} words and an answer of {limit or 0} do not fit into "
+                f"{settings.context_length}"
+            )
+        text = _repeated(text, self._behaviour.n)
+        text = text[len(request.prefix) :] if text.startswith(request.prefix) else text
+        self._reason: FinishReason = "stop"
+        self._words = words(_stopped(text, request.sampling.stop))
+        if limit is not None and len(self._words) > limit:
+            self._words = self._words[:limit]
+            self._reason = "length"
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        if self._done:
+            raise StopAsyncIteration
+        wanted = self._behaviour
+        await trio.sleep(wanted.gap_s if self._given else wanted.first_s)
+        if self._given == (wanted.after or 0):
+            await self._misbehave()
+        if self._given == len(self._words):
+            self._done = True
+            self._ended = "finished"
+            return Chunk(finish_reason=self._reason, usage=self._usage())
+        word = self._words[self._given]
+        self._given += 1
+        self._echo.count("tokens")
+        return Chunk(text=word)
+
+    async def _misbehave(self) -> None:
+        wanted = self._behaviour
+        if wanted.hang:
+            await trio.sleep_forever()
+        fail = wanted.fail or ("interrupted" if wanted.after is not None else "")
+        if fail:
+            self._done = True
+            self._ended = "failed"
+            raise _FAILURES[fail](
+                f"{self._echo.name} was told to fail",
+                retry_after=wanted.retry_after,
+                partial="".join(self._words[: self._given]),
+            )
+
+    def _usage(self) -> Usage:
+        return Usage(prompt_tokens=self._prompt, completion_tokens=self._given)
+
+
+def _repeated(text: str, n: int | None) -> str:
+    """A text of `n` words, from that one as often as needed."""
+    if n is None:
+        return text
+    found = text.split() or ["echo"]
+    return " ".join(found[i % len(found)] for i in range(n))
+
+
+def _stopped(text: str, stop: Sequence[str]) -> str:
+    """The text before the first of the stop strings."""
+    places = [text.find(s) for s in stop if s]
+    return text[: min((p for p in places if p >= 0), default=len(text))]

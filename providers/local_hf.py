@@ -1,0 +1,370 @@
+"""`local_hf`: a transformers model of this machine, in a process of its own.
+
+The node starts the process, watches it and starts it again when it dies: a crash or an out of
+memory there is an error to those who waited for it, and nothing else. This module imports neither
+torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+import trio
+
+from .base import (
+    Answering,
+    GenerateRequest,
+    Health,
+    ModelNotFound,
+    ModelOffer,
+    Origin,
+    ProviderUnavailable,
+    RequestRejected,
+)
+from .hf_call import Call
+from .hf_frames import (
+    Begun,
+    Cancel,
+    Counters,
+    Event,
+    Failed,
+    Finished,
+    FrameError,
+    Generate,
+    Load,
+    Loaded,
+    LoadFailed,
+    Loading,
+    Piece,
+)
+from .hf_process import COMMAND, WorkerProcess, open_worker, worker_environment
+
+logger = logging.getLogger(__name__)
+
+#: Seconds before a worker that died is started again: the first time, and at most.
+FIRST_DELAY = 0.5
+LONGEST_DELAY = 60.0
+#: A worker that answered for so many seconds starts the delays anew.
+SETTLED = 60.0
+#: Seconds before a model that could not be loaded is tried again: a package may have been
+#: installed, a hub be back.
+FAILED_DELAY = 60.0
+
+
+class LocalHFSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Which model, and how it runs. Only `model` must be given."""
+
+    #: A folder with a transformers model, or an id of the hub.
+    model: str
+    name: str = "local_hf"
+    #: `auto` (the first CUDA device, else the CPU), `cpu`, `cuda`, `cuda:1`.
+    device: str = "auto"
+    #: `auto` (float32 on a CPU; bfloat16 on CUDA, float16 on old cards), or a dtype of torch.
+    dtype: str = "auto"
+    #: Threads of computation on a CPU. None: one for each processor, or OMP_NUM_THREADS.
+    threads: int | None = None
+    #: Requests that run at once, and those that may wait for them.
+    max_batch: int = 16
+    max_waiting: int = 64
+    #: Caps the tokens of a prompt with its answer. None: what the model and the memory allow.
+    max_context: int | None = None
+    #: For the cache of keys and values: up to 1 a share of the free memory, above it bytes. None:
+    #: for one whole context or for `max_batch` short ones, at most a quarter of the free memory on
+    #: a CPU and 0.6 of it on CUDA.
+    memory: int | float | None = None
+    #: Seconds of loading without a sign of progress until it is given up.
+    load_timeout: float = 300.0
+    #: Seconds a request waits for a model that is loading or starting again.
+    start_wait: float = 60.0
+    #: Folder for a small file with digests and measurements that take long. None: found out anew.
+    cache_dir: str | None = None
+    #: The environment of the process; what looks like a key of another service is left out of it.
+    environment: dict[str, str] = {}
+
+    @property
+    def model_id(self) -> str:
+        """What the model is called in requests: the folder's own name, or the id."""
+        path = Path(self.model).expanduser()
+        return path.resolve().name if path.is_dir() else self.model
+
+    @property
+    def effective_threads(self) -> int:
+        """Threads of computation."""
+        if self.threads is not None:
+            return max(1, self.threads)
+        said = self.environment.get("OMP_NUM_THREADS", "")
+        if said.isdecimal() and 0 < int(said) <= 1024:
+            return int(said)
+        if hasattr(os, "sched_getaffinity"):
+            return max(1, len(os.sched_getaffinity(0)))
+        return os.cpu_count() or 1
+
+    def __repr__(self) -> str:
+        """Without the environment, which may hold a token."""
+        return f"LocalHFSettings(name={self.name!r}, model={self.model!r})"
+
+
+class LocalHF:
+    """A `Provider` for one local model. Something must run `run`."""
+
+    def __init__(self, settings: LocalHFSettings, *, command: Sequence[str] = COMMAND) -> None:
+        self._settings = settings
+        self._command = command
+        self._model_id = settings.model_id
+        self._worker: WorkerProcess | None = None
+        self._offer: ModelOffer | None = None
+        self._health = Health(state="unavailable", reason="not started")
+        #: When what it does now began, and when the next start is due.
+        self._since = 0.0
+        self._next_start = 0.0
+        self._bar = ""
+        self._changed = trio.Event()
+        self._numbers = itertools.count(1)
+        self._calls: dict[int, Call] = {}
+        self._counters = Counters()
+        self._past = Counters()
+        self._restarts = 0
+        self._loading = trio.CancelScope()
+
+    # --- Provider -------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """The provider's name."""
+        return self._settings.name
+
+    def models(self) -> Sequence[ModelOffer]:
+        """The model, once it was loaded; also while a worker that died is started again."""
+        return () if self._offer is None else (self._offer,)
+
+    async def check(self) -> Health:
+        """Is the model loaded? Asks nobody, so it takes no time."""
+        if self._health.state != "starting":
+            return self._health
+        return Health(state="starting", reason=self.progress)
+
+    @asynccontextmanager
+    async def open(self, request: GenerateRequest) -> AsyncIterator[Answering]:
+        """Begin an answer; leaving cancels the work in the model within a step.
+
+        While the model is loading or starting again a request waits, at most `start_wait` seconds.
+        """
+        if request.model != self._model_id:
+            raise ModelNotFound(f"{self.name} has {self._model_id}, not {request.model}")
+        worker = await self._wait_ready()
+        if len(self._calls) >= self._settings.max_batch + self._settings.max_waiting:
+            raise ProviderUnavailable(f"{self.name} has too many requests", retry_after=1.0)
+        call = Call(next(self._numbers))
+        try:
+            worker.send(Generate(call=call.number, request=request))
+        except FrameError as error:
+            raise RequestRejected(f"the request cannot be passed on: {error}") from error
+        self._calls[call.number] = call
+        try:
+            await call.wait_begun()
+            yield Answering(self._origin(), call)
+        finally:
+            # What already ended is not in there any more.
+            if self._calls.pop(call.number, None) is not None:
+                worker.send(Cancel(call=call.number))
+
+    def _origin(self) -> Origin:
+        offer = self._offer
+        if offer is None:
+            return Origin(provider=self.name, model=self._model_id)
+        return Origin(
+            provider=self.name,
+            model=offer.id,
+            weights=offer.weights,
+            engine=offer.engine,
+            numerics=offer.numerics,
+        )
+
+    async def _wait_ready(self) -> WorkerProcess:
+        with trio.move_on_after(self._settings.start_wait):
+            while True:
+                if self._worker is not None:
+                    return self._worker
+                if self._health.state == "unavailable":
+                    break
+                await self._changed.wait()
+        raise ProviderUnavailable(
+            f"{self.name}: {self._health.reason}",
+            retry_after=max(1.0, self._next_start - trio.current_time()),
+        )
+
+    # --- what can be seen of it -----------------------------------------------------------------
+
+    @property
+    def progress(self) -> str:
+        """What it does before it can answer, such as "loading SmolLM2: reading the tokenizer,
+        3 s"; empty once it can."""
+        if self._health.state != "starting":
+            return ""
+        seconds = trio.current_time() - self._since
+        bar = f" ({self._bar})" if self._bar else ""
+        return f"{self._health.reason}{bar}, {seconds:.0f} s"
+
+    @property
+    def pid(self) -> int | None:
+        """The process that holds the model, while it answers."""
+        return None if self._worker is None else self._worker.pid
+
+    def stats(self) -> dict[str, int]:
+        """Counted since `run` began: requests, active, finished, cancelled, failed, tokens (each
+        one the model made, also after nobody waited any more), restarts."""
+        now, past = self._counters, self._past
+        counted = {
+            field: getattr(past, field) + getattr(now, field)
+            for field in Counters.__struct_fields__
+        }
+        return {**counted, "active": now.active, "restarts": self._restarts}
+
+    # --- the worker's life ----------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Keep a worker running until cancelled."""
+        failures = 0
+        try:
+            while True:
+                self._become(self._starting(""))
+                began = trio.current_time()
+                failed = await self._live()
+                lost = trio.current_time() - began < SETTLED
+                failures = failures + 1 if lost else 1
+                if failed is not None:
+                    delay = FAILED_DELAY
+                    self._offer = None
+                else:
+                    delay = min(FIRST_DELAY * 2 ** (failures - 1), LONGEST_DELAY)
+                self._next_start = trio.current_time() + delay
+                await trio.sleep(delay)
+                self._restarts += 1
+        finally:
+            self._lose_worker("the node stops")
+            self._become(Health(state="unavailable", reason="stopped"))
+
+    async def _live(self) -> LoadFailed | None:
+        """One worker, from its start to its end; what it said if it could not load."""
+        wanted = self._settings
+        environment = worker_environment(wanted.environment, wanted.effective_threads)
+        reason = "the node stops"
+        try:
+            async with open_worker(self._command, environment, self._draw) as worker:
+                try:
+                    worker.send(self._order())
+                    failed = await self._follow(worker)
+                    reason = f"the model's process is gone: {await worker.obituary()}"
+                finally:
+                    self._lose_worker(reason)
+        except OSError as error:
+            failed = LoadFailed(reason=f"no process can be started: {error}")
+        if failed is None:
+            self._mourn(reason, worker.last_lines)
+        else:
+            logger.error("%s: %s. %s", self.name, failed.reason, failed.hint)
+            self._become(Health(state="unavailable", reason=failed.reason, hint=failed.hint))
+        return failed
+
+    def _order(self) -> Load:
+        wanted = self._settings
+        return Load(
+            model=wanted.model,
+            device=wanted.device,
+            dtype=wanted.dtype,
+            threads=wanted.effective_threads,
+            max_batch=wanted.max_batch,
+            max_context=wanted.max_context,
+            memory=wanted.memory,
+            cache_dir=wanted.cache_dir,
+        )
+
+    async def _follow(self, worker: WorkerProcess) -> LoadFailed | None:
+        """Take a worker's events until it ends."""
+        with trio.CancelScope() as self._loading:
+            self._sign_of_life()
+            while (events := await worker.receive()) is not None:
+                for event in events:
+                    if isinstance(event, LoadFailed):
+                        return event
+                    self._take(worker, event)
+        if self._loading.cancelled_caught:
+            return LoadFailed(
+                reason=f"no progress in {self._settings.load_timeout:.0f} s: {self._health.reason}"
+            )
+        return None
+
+    def _mourn(self, reason: str, last_lines: Sequence[str]) -> None:
+        logger.error("%s: %s", self.name, reason)
+        for line in last_lines:
+            logger.error("%s: it had printed: %s", self.name, line)
+        self._become(self._starting(f" again, as {reason}"))
+
+    def _lose_worker(self, reason: str) -> None:
+        """The worker is gone, and with it all answers under way."""
+        self._worker = None
+        past, now = self._past, self._counters
+        self._past = Counters(
+            requests=past.requests + now.requests,
+            finished=past.finished + now.finished,
+            cancelled=past.cancelled + now.cancelled,
+            failed=past.failed + now.failed + len(self._calls),
+            tokens=past.tokens + now.tokens,
+        )
+        self._counters = Counters()
+        calls, self._calls = self._calls, {}
+        for call in calls.values():
+            call.fail(ProviderUnavailable(f"{self.name}: {reason}", retry_after=1.0))
+
+    def _starting(self, detail: str) -> Health:
+        return Health(state="starting", reason=f"loading {self._model_id}{detail}")
+
+    def _become(self, health: Health) -> None:
+        self._health = health
+        self._since = trio.current_time()
+        self._bar = ""
+        self._changed.set()
+        self._changed = trio.Event()
+
+    def _draw(self, bar: str) -> None:
+        self._bar = bar
+        self._sign_of_life()
+
+    def _sign_of_life(self) -> None:
+        if self._worker is None:
+            self._loading.deadline = trio.current_time() + self._settings.load_timeout
+
+    # --- its events -----------------------------------------------------------------------------
+
+    def _take(self, worker: WorkerProcess, event: Event) -> None:
+        match event:
+            case Piece(call=number) | Begun(call=number):
+                # Nobody there: it was cancelled, and the worker does not know yet.
+                if (call := self._calls.get(number)) is not None:
+                    call.take(event)
+            case Finished(call=number) | Failed(call=number):
+                if (call := self._calls.pop(number, None)) is not None:
+                    call.take(event)
+            case Counters():
+                self._counters = event
+            case Loading(stage=stage):
+                self._sign_of_life()
+                since = self._since
+                self._become(self._starting(f": {stage}"))
+                self._since = since
+                logger.info("%s: %s", self.name, self.progress)
+            case Loaded(offer=offer, about=about):
+                logger.info("%s: ready after %.1f s: %s", self.name, self._age(), about)
+                self._loading.deadline = float("inf")
+                self._offer = offer
+                self._worker = worker
+                self._become(Health())
+
+    def _age(self) -> float:
+        return trio.current_time() - self._since

@@ -1,0 +1,196 @@
+"""The errors of servers of the OpenAI dialect, in our words.
+
+Servers agree neither on the form of an error's body nor on the status, so both are looked at. What
+another provider could answer is `ProviderUnavailable`. That includes 404 for a model: this server
+does not have it, others may, and `ModelNotFound` would end the search for them.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import math
+import re
+from collections.abc import Iterable, Mapping
+from datetime import UTC
+from typing import Any
+
+import msgspec
+
+from .base import (
+    ContentFiltered,
+    ContextTooLong,
+    GenerateError,
+    ProviderUnavailable,
+    RequestRejected,
+)
+
+#: Longer ones are cut.
+MAX_MESSAGE = 500
+#: Seconds. A server that wants more is asked again then.
+MAX_RETRY_AFTER = 24 * 3600.0
+
+_CONTEXT = re.compile(
+    r"context_length_exceeded|exceed_context_size|context (length|window|size)|maximum context"
+    r"|max(imum)?[_ ]model[_ ]len|too many (input )?tokens|(prompt|input)( is)? too long"
+    r"|reduce the length|string_above_max_length|token limit",
+    re.IGNORECASE,
+)
+_FILTERED = re.compile(
+    r"content[_ ](filter|policy|management)|responsibleaipolicy|moderation|was flagged"
+    r"|safety (system|filter)",
+    re.IGNORECASE,
+)
+_KEY = re.compile(r"api[_ -]?key|invalid_authentication|unauthori[sz]ed", re.IGNORECASE)
+_NO_MODEL = re.compile(
+    r"model_not_found|no models? (is |are )?loaded|model\b.{0,200}\b(not found|does not exist)",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+class ServerError(msgspec.Struct, frozen=True, kw_only=True):
+    """What a server says of a failure."""
+
+    message: str = ""
+    #: `type` and `code`, in whatever words the server has.
+    kind: str = ""
+    #: The request's field that is at fault.
+    field: str | None = None
+    #: An HTTP status given in the body, as in an error in the middle of a stream; 0 for none.
+    status: int = 0
+
+
+def read_error(body: bytes) -> ServerError:
+    """Read an error's body: one of the usual JSON forms, or plain text."""
+    try:
+        value = msgspec.json.decode(body)
+    except (ValueError, RecursionError):
+        text = body.decode("utf-8", "replace").strip()
+        return ServerError() if text.startswith("<") else ServerError(message=_one_line(text))
+    return error_of(value)
+
+
+def error_of(value: Any) -> ServerError:
+    """The same from a decoded value, such as the `error` of an event."""
+    if isinstance(value, dict):
+        for key in ("error", "detail"):
+            if value.get(key):
+                return error_of(value[key])
+        return _error_of_object(value)
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        first = value[0]  # FastAPI's list of what is wrong with which field
+        place = first.get("loc")
+        field = ".".join(str(p) for p in place[1:]) if isinstance(place, list) else None
+        return ServerError(message=_one_line(str(first.get("msg", first))), field=field or None)
+    return ServerError(message=_one_line(value if isinstance(value, str) else ""))
+
+
+def _error_of_object(value: dict[str, Any]) -> ServerError:
+    code = value.get("code")
+    number = int(code) if isinstance(code, str) and re.fullmatch(r"\d{3}", code) else code
+    status = number if type(number) is int and 400 <= number < 600 else 0
+    details = value.get("metadata")
+    words = [value.get("type"), None if status else code]
+    words = [w for w in words if isinstance(w, (str, int))]
+    if isinstance(details, dict) and details.get("flagged_input") is not None:
+        words.append("was flagged")  # OpenRouter's moderation, which is a 403
+    message = value.get("message")
+    field = value.get("param")
+    return ServerError(
+        message=_one_line(message if isinstance(message, str) else ""),
+        kind=_one_line(" ".join(map(str, words))),
+        field=field if isinstance(field, str) else None,
+        status=status,
+    )
+
+
+def _one_line(text: str) -> str:
+    line = " ".join(text[: 4 * MAX_MESSAGE].split())
+    line = "".join(c for c in line if c.isprintable())
+    return line if len(line) <= MAX_MESSAGE else line[: MAX_MESSAGE - 3] + "..."
+
+
+def retry_after(headers: Mapping[str, str], now: float) -> float | None:
+    """Seconds to wait by `Retry-After`: a number, or a date to compare with `now` (Unix time)."""
+    text = headers.get("retry-after", "").strip()
+    try:
+        seconds = float(text)
+    except ValueError:
+        try:
+            date = email.utils.parsedate_to_datetime(text)
+            seconds = date.replace(tzinfo=date.tzinfo or UTC).timestamp() - now
+        except (ValueError, OverflowError):
+            return None
+    return min(max(seconds, 0.0), MAX_RETRY_AFTER) if math.isfinite(seconds) else None
+
+
+class ErrorReader:
+    """Turns the failures of one server into `GenerateError`s that never hold one of its keys."""
+
+    def __init__(self, name: str, secrets: Iterable[str]) -> None:
+        self.name = name
+        # The longest first: one may be a part of another.
+        self._secrets = sorted((s for s in secrets if len(s) >= 4), key=len, reverse=True)
+
+    def redact(self, text: str) -> str:
+        """The text without the keys: servers like to repeat what they were sent."""
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return text
+
+    def read(self, body: bytes) -> ServerError:
+        """What a body says, without the keys."""
+        for secret in self._secrets:  # Before anything is cut, so that no part of one is left.
+            body = body.replace(secret.encode(), b"***")
+        return read_error(body)
+
+    def reply(
+        self, status: int, headers: Mapping[str, str], error: ServerError, now: float
+    ) -> GenerateError:
+        """The failure that a reply with an error status is. `now` is Unix time."""
+        if 300 <= status < 400:
+            place = _one_line(self.redact(headers.get("location", "")))
+            hint = f"redirects to {place}; give that as base_url" if place else "redirects"
+            return ProviderUnavailable(f"{self.name} {hint}")
+        said = f"{self.name} answered {status}" + (f": {error.message}" if error.message else "")
+        return self._failure(status, said, error, retry_after(headers, now))
+
+    def event(self, error: ServerError) -> GenerateError:
+        """The failure that an error in a reply with status 200 is."""
+        reason = error.message or error.kind or "no reason given"
+        return self._failure(error.status, f"{self.name} reported an error: {reason}", error)
+
+    def _failure(
+        self, status: int, message: str, error: ServerError, wait: float | None = None
+    ) -> GenerateError:
+        kind, hint = _classify(status, error)
+        field = error.field if issubclass(kind, RequestRejected) else None
+        return kind(
+            self.redact(message) + hint, retry_after=wait, field=field and self.redact(field)
+        )
+
+
+_KEY_HINT = " (check the key: `api_key_env` names its variable)"
+
+
+def _classify(status: int, error: ServerError) -> tuple[type[GenerateError], str]:
+    """Which error it is, and what to add to its message. Status 0: the server told none."""
+    if status == 401:
+        return ProviderUnavailable, _KEY_HINT
+    # A 5xx is the server's fault, whatever its message mentions, unless its code says otherwise.
+    said = error.kind if status >= 500 else f"{error.kind} {error.message}"
+    if status == 402 or "insufficient_quota" in said:
+        return ProviderUnavailable, " (the account has no credit left)"
+    if status not in (404, 405, 408, 409, 425, 429):
+        if _FILTERED.search(said):
+            return ContentFiltered, ""
+        if status == 413 or (status != 403 and _CONTEXT.search(said)):
+            return ContextTooLong, ""
+    if status in (400, 422):
+        if _KEY.search(said):
+            return ProviderUnavailable, _KEY_HINT
+        return (ProviderUnavailable if _NO_MODEL.search(said) else RequestRejected), ""
+    if status == 403:
+        return ProviderUnavailable, " (may this key use this model?)"
+    if status in (404, 405) and not _NO_MODEL.search(said):
+        return ProviderUnavailable, " (is base_url right? it usually ends in /v1)"
+    return ProviderUnavailable, ""

@@ -1,0 +1,59 @@
+"""The list of models of a server of the OpenAI dialect (`GET /models`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+MAX_MODELS = 5000
+
+
+class _Architecture(msgspec.Struct):
+    input_modalities: list[str] | None = None
+
+
+class ListedModel(msgspec.Struct):
+    """What servers say of a model: each uses another one of these for its context length."""
+
+    id: str
+    max_model_len: Any = None
+    context_length: Any = None
+    meta: Any = None
+    architecture: _Architecture | None = None
+
+    @property
+    def context(self) -> int | None:
+        """The context length in tokens."""
+        meta = self.meta if isinstance(self.meta, dict) else {}
+        for value in (
+            self.max_model_len,
+            self.context_length,
+            meta.get("n_ctx"),
+            meta.get("n_ctx_train"),
+        ):
+            if type(value) is int and 0 < value < 2**53:
+                return value
+        return None
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """What it takes; empty if the server does not say."""
+        return tuple(self.architecture.input_modalities or ()) if self.architecture else ()
+
+
+class _List(msgspec.Struct):
+    data: list[ListedModel] | None = None
+
+
+_decode = msgspec.json.Decoder(_List | list[ListedModel]).decode
+
+
+def read_models(body: bytes) -> dict[str, ListedModel]:
+    """The models by id, in the server's order. Raises `ValueError`."""
+    try:
+        found = _decode(body)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the list of models cannot be read: {error}") from None
+    listed = found if isinstance(found, list) else found.data or []
+    return {model.id: model for model in listed[:MAX_MODELS] if model.id}

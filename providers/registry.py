@@ -1,0 +1,106 @@
+"""Providers by kind: a table of `config.toml` becomes a `Provider`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import msgspec
+
+from .base import Provider
+
+#: Builds a provider from its name and settings. Raises `SettingsError`.
+Factory = Callable[[str, Mapping[str, Any]], Provider]
+
+T = TypeVar("T")
+
+
+class SettingsError(ValueError):
+    """Settings that no provider can be built from; names the one that is wrong."""
+
+
+@runtime_checkable
+class Runs(Protocol):
+    """A provider with work of its own, beside its answers."""
+
+    async def run(self) -> None:
+        """Work until cancelled. The daemon runs it in its nursery."""
+        ...
+
+
+_factories: dict[str, Factory] = {}
+
+
+def register(kind: str, factory: Factory) -> None:
+    """Make a kind known. A later one of the same name takes its place."""
+    _factories[kind] = factory
+
+
+def kinds() -> Sequence[str]:
+    """The kinds that can be built, sorted."""
+    return sorted(_factories)
+
+
+def build(kind: str, name: str, settings: Mapping[str, Any]) -> Provider:
+    """Build a provider. Raises `SettingsError`; connects to nothing and starts nothing."""
+    factory = _factories.get(kind)
+    if factory is None:
+        raise SettingsError(f"provider {name!r}: no kind {kind!r}{_meant(kind, kinds())}")
+    try:
+        return factory(name, settings)
+    except ValueError as error:
+        raise SettingsError(f"provider {name!r} ({kind}): {error}") from None
+
+
+def read_settings(type_: type[T], settings: Mapping[str, Any], *, name: str | None = None) -> T:
+    """Typed settings from a table. Raises `SettingsError` that names the key.
+
+    `type_` is a msgspec struct or a dataclass; a `name` is added where it has that field.
+    """
+    info: Any = msgspec.inspect.type_info(type_)
+    fields = [field.encode_name for field in info.fields]
+    known = [field for field in fields if field != "name"]
+    for key in settings:
+        if key not in known:
+            raise SettingsError(f"no setting {key!r}{_meant(key, known)}")
+    values = dict(settings)
+    if name is not None and "name" in fields:
+        values["name"] = name
+    try:
+        return msgspec.convert(values, type_)
+    except msgspec.ValidationError as error:
+        reason, _, path = str(error).partition(" - at `$.")
+        key = path.rstrip("`")
+        raise SettingsError(f"{key}: {reason}" if key else reason) from None
+
+
+def _meant(word: str, known: Sequence[str]) -> str:
+    """What was probably meant, or what there is."""
+    close = difflib.get_close_matches(word, known, n=1)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; there is {', '.join(sorted(known))}" if known else ""
+
+
+def _echo(name: str, settings: Mapping[str, Any]) -> Provider:
+    from .echo import Echo, EchoSettings
+
+    return Echo(read_settings(EchoSettings, settings, name=name))
+
+
+def _openai_compatible(name: str, settings: Mapping[str, Any]) -> Provider:
+    from .openai_compatible import OpenAICompatible, OpenAICompatibleSettings
+
+    return OpenAICompatible(read_settings(OpenAICompatibleSettings, settings, name=name))
+
+
+def _local_hf(name: str, settings: Mapping[str, Any]) -> Provider:
+    from .local_hf import LocalHF, LocalHFSettings
+
+    return LocalHF(read_settings(LocalHFSettings, settings, name=name))
+
+
+register("echo", _echo)
+register("openai_compatible", _openai_compatible)
+register("local_hf", _local_hf)

@@ -1,0 +1,181 @@
+"""A real HTTP server whose every byte is written by the test."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, NamedTuple
+
+import trio
+
+
+class Received(NamedTuple):
+    """A request as the server got it."""
+
+    method: str
+    path: str
+    #: By lower-case name.
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class ServerSide:
+    """The server's end of one connection."""
+
+    def __init__(self, stream: trio.abc.Stream, server: ScriptedServer) -> None:
+        self.stream = stream
+        self._server = server
+        self._rest = bytearray()
+
+    async def request(self) -> Received:
+        """Read one whole request."""
+        received = await self.request_or_end()
+        assert received is not None, "the client closed the connection"
+        return received
+
+    async def request_or_end(self) -> Received | None:
+        """The same; None if the client closes the connection instead."""
+        while b"\r\n\r\n" not in self._rest:
+            if not await self._read():
+                return None
+        head, _, self._rest = self._rest.partition(b"\r\n\r\n")
+        first, *lines = head.decode("latin-1").split("\r\n")
+        pairs = (line.split(": ", 1) for line in lines)
+        headers = {name.lower(): value for name, value in pairs}
+        size = int(headers.get("content-length", "0"))
+        while len(self._rest) < size:
+            assert await self._read(), "the client left in the middle of its request"
+        body, self._rest = bytes(self._rest[:size]), self._rest[size:]
+        method, path, _ = first.split(" ")
+        received = Received(method, path, headers, body)
+        self._server.requests.append(received)
+        return received
+
+    async def _read(self) -> bool:
+        data = await self.stream.receive_some(65536)
+        self._rest += data
+        return bool(data)
+
+    async def send(self, *pieces: bytes) -> None:
+        for piece in pieces:
+            await self.stream.send_all(piece)
+
+    async def send_bytewise(self, data: bytes) -> None:
+        for i in range(len(data)):
+            await self.stream.send_all(data[i : i + 1])
+
+    async def wait_closed(self) -> None:
+        """Wait until the client has closed the connection."""
+        try:
+            while await self.stream.receive_some(65536):
+                pass
+        except trio.BrokenResourceError:
+            pass  # reset, because it left something unread
+
+
+Script = Callable[[ServerSide], Awaitable[None]]
+
+
+class ScriptedServer:
+    """Runs the script once for each connection, and closes it when the script returns."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.requests: list[Received] = []
+        self.connections = 0
+
+    @property
+    def origin(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def base_url(self) -> str:
+        return f"{self.origin}/v1"
+
+
+@asynccontextmanager
+async def scripted_server(*scripts: Script, limit: float = 20) -> AsyncIterator[ScriptedServer]:
+    """A server on a free port; the last script is also that of all later connections.
+
+    A script that raises fails the test, and so does one that takes longer than `limit` (s).
+    """
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    server = ScriptedServer(listener.socket.getsockname()[1])
+
+    async def handle(stream: trio.abc.Stream) -> None:
+        script = scripts[min(server.connections, len(scripts) - 1)]
+        server.connections += 1
+        async with stream:
+            await script(ServerSide(stream, server))
+
+    async def accept() -> None:
+        await trio.serve_listeners(handle, [listener])
+
+    with trio.fail_after(limit):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(accept)
+            yield server
+            nursery.cancel_scope.cancel()
+
+
+def always(data: bytes) -> Script:
+    """A script that gives each request of a connection the same reply."""
+
+    async def script(side: ServerSide) -> None:
+        while await side.request_or_end():
+            await side.send(data)
+
+    return script
+
+
+def reply(status: int, body: bytes | str = b"", *headers: str) -> bytes:
+    """A whole reply with a length. `headers` are lines."""
+    raw = body.encode() if isinstance(body, str) else body
+    lines = [f"HTTP/1.1 {status} Whatever", f"Content-Length: {len(raw)}", *headers]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1") + raw
+
+
+def json_reply(status: int, value: Any, *headers: str) -> bytes:
+    return reply(status, json.dumps(value), "Content-Type: application/json", *headers)
+
+
+CHUNKED_HEAD = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+)
+LAST_CHUNK = b"0\r\n\r\n"
+
+
+def chunk(data: bytes) -> bytes:
+    """A piece of a chunked body."""
+    return b"%x\r\n%s\r\n" % (len(data), data)
+
+
+def event(value: Any) -> bytes:
+    """One server-sent event."""
+    return b"data: " + json.dumps(value).encode() + b"\n\n"
+
+
+def delta(content: str = "", finish: str | None = None, **fields: Any) -> dict[str, Any]:
+    """A chunk of a streamed answer."""
+    choice = {"index": 0, "delta": {"content": content, **fields}, "finish_reason": finish}
+    return {"id": "c1", "object": "chat.completion.chunk", "choices": [choice]}
+
+
+USAGE: dict[str, Any] = {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 2}}
+DONE = b"data: [DONE]\n\n"
+
+
+def answer(*texts: str) -> bytes:
+    """The events of a whole streamed answer."""
+    events = [event(delta(text)) for text in texts]
+    return b"".join([*events, event(delta(finish="stop")), event(USAGE), DONE])
+
+
+def streamed(body: bytes) -> bytes:
+    """A whole chunked reply."""
+    return CHUNKED_HEAD + chunk(body) + LAST_CHUNK

@@ -1,0 +1,159 @@
+"""Providers from tables of the configuration."""
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import pytest
+
+from promptmesh.providers import registry
+from promptmesh.providers.base import Provider
+from promptmesh.providers.echo import Echo, EchoSettings
+from promptmesh.providers.openai_compatible import OpenAICompatible
+from promptmesh.providers.registry import (
+    Runs,
+    SettingsError,
+    build,
+    kinds,
+    read_settings,
+    register,
+)
+
+URL = "http://127.0.0.1:9000/v1"
+
+
+def test_kinds() -> None:
+    assert kinds() == ["echo", "local_hf", "openai_compatible"]
+
+
+def test_echo() -> None:
+    provider = build("echo", "e", {"models": ["a"], "first_s": 1, "slots": 2})
+    assert isinstance(provider, Echo)
+    assert (provider.name, provider.slots) == ("e", 2)
+    assert [m.id for m in provider.models()] == ["a"]
+    assert not isinstance(provider, Runs)
+
+
+def test_openai_compatible() -> None:
+    settings = {"base_url": URL, "api_key": "k", "models": ["m"], "headers": {"X-A": "b"}}
+    provider = build("openai_compatible", "vllm", settings)
+    assert isinstance(provider, OpenAICompatible)
+    assert isinstance(provider, Runs)
+    assert provider.name == "vllm"
+    assert [m.id for m in provider.models()] == ["m"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("ehco", {}, "provider 'p': no kind 'ehco'; did you mean 'echo'?"),
+        (
+            "x",
+            {},
+            "provider 'p': no kind 'x'; there is echo, local_hf, openai_compatible",
+        ),
+        (
+            "openai_compatible",
+            {"base_ur": URL},
+            "provider 'p' (openai_compatible): no setting 'base_ur'; did you mean 'base_url'?",
+        ),
+        (
+            "openai_compatible",
+            {},
+            "provider 'p' (openai_compatible): Object missing required field `base_url`",
+        ),
+        (
+            "openai_compatible",
+            {"base_url": "127.0.0.1:9000"},
+            "provider 'p' (openai_compatible): base_url: expected a URL such as "
+            "http://127.0.0.1:8000/v1",
+        ),
+        (
+            "openai_compatible",
+            {"base_url": URL, "slots": "8"},
+            "provider 'p' (openai_compatible): slots: Expected `int | null`, got `str`",
+        ),
+        (
+            "openai_compatible",
+            {"base_url": URL, "slots": 0},
+            "provider 'p' (openai_compatible): slots: Expected `int` >= 1",
+        ),
+        (
+            "openai_compatible",
+            {"base_url": URL, "models": ["a", 3]},
+            "provider 'p' (openai_compatible): models[1]: Expected `str`, got `int`",
+        ),
+        (
+            "openai_compatible",
+            {"base_url": URL, "name": "q"},
+            "provider 'p' (openai_compatible): no setting 'name'",
+        ),
+        ("echo", {"fail": "badly"}, "provider 'p' (echo): fail: Invalid enum value 'badly'"),
+    ],
+)
+def test_wrong_settings(kind: str, settings: Mapping[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        build(kind, "p", settings)
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"base_url": URL, "api_key": "hunter2\n"},
+        {"base_url": URL, "headers": {"X-Key": "hunter2\r\n"}},
+        {"base_url": URL, "headers": ["hunter2"]},
+        {"base_url": "http://user:hunter2@host/v1"},
+        {"base_url": URL, "api_key": ["hunter2"]},
+    ],
+)
+def test_secrets_are_not_repeated(settings: Mapping[str, Any]) -> None:
+    with pytest.raises(SettingsError) as caught:
+        build("openai_compatible", "p", settings)
+    assert "hunter2" not in str(caught.value)
+    assert caught.value.__cause__ is None
+
+
+def test_a_kind_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_factories", {})
+
+    def factory(name: str, settings: Mapping[str, Any]) -> Provider:
+        return Echo(EchoSettings(name=f"my-{name}"))
+
+    register("mine", factory)
+    assert kinds() == ["mine"]
+    assert build("mine", "x", {}).name == "my-x"
+
+
+@dataclass(frozen=True)
+class OfADataclass:
+    model: str
+    batch: int = 16
+
+
+class OfAStruct(msgspec.Struct, forbid_unknown_fields=True):
+    model: str
+    batch: int = 16
+
+
+@pytest.mark.parametrize("type_", [OfADataclass, OfAStruct])
+def test_settings_without_a_name(type_: Any) -> None:
+    assert read_settings(type_, {"model": "m"}, name="n") == type_(model="m", batch=16)
+    with pytest.raises(SettingsError, match="no setting 'bacth'; did you mean 'batch'"):
+        read_settings(type_, {"model": "m", "bacth": 3})
+    with pytest.raises(SettingsError, match="model"):
+        read_settings(type_, {})
+
+
+def test_import_is_cheap() -> None:
+    """Neither torch, nor httpx, nor any provider is imported before one is built."""
+    code = (
+        "import sys; import promptmesh.providers.registry as r; "
+        "r.build('openai_compatible', 'p', {'base_url': 'https://h/v1'}); "
+        "print(sorted({'torch', 'transformers', 'httpx', 'libp2p'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
