@@ -113,7 +113,7 @@ EXPIRED = """
     SELECT a.key, a.digest FROM answer AS a JOIN block AS b ON b.digest = a.digest
     WHERE a.expires_at <= ? AND NOT b.pinned LIMIT ?"""
 #: (limit,) -> what was used longest ago.
-OLDEST = "SELECT digest FROM block WHERE pinned = 0 ORDER BY used_at LIMIT ?"
+OLDEST = "SELECT digest, size FROM block WHERE pinned = 0 ORDER BY used_at LIMIT ?"
 
 _INSERT = """
     INSERT INTO answer (key, digest, model, weights, source, own, claimed, namespace, shared,

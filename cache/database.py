@@ -101,15 +101,15 @@ class Database:
 
     async def checkpoint(self) -> None:
         """Copy what was committed from the log into the file, in a thread. Never raises."""
-        if self._path is None or self._connection.total_changes == self._checkpointed:
+        if self._path is None:
             return
-        changes = self._connection.total_changes
         try:
-            await trio.to_thread.run_sync(_checkpoint, self._path, limiter=self._limiter)
+            changes = self._connection.total_changes
+            if changes != self._checkpointed:
+                await trio.to_thread.run_sync(_checkpoint, self._path, limiter=self._limiter)
+                self._checkpointed = changes
         except sqlite3.Error as error:
             self._fault("checkpoint", error)
-        else:
-            self._checkpointed = changes
 
     def shrink(self) -> None:
         """Give some of the room back to the disk, if a quarter of the file is free."""

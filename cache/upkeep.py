@@ -6,6 +6,7 @@ Rows go in small batches with a checkpoint of trio between them, so that nothing
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import trio
 
@@ -34,8 +35,8 @@ async def sweep(database: Database, blocks: SqliteBlocks, *, now: float, max_byt
         expired += gone
         await trio.lowlevel.checkpoint()
     if _held(database) > max_bytes:
-        while _held(database) > max_bytes * ROOM_USED:
-            gone = database.attempt("eviction", lambda: _evict(database, blocks), 0)
+        while (surplus := _held(database) - max_bytes * ROOM_USED) > 0:
+            gone = database.attempt("eviction", partial(_evict, database, blocks, surplus), 0)
             if not gone:
                 break  # the rest is pinned
             evicted += gone
@@ -61,6 +62,12 @@ def _expire(database: Database, now: float) -> int:
     return len(expired)
 
 
-def _evict(database: Database, blocks: SqliteBlocks) -> int:
-    oldest = database.rows(answer_rows.OLDEST, (BATCH,))
-    return blocks.drop([digest for (digest,) in oldest]) if oldest else 0
+def _evict(database: Database, blocks: SqliteBlocks, surplus: float) -> int:
+    """Drop some of what was used longest ago, not much more than the surplus."""
+    going = []
+    for digest, size in database.rows(answer_rows.OLDEST, (BATCH,)):
+        if surplus <= 0:
+            break
+        going.append(digest)
+        surplus -= size
+    return blocks.drop(going) if going else 0

@@ -57,9 +57,7 @@ class AskBlock(Value, frozen=True, kw_only=True, tag_field="kind", tag="block"):
 
 
 #: The epoch of a peer's batches, and the ranges (first, last) of their numbers.
-Known = tuple[
-    int, Annotated[tuple[tuple[int, int], ...], msgspec.Meta(max_length=MAX_RANGES)]
-]
+Known = tuple[int, Annotated[tuple[tuple[int, int], ...], msgspec.Meta(max_length=MAX_RANGES)]]
 
 
 class AskClaims(Value, frozen=True, kw_only=True, tag_field="kind", tag="claims"):
@@ -275,7 +273,7 @@ def _check_plain(value: Any) -> None:
                 if not all(type(key) is str for key in item):
                     raise ValueError("a key that is not text")
                 below.extend(item.values())
-            elif isinstance(item, list):
+            elif isinstance(item, tuple | list):
                 below.extend(item)
             elif isinstance(item, bytes):
                 raise ValueError("bytes where JSON belongs")

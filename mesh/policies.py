@@ -94,7 +94,9 @@ class _Counts:
     floor: int = 0
 
     def take(self, candidates: Sequence[Candidate], rng: Random) -> Candidate:
-        counts = {c.backend: max(self.counts.get(c.backend, 0), self.floor) for c in candidates}
+        there = [n for c in candidates if (n := self.counts.get(c.backend, -1)) >= self.floor]
+        start = min(there, default=self.floor)
+        counts = {c.backend: max(self.counts.get(c.backend, 0), start) for c in candidates}
         self.floor = min(counts.values())
         chosen = rng.choice([c for c in candidates if counts[c.backend] == self.floor])
         self.counts.update(counts)

@@ -84,8 +84,6 @@ class EchoSettings(Behaviour, frozen=True, kw_only=True):
     models: tuple[str, ...] = ("echo",)
     #: In words; a longer prompt, with the `max_tokens` of its answer, is refused.
     context_length: Annotated[int, msgspec.Meta(ge=1)] | None = None
-    #: Requests it takes at once; None: as many as come.
-    slots: Annotated[int, msgspec.Meta(ge=1)] | None = None
 
 
 class EchoStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -119,11 +117,6 @@ class Echo:
     @property
     def name(self) -> str:
         return self._settings.name
-
-    @property
-    def slots(self) -> int | None:
-        """Requests it takes at once."""
-        return self._settings.slots
 
     def models(self) -> Sequence[ModelOffer]:
         return self._offers

@@ -6,7 +6,7 @@ leaves stops the work at once, and a cut answer is noticed by its missing end.
 
 from __future__ import annotations
 
-import logging
+import math
 import re
 import sys
 import time
@@ -45,12 +45,12 @@ from .openai_errors import ErrorReader, ServerError
 from .openai_models import ListedModel, read_models
 from .openai_stream import AnswerDecoder
 
-logger = logging.getLogger(__name__)
-
 #: Seconds between two questions for the models; while the server is down first the one, then twice
 #: as long each time up to the other.
 REFRESH = 30.0
 FIRST_RETRY, LAST_RETRY = 1.0, 10.0
+#: The same for a server on the public internet, whose list may be long.
+PUBLIC_REFRESH = 300.0
 #: Seconds. `Provider.check` may take 2.
 CHECK_TIME = 1.9
 #: A body that explains an error is read so far, in bytes and seconds.
@@ -73,8 +73,6 @@ class OpenAICompatibleSettings(msgspec.Struct, frozen=True, kw_only=True):
     models: tuple[str, ...] = ()
     #: Sent with each request.
     headers: dict[str, str] = {}
-    #: Requests it takes at once; None: as many as come.
-    slots: Annotated[int, msgspec.Meta(ge=1)] | None = None
     #: What its models can do, where its list does not tell.
     tools: bool = True
     modalities: tuple[str, ...] = ("text",)
@@ -114,17 +112,16 @@ class OpenAICompatible:
         self.errors = ErrorReader(settings.name, secrets)
         self._quirks = Quirks()
         self._where = str(address)
+        self._private = address.private
         self._egress = not address.private if settings.egress is None else settings.egress
+        self._health = Health(state="starting", reason="it was not asked yet")
+        #: When `check` may ask the server again.
+        self._ask_again = -math.inf
         self._offers = tuple(self._offer(ListedModel(id=id_)) for id_ in settings.models)
 
     @property
     def name(self) -> str:
         return self._settings.name
-
-    @property
-    def slots(self) -> int | None:
-        """Requests it takes at once."""
-        return self._settings.slots
 
     def models(self) -> Sequence[ModelOffer]:
         """The configured models, or those the server listed last, also while it is down: who asks
@@ -135,17 +132,29 @@ class OpenAICompatible:
         return _Call(self, request)
 
     async def check(self) -> Health:
-        """Ask for the models, and remember them."""
+        """Ask for the models, and remember them.
+
+        A public server, and one that refused, is not asked at each call: what it said last counts.
+        """
+        if trio.current_time() >= self._ask_again:
+            self._health = await self._ask()
+        return self._health
+
+    async def _ask(self) -> Health:
+        self._ask_again = -math.inf if self._private else trio.current_time() + LAST_RETRY
         with trio.move_on_after(CHECK_TIME):
             try:
                 async with self._client.request("GET", "/models") as reply:
-                    if reply.status == 200:
-                        self._learn(await _read(reply, MAX_MODEL_LIST))
-                        return Health()
-                    return self._unwell(reply.status, self.errors.read(await _explanation(reply)))
+                    if reply.status != 200:
+                        return self._unwell(reply.status, self.errors.read(await _explain(reply)))
+                    self._learn(await _read(reply, MAX_MODEL_LIST))
             except HttpFailure as error:
+                reason = self.errors.redact(str(error))
                 hint = f"start the server at {self._where}, or correct base_url"
-                return Health(state="unavailable", reason=self.errors.redact(str(error)), hint=hint)
+                return Health(state="unavailable", reason=reason, hint=hint)
+            if not self._private:
+                self._ask_again = trio.current_time() + PUBLIC_REFRESH
+            return Health()
         return Health(
             state="unavailable",
             reason=f"{self._where} did not list its models within 2 s",
@@ -155,15 +164,9 @@ class OpenAICompatible:
     async def run(self) -> None:
         """Ask for the models now and then, until cancelled."""
         delay = FIRST_RETRY
-        state = ""
         try:
             while True:
-                health = await self.check()
-                if health.state != state:
-                    state = health.state
-                    reason = health.reason and f": {health.reason}"
-                    logger.info("%s is %s%s", self.name, state, reason)
-                if health.state == "ready":
+                if (await self.check()).state == "ready":
                     delay = FIRST_RETRY
                     await trio.sleep(REFRESH)
                 else:
@@ -195,7 +198,7 @@ class OpenAICompatible:
                 return None
             hint = "is base_url right? it usually ends in /v1"
             return ProviderUnavailable(f"{self.name} answered with a web page ({hint})")
-        said = self.errors.read(await _explanation(reply))
+        said = self.errors.read(await _explain(reply))
         return self.errors.reply(reply.status, reply.headers, said, time.time())
 
     def learn(self, failure: GenerateError) -> bool:
@@ -204,6 +207,8 @@ class OpenAICompatible:
 
     def _unwell(self, status: int, said: ServerError) -> Health:
         reason = f"{self._where} answered {status}" + (f": {said.message}" if said.message else "")
+        if status != 503:
+            self._ask_again = trio.current_time() + LAST_RETRY
         if status in (401, 403):
             hint = "check the key: `api_key_env` names the variable that holds it"
             return Health(state="unavailable", reason=reason, hint=hint)
@@ -339,7 +344,7 @@ def _unavailable(error: HttpFailure, name: str) -> ProviderUnavailable:
     return kind(f"{name}: {error}")
 
 
-async def _explanation(reply: HttpReply) -> bytes:
+async def _explain(reply: HttpReply) -> bytes:
     """The body of an error, or as much of it as comes soon."""
     body = bytearray()
     with trio.move_on_after(ERROR_BODY_TIME):

@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Self
 
+import h11
 import httpx
 import trio
 
@@ -156,21 +157,19 @@ class Daemon:
             return await client.post("/v1/chat/completions", json=body, headers=headers)
 
     @asynccontextmanager
-    async def stream(
-        self, prompt: str, model: str, **fields: Any
-    ) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
-        """One streamed chat completion: its events, to the `[DONE]`, which must come."""
+    async def stream(self, prompt: str, model: str, **fields: Any) -> AsyncIterator[EventStream]:
+        """One streamed chat completion. Leaving closes the connection, as a client that goes."""
         body = {
             "model": model,
             "messages": [{"role": "user", "content": prompt}],
             "stream": True,
         } | fields
-        async with (
-            httpx.AsyncClient(base_url=self.url, timeout=120) as client,
-            client.stream("POST", "/v1/chat/completions", json=body) as response,
-        ):
-            assert response.status_code == 200, await response.aread()
-            yield _events(response)
+        host, port = self.url.removeprefix("http://").split(":")
+        async with await trio.open_tcp_stream(host, int(port)) as connection:
+            data = json.dumps(body).encode()
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\n"
+            await connection.send_all(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+            yield EventStream(connection)
 
     async def models(self) -> set[str]:
         return {model["id"] for model in (await self.json("/v1/models"))["data"]}
@@ -191,13 +190,43 @@ class Daemon:
         await until(met, f"{self.name} is connected to {names}; {self.log}", within)
 
 
-async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
-    async for line in response.aiter_lines():
-        if line == "data: [DONE]":
-            return
-        if line.startswith("data: "):
-            yield json.loads(line.removeprefix("data: "))
-    raise AssertionError("the stream ended without [DONE]")
+class EventStream:
+    """The events of a streamed answer, up to the `[DONE]`, which must come.
+
+    Not by httpx: its generators complain when a client leaves in the middle, as tests do here.
+    """
+
+    def __init__(self, connection: trio.SocketStream) -> None:
+        self._connection = connection
+        self._http = h11.Connection(h11.CLIENT)
+        self._http.send(h11.Request(method="POST", target="/", headers=[("host", "x")]))
+        self._http.send(h11.EndOfMessage())
+        self._buffer = b""
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> dict[str, Any]:
+        while b"\n\n" not in self._buffer:
+            self._buffer += await self._more()
+        event, self._buffer = self._buffer.split(b"\n\n", 1)
+        data = event.removeprefix(b"data: ")
+        if data == b"[DONE]":
+            raise StopAsyncIteration
+        fields: dict[str, Any] = json.loads(data)
+        return fields
+
+    async def _more(self) -> bytes:
+        while True:
+            event = self._http.next_event()
+            if event is h11.NEED_DATA:
+                self._http.receive_data(await self._connection.receive_some())
+            elif isinstance(event, h11.Response):
+                assert event.status_code == 200, event
+            elif isinstance(event, h11.Data):
+                return bytes(event.data)
+            else:
+                raise AssertionError(f"the stream ended without [DONE]: {event}")
 
 
 @asynccontextmanager

@@ -74,8 +74,8 @@ async def test_nothing_to_repeat() -> None:
 
 
 async def test_models() -> None:
-    echo = Echo(EchoSettings(name="e", models=("a", "b"), context_length=7, slots=2))
-    assert (echo.name, echo.slots) == ("e", 2)
+    echo = Echo(EchoSettings(name="e", models=("a", "b"), context_length=7))
+    assert echo.name == "e"
     assert [(m.id, m.context_length, m.can_continue) for m in echo.models()] == [
         ("a", 7, True),
         ("b", 7, True),

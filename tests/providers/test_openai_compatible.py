@@ -463,11 +463,10 @@ def test_only_generate_errors_leave(pieces: list[bytes], form: str) -> None:
 
 
 def test_it_is_a_provider_that_runs() -> None:
-    settings = OpenAICompatibleSettings(name="n", base_url="http://h/v1", slots=3)
+    settings = OpenAICompatibleSettings(name="n", base_url="http://h/v1")
     provider: Provider = OpenAICompatible(settings)
     assert isinstance(provider, Runs)
     assert provider.name == "n"
-    assert OpenAICompatible(settings).slots == 3
 
 
 def offer(**fields: Any) -> ModelOffer:
@@ -581,10 +580,53 @@ async def test_health_of_a_hanging_server(autojump_clock: MockClock) -> None:
     assert "within 2 s" in health.reason
 
 
-async def test_run_keeps_the_models_fresh(
-    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(("status", "count"), [(200, 30), (503, 30), (401, 2), (404, 2), (500, 2)])
+async def test_server_that_refused_is_not_asked_all_the_time(
+    status: int, count: int, autojump_clock: MockClock
 ) -> None:
-    caplog.set_level(logging.INFO)
+    async with served(always(json_reply(status, {}))) as (server, provider):
+        for _ in range(30):
+            state = (await provider.check()).state
+            assert (state == "ready") is (status == 200)
+            await trio.sleep(0.4)
+        assert len(server.requests) == count
+
+
+@pytest.mark.parametrize(("status", "times"), [(200, [0, 300, 600]), (401, [0, 10, 20])])
+async def test_public_server_is_asked_seldom(
+    status: int, times: list[float], autojump_clock: MockClock
+) -> None:
+    """A name on the internet that leads here."""
+    asked: list[float] = []
+
+    async def script(side: ServerSide) -> None:
+        while await side.request_or_end():
+            asked.append(trio.current_time() - began)
+            await side.send(json_reply(status, LIST))
+            if len(asked) == len(times):
+                nursery.cancel_scope.cancel()
+
+    class Resolver(trio.abc.HostnameResolver):
+        async def getaddrinfo(self, host: Any, port: Any, *rest: Any) -> Any:
+            assert host == b"api.example.com"
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
+
+        async def getnameinfo(self, *args: Any) -> Any:
+            raise NotImplementedError
+
+    trio.socket.set_custom_hostname_resolver(Resolver())
+    began = trio.current_time()
+    async with scripted_server(script, limit=1000) as server:
+        url = f"http://api.example.com:{server.port}/v1"
+        async with provider_for(server, base_url=url) as provider, trio.open_nursery() as nursery:
+            nursery.start_soon(provider.run)
+            while True:
+                await provider.check()
+                await trio.sleep(1)
+    assert asked == pytest.approx(times, abs=1.1)
+
+
+async def test_run_keeps_the_models_fresh(autojump_clock: MockClock) -> None:
     asked: list[float] = []
 
     async def script(side: ServerSide) -> None:
@@ -603,11 +645,6 @@ async def test_run_keeps_the_models_fresh(
         assert [m.id for m in provider.models()] == ["m7"]
         assert server.connections == 1
     assert asked == pytest.approx([0, 1, 3, 7, 15, 25, 55, 85, 86], abs=0.01)
-    assert [record.message for record in caplog.records] == [
-        f"vllm is starting: 127.0.0.1:{server.port} answered 503",
-        "vllm is ready",
-        f"vllm is starting: 127.0.0.1:{server.port} answered 503",
-    ]
 
 
 async def test_run_closes_the_connections_at_its_end() -> None:

@@ -30,9 +30,9 @@ def test_kinds() -> None:
 
 
 def test_echo() -> None:
-    provider = build("echo", "e", {"models": ["a"], "first_s": 1, "slots": 2})
+    provider = build("echo", "e", {"models": ["a"], "first_s": 1})
     assert isinstance(provider, Echo)
-    assert (provider.name, provider.slots) == ("e", 2)
+    assert provider.name == "e"
     assert [m.id for m in provider.models()] == ["a"]
     assert not isinstance(provider, Runs)
 
@@ -73,13 +73,13 @@ def test_openai_compatible() -> None:
         ),
         (
             "openai_compatible",
-            {"base_url": URL, "slots": "8"},
-            "provider 'p' (openai_compatible): slots: Expected `int | null`, got `str`",
+            {"base_url": URL, "read_timeout": "8"},
+            "provider 'p' (openai_compatible): read_timeout: Expected `float`, got `str`",
         ),
         (
             "openai_compatible",
-            {"base_url": URL, "slots": 0},
-            "provider 'p' (openai_compatible): slots: Expected `int` >= 1",
+            {"base_url": URL, "read_timeout": 0},
+            "provider 'p' (openai_compatible): read_timeout: Expected `float` > 0",
         ),
         (
             "openai_compatible",

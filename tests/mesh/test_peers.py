@@ -1,0 +1,279 @@
+"""The peer table, as sequences of what is heard at chosen times."""
+
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from promptmesh.mesh.frames import RemoteProtocolError, encode_value
+from promptmesh.mesh.peers import (
+    LINGER,
+    MAX_ADVERT,
+    MAX_PEERS,
+    MEMORY,
+    Advert,
+    Gpu,
+    Machine,
+    PeerTable,
+    ProviderAdvert,
+    SignedAdvert,
+    is_signed,
+    open_sealed,
+    seal,
+)
+from promptmesh.providers.base import ModelOffer
+
+
+def sign(data: bytes) -> bytes:
+    return b"signed:" + bytes([sum(data) % 256])
+
+
+def verify(peer: str, data: bytes, signature: bytes) -> bool:
+    return signature == sign(data)
+
+
+def offering(peer: str, *models: str, **fields: Any) -> Advert:
+    provider = ProviderAdvert(name="echo", models=tuple(ModelOffer(id=m) for m in models))
+    plain = Advert(peer=peer, node=peer.upper(), epoch=1, seq=1, ttl=20.0, providers=(provider,))
+    return msgspec.structs.replace(plain, **fields)
+
+
+def observe(table: PeerTable, advert: Advert, now: float, age: float = 0.0) -> bool:
+    return table.observe(advert, seal(advert, sign), now, age)
+
+
+def asked(table: PeerTable, model: str) -> list[str]:
+    return [offered.peer.peer for offered in table.offers(model)]
+
+
+def test_an_advert_lives_for_its_ttl_from_when_it_came() -> None:
+    table = PeerTable("me")
+    assert observe(table, offering("b", "m"), 100.0)
+    assert asked(table, "m") == ["b"]
+    assert table.expire(119.9) == []
+    assert table.expire(120.0) == ["b"]
+    assert asked(table, "m") == []
+    assert len(table) == 0
+
+
+def test_a_relayed_advert_is_as_old_as_the_relay_says() -> None:
+    table = PeerTable("me")
+    assert observe(table, offering("b"), 100.0, age=15.0)
+    assert table.expire(104.9) == []
+    assert table.expire(105.0) == ["b"]
+    assert not observe(table, offering("c"), 100.0, age=20.0)
+
+
+def test_what_is_not_newer_is_dropped() -> None:
+    table = PeerTable("me")
+    assert observe(table, offering("b", "new", epoch=2, seq=5), 100.0)
+    for epoch, seq in [(2, 5), (2, 4), (1, 9)]:
+        assert not observe(table, offering("b", "old", epoch=epoch, seq=seq), 101.0)
+    assert asked(table, "new") == ["b"]
+    assert observe(table, offering("b", "newest", epoch=3, seq=1), 102.0)
+    assert asked(table, "new") == []
+    assert asked(table, "newest") == ["b"]
+
+
+def test_hearing_the_same_again_does_not_refresh_it() -> None:
+    table = PeerTable("me")
+    advert = offering("b")
+    observe(table, advert, 100.0)
+    assert not observe(table, advert, 119.0)
+    assert table.expire(121.0) == ["b"]
+
+
+def test_a_ghost_does_not_return_by_gossip() -> None:
+    table = PeerTable("me")
+    advert = offering("b", "m")
+    observe(table, advert, 100.0)
+    table.expire(120.0)
+    assert not observe(table, advert, 121.0)
+    assert asked(table, "m") == []
+    table.expire(100.0 + MEMORY)
+    assert observe(table, advert, 100.0 + MEMORY)  # forgotten: bounded memory
+
+
+def test_who_leaves_is_gone_at_once_and_stays_gone() -> None:
+    table = PeerTable("me")
+    observe(table, offering("b", "m", seq=3), 100.0)
+    assert observe(table, Advert(peer="b", epoch=1, seq=4, leaving=True), 101.0)
+    assert asked(table, "m") == []
+    assert table.get("b") is None
+    assert not observe(table, offering("b", "m", seq=3), 102.0)
+    assert observe(table, offering("b", "m", epoch=2), 103.0)  # it was started again
+    assert asked(table, "m") == ["b"]
+
+
+def test_who_leaves_while_connected_is_gone_with_the_connection() -> None:
+    table = PeerTable("me")
+    table.connected("b", "/ip4/1.2.3.4/tcp/1", 100.0)
+    observe(table, offering("b", "m"), 100.0)
+    observe(table, Advert(peer="b", epoch=1, seq=2, leaving=True), 101.0)
+    assert asked(table, "m") == []
+    table.disconnected("b", "the connection was lost", 102.0)
+    assert table.get("b") is None
+
+
+def test_a_wrong_clock_in_the_ttl_is_bounded() -> None:
+    table = PeerTable("me")
+    observe(table, offering("b", ttl=1e9), 0.0)
+    observe(table, offering("c", ttl=0.0), 0.0)
+    assert table.expire(4.9) == []
+    assert table.expire(5.0) == ["c"]
+    assert table.expire(600.0) == ["b"]
+
+
+def test_own_adverts_and_those_of_another_version_are_no_news() -> None:
+    table = PeerTable("me")
+    assert not observe(table, offering("me"), 0.0)
+    assert not observe(table, offering(""), 0.0)
+    assert not observe(table, offering("b", v=2), 0.0)
+
+
+def test_states() -> None:
+    table = PeerTable("me")
+    observe(table, offering("b"), 0.0)
+    peer = table.get("b")
+    assert peer is not None
+    assert (peer.state, peer.node) == ("known", "B")
+    table.unreachable("b", "connection refused", 1.0)
+    assert (peer.state, peer.reason) == ("unreachable", "connection refused")
+    table.connected("b", "/ip4/1.2.3.4/tcp/1", 2.0)
+    assert (peer.state, peer.reason, peer.since) == ("connected", "", 2.0)
+    table.answered("b", 0.1)
+    table.answered("b", 0.2)
+    assert peer.rtt == pytest.approx(0.12)
+    table.unreachable("b", "a second dial failed", 3.0)
+    assert peer.state == "connected"
+    table.disconnected("b", "it did not answer", 4.0)
+    assert (peer.state, peer.reason, peer.rtt) == ("unreachable", "it did not answer", None)
+
+
+def test_an_unreachable_peer_is_shown_for_a_while_after_the_last_try() -> None:
+    table = PeerTable("me")
+    table.unreachable("b", "refused", 0.0)
+    table.unreachable("b", "refused", 100.0)
+    assert table.expire(100.0 + LINGER - 1) == []
+    assert table.expire(100.0 + LINGER) == ["b"]
+
+
+def test_a_connected_peer_stays_when_its_advert_ends() -> None:
+    table = PeerTable("me")
+    table.connected("b", "", 0.0)
+    observe(table, offering("b", "m"), 0.0)
+    assert table.expire(1000.0) == []
+    assert table.offers("m") == ()
+    peer = table.get("b")
+    assert peer is not None
+    assert peer.providers == ()
+
+
+def test_what_is_relayed_carries_its_age_and_the_askers_own_last_advert() -> None:
+    table = PeerTable("me")
+    old = offering("b", epoch=9)
+    observe(table, old, 100.0, age=2.0)
+    observe(table, offering("c"), 100.0)
+    table.expire(118.0)  # b has ended: a ghost is not told, but to itself
+    assert [s.age for s in table.relayed("x", 119.0)] == [19.0]
+    told = table.relayed("b", 119.0)
+    assert [open_sealed(encode_value(s))[1].peer for s in told] == ["c", "b"]
+
+
+def test_a_full_table_drops_who_is_not_connected() -> None:
+    table = PeerTable("me")
+    table.connected("p0", "", 0.0)
+    for i in range(MAX_PEERS + 10):
+        assert observe(table, offering(f"p{i}"), 0.0)
+    assert len(table) == MAX_PEERS
+    assert table.get("p0") is not None
+    assert table.get("p1") is None
+    for i in range(MAX_PEERS):
+        table.connected(f"q{i}", "", 0.0)
+    assert not observe(table, offering("one more"), 0.0)
+
+
+def test_the_version_rises_with_each_change_of_what_can_be_asked() -> None:
+    table = PeerTable("me")
+    versions = [table.version]
+    observe(table, offering("b"), 0.0)
+    versions.append(table.version)
+    table.unreachable("b", "refused", 1.0)
+    versions.append(table.version)
+    table.expire(20.0)
+    versions.append(table.version)
+    assert versions == sorted(set(versions))
+    observe(table, offering("b"), 21.0)  # no news
+    assert table.version == versions[-1]
+
+
+# --- the bytes
+
+
+def test_a_sealed_advert_comes_back_and_a_changed_one_does_not_verify() -> None:
+    gpu = Gpu(index=0, name="H100", memory_total=80, memory_free=70, utilisation=0.5)
+    advert = offering("b", "m", machine=Machine(cpus=8, gpus=(gpu,)), addresses=("/ip4/1.1.1.1",))
+    sealed, back = open_sealed(encode_value(seal(advert, sign)))
+    assert back == advert
+    assert is_signed(sealed, "b", verify)
+    changed = msgspec.structs.replace(sealed, advert=sealed.advert + b"\1")
+    assert not is_signed(changed, "b", verify)
+
+
+def test_other_signed_bytes_are_no_advert() -> None:
+    advert = encode_value(offering("b"))
+    assert not is_signed(SignedAdvert(advert=advert, signature=sign(advert)), "b", verify)
+
+
+def test_models_that_do_not_fit_are_left_out() -> None:
+    many = [f"a-rather-long-vendor/model-with-a-long-name-{i}" for i in range(1024)]
+    providers = (
+        ProviderAdvert(name="big", models=tuple(ModelOffer(id=m, engine="x" * 90) for m in many)),
+        ProviderAdvert(name="small", models=(ModelOffer(id="mine"),)),
+    )
+    sealed = seal(offering("b", providers=providers), sign)
+    assert len(sealed.advert) <= MAX_ADVERT
+    _, advert = open_sealed(encode_value(sealed))
+    big, small = advert.providers
+    assert [m.id for m in big.models] == many[: len(big.models)]
+    assert 100 < len(big.models) < 1024
+    assert len(small.models) == 1
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"node": "x" * 201},
+        {"node": "a\x1b[31mred"},
+        {"node": "a\nb"},
+        {"addresses": ("x" * 501,)},
+        {"addresses": ("x",) * 33},
+        {"epoch": -1},
+        {"ttl": float("nan")},
+        {"providers": tuple(ProviderAdvert(name=f"p{i}") for i in range(65))},
+        {"providers": (ProviderAdvert(name="p", slots=0),)},
+        {"providers": (ProviderAdvert(name="p", rate=float("inf")),)},
+        {"providers": (ProviderAdvert(name="p", state="gone"),)},  # type: ignore[arg-type]
+    ],
+)
+def test_fields_out_of_bounds_are_refused_by_both_ends(fields: dict[str, Any]) -> None:
+    advert = offering("b", **fields)
+    with pytest.raises(ValueError, match="refuse"):
+        seal(advert, sign)
+    data = encode_value(advert)
+    with pytest.raises(RemoteProtocolError):
+        open_sealed(encode_value(SignedAdvert(advert=data, signature=sign(data))))
+
+
+@given(st.binary(max_size=200))
+def test_random_bytes_raise_nothing_else(data: bytes) -> None:
+    for item in (data, encode_value(SignedAdvert(advert=data, signature=b""))):
+        with pytest.raises(RemoteProtocolError):
+            open_sealed(item)
+
+
+def test_an_advert_that_is_too_large_is_refused_unread() -> None:
+    with pytest.raises(RemoteProtocolError):
+        open_sealed(b"\x81" + bytes(MAX_ADVERT + 2000))
