@@ -153,8 +153,13 @@ class LocalHFConfig:
         low=16,
     )
     max_batch: int = setting(16, "Requests computed at once.", low=1, high=1024)
-    memory_fraction: float = setting(
-        0.5, "The share of the free memory that running requests may take.", low=0.01, high=1
+    memory_fraction: float | None = setting(
+        None,
+        "The share of the free memory that running requests may take.",
+        left_out="what `max_batch` requests need, at most a quarter of a CPU's free memory and 0.6 "
+        "of a GPU's",
+        low=0.01,
+        high=1,
     )
     share: bool = setting(True, "May peers use it?")
 

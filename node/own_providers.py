@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,8 +27,6 @@ DEFAULT_SLOTS: Mapping[str, int | None] = {"echo": None, "openai_compatible": 16
 LOOK_SOON, LOOK_LATER = 0.5, 5.0
 #: `check` keeps to 2 s by its contract; one that does not is not ready.
 CHECK_LIMIT = 4.0
-#: Seconds between two lines of the log about the progress of one that is starting.
-SAY_PERIOD = 5.0
 
 
 #: The health of one that was not looked at yet.
@@ -87,16 +84,11 @@ class OwnProvider:
 
     async def watch(self, changed: Callable[[], None]) -> None:
         """Keep its health fresh until cancelled; `changed` is called when what it offers does."""
-        said_at = -math.inf
         while True:
             health = Health(state="unavailable", reason=f"no answer within {CHECK_LIMIT:g} s")
             with trio.move_on_after(CHECK_LIMIT):
                 health = await self.admission.check()
-            now = trio.current_time()
-            if health.state != self.health.state or (
-                health.reason != self.health.reason and now >= said_at + SAY_PERIOD
-            ):
-                said_at = now
+            if health.state != self.health.state:
                 log = logger.warning if health.state == "unavailable" else logger.info
                 log("%s is %s", self.name, _sentence(health))
             self.health = health

@@ -23,6 +23,7 @@ from ..cache.cid import Cid
 from ..cache.keys import request_key
 from ..providers.base import (
     Answering,
+    CacheControl,
     CacheOnlyMiss,
     Chunk,
     Completion,
@@ -36,6 +37,7 @@ from .flights import Flights
 logger = logging.getLogger(__name__)
 
 Reuse = Literal["deterministic", "always", "never"]
+_BYPASS = CacheControl(mode="bypass")
 
 
 class Backends(Protocol):
@@ -103,7 +105,13 @@ class Router:
         with trio.move_on_after(limit) as whole:
             request = self._names.resolve(request)
             key = request_key(request)
-            async with self._answer(key, request, local_only) as answering:
+            if self._may_reuse(request):
+                work = self._reuse_or_compute(key, request, local_only)
+            elif request.cache.mode == "only":
+                raise CacheOnlyMiss("this node reuses no answers (cache.reuse is `never`)")
+            else:
+                work = self._compute(key, request, local_only)
+            async with work as answering:
                 yield answering
         if whole.cancelled_caught:
             raise DeadlineExceeded(f"there was no whole answer within {limit:g} s")
@@ -120,15 +128,9 @@ class Router:
         )
 
     @asynccontextmanager
-    async def _answer(
+    async def _reuse_or_compute(
         self, key: bytes, request: GenerateRequest, local_only: bool
     ) -> AsyncIterator[Answering]:
-        if not self._may_reuse(request):
-            if request.cache.mode == "only":
-                raise CacheOnlyMiss("this node reuses no answers (cache.reuse is `never`)")
-            async with self._compute(key, request, local_only) as answering:
-                yield answering
-            return
         stored = await self._stored(key, request, local_only)
         if stored is not None:
             yield stored
@@ -184,15 +186,13 @@ class Router:
     async def _compute(
         self, key: bytes, request: GenerateRequest, local_only: bool
     ) -> AsyncIterator[Answering]:
-        scope = trio.current_effective_deadline() - trio.current_time()
+        left = trio.current_effective_deadline() - trio.current_time()
         forwarded = msgspec.structs.replace(
-            request, deadline=None if scope == math.inf else max(scope, 0.0)
+            request,
+            deadline=None if left == math.inf else max(left, 0.0),
+            # What has the scope `local` may not stay at a peer.
+            cache=_BYPASS if request.cache.scope == "local" else request.cache,
         )
-        if request.cache.scope == "local":
-            # The answer may not stay anywhere else.
-            forwarded = msgspec.structs.replace(
-                forwarded, cache=msgspec.structs.replace(request.cache, mode="bypass")
-            )
         async with self._backends.open(forwarded, local_only=local_only, key=key) as answering:
             answering.origin = _seen_from_here(answering.origin, request, self._peer)
             if request.cache.mode != "bypass":

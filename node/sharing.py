@@ -45,6 +45,8 @@ MAX_PAGES = 100
 FETCH_TIME = 3.0
 #: Different answers, and claimants of each, that are tried.
 MAX_ALTERNATIVES, MAX_CLAIMANTS = 3, 3
+#: Namespaces whose secrets are remembered.
+MAX_NAMESPACES = 256
 
 #: Which batches are known: peer -> (epoch, ranges of numbers).
 Versions = Mapping[PeerId, Known]
@@ -83,6 +85,8 @@ class Sharing:
         self._rng = rng
         self._network: ClaimNetwork | None = None
         self._swarm_key: bytes | None = None
+        #: Their secrets and tags, which cost more to make than a key.
+        self._namespaces: dict[str, tuple[bytes, bytes]] = {}
         #: Claims to be signed, by namespace tag; envelopes that are signed and not yet gossiped.
         self._unsigned: dict[bytes, list[Entry]] = {}
         self._unsent: list[bytes] = []
@@ -94,6 +98,7 @@ class Sharing:
         """Share with the mesh of that key from now on."""
         self._network = network
         self._swarm_key = swarm_key
+        self._namespaces.clear()
 
     def detach(self) -> None:
         """Share with nobody."""
@@ -106,12 +111,23 @@ class Sharing:
         row = await self._answers.row(key, cid.raw)
         if row is None or self._swarm_key is None:
             return
-        secret = namespace_secret(self._swarm_key, request.cache.namespace)
+        secret, tag = self._namespace(request)
         entry = Entry(
             mesh_key(secret, key), cid.raw, row.size, int(row.stored_at), int(row.expires_at)
         )
-        self._unsigned.setdefault(namespace_tag(secret), []).append(entry)
+        self._unsigned.setdefault(tag, []).append(entry)
         self._ready.set()
+
+    def _namespace(self, request: GenerateRequest) -> tuple[bytes, bytes]:
+        """The secret of the request's namespace in this mesh, and its tag."""
+        name = request.cache.namespace
+        found = self._namespaces.get(name)
+        if found is None:
+            if len(self._namespaces) >= MAX_NAMESPACES:
+                self._namespaces.clear()
+            secret = namespace_secret(self._swarm_key, name)
+            found = self._namespaces[name] = secret, namespace_tag(secret)
+        return found
 
     def claim_for(self, cid: bytes) -> bytes | None:
         """The signed claim of an answer that was just announced, for the peer that asked for it."""
@@ -229,7 +245,7 @@ class Sharing:
         if self._network is None:
             return None
         now = time.time()
-        secret = namespace_secret(self._swarm_key, request.cache.namespace)
+        secret, _ = self._namespace(request)
         claims = self._index.lookup(mesh_key(secret, key), now)
         if not claims:
             return None

@@ -97,7 +97,7 @@ class SequentialEngine:
             )
 
     def _check(self, module: Any, inputs: Any) -> None:
-        if self._current not in self._wanted:
+        if threading.current_thread() is self._thread and self._current not in self._wanted:
             raise _Cancelled
 
     def arrived(self, job: Job, token: int, count: int) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import trio
+
 from promptmesh.providers.base import (
     CompletionBuilder,
     GenerateRequest,

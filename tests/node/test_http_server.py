@@ -612,25 +612,29 @@ async def test_a_cut_answer_of_http_1_0_is_a_reset() -> None:
 
 
 async def test_a_time_limit_of_the_handler_cannot_spoil_the_stream() -> None:
+    tried = trio.Event()
+
     async def handler(request: Request, responder: Responder) -> None:
         await responder.start(200, content_type=EVENTS)
-        with trio.CancelScope() as scope:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(responder.write, b"x" * 10_000)
-                await trio.testing.wait_all_tasks_blocked()
-                scope.cancel()
-        with trio.CancelScope(shield=True):
-            await responder.write(b"y")
-            await responder.end()
+        try:
+            with trio.CancelScope() as scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(responder.write, b"x" * 10_000)
+                    await trio.testing.wait_all_tasks_blocked()
+                    scope.cancel()
+        finally:
+            with trio.CancelScope(shield=True):
+                await responder.write(b"y")
+                await responder.end()
             tried.set()
 
-    tried = trio.Event()
     async with serving(handler, "lockstep") as served:
         client = await served.connect()
         await client.send(GET)
         await client.head()
         await tried.wait()
-        assert b"y" not in await client.rest()
+        # Half a piece may have gone out; nothing may follow it.
+        assert (await client.rest()).strip(b"x") in (b"", b"2710\r\n", b"2710\r\nx\r\n")
 
 
 # --- clients that leave or stall ----------------------------------------------------------------
@@ -806,13 +810,14 @@ async def test_a_slow_client_is_not_cut_off(autojump_clock: trio.testing.MockClo
         client = await served.connect()
         before = trio.current_time()
         await client.send(GET.replace(b"/ ", b"/large "))
-        received = await client.read_until(b"\r\n\r\n")
+        received = bytearray()
         while len(received) < len(body):
             await trio.sleep(10)
             received += await client.stream.receive_some(60_000)
         assert trio.current_time() - before > 5 * PATIENCE.send_timeout
         # The connection is as good as new.
-        await client.stream.receive_some(len(body))
+        assert received.endswith(b"x")
+        await trio.testing.wait_all_tasks_blocked()
         assert (await client.ask())[2] == b"small"
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fakes_hf import END, make_tiny_model
+
 from promptmesh.providers.hf_engine import BatchEngine, Delivery, Engine, EngineStopped, Job
 from promptmesh.providers.hf_frames import Load
 from promptmesh.providers.hf_load import PAGE, LoadedModel, LoadError, load
@@ -82,12 +84,13 @@ PROMPTS = [[40 + i, 50, 60 + i, *range(70, 75 + i)] for i in range(6)]
 
 def test_both_engines_find_the_same_tokens(model: LoadedModel) -> None:
     answers = []
-    for engine in (BatchEngine(model, max_batch=4), SequentialEngine(model)):
-        asked = [Asked(engine, prompt, limit=10) for prompt in PROMPTS]
-        assert [one.ended().end for one in asked] == ["length"] * 6
-        answers.append([one.tokens for one in asked])
-        assert engine.tokens == 60
-        engine.close()
+    engines: tuple[Engine, ...] = (BatchEngine(model, max_batch=4), SequentialEngine(model))
+    for engine in engines:
+        with closing(engine):
+            asked = [Asked(engine, prompt, limit=10) for prompt in PROMPTS]
+            assert [one.ended().end for one in asked] == ["length"] * 6
+            answers.append([one.tokens for one in asked])
+            assert engine.tokens == 60
     assert answers[0] == answers[1]
     assert len({tuple(tokens) for tokens in answers[0]}) > 3  # the prompts do matter
 
@@ -154,15 +157,14 @@ def test_a_job_may_be_cancelled_by_its_own_taker(either: Engine) -> None:
 
 
 def test_a_job_that_waits_can_be_cancelled(model: LoadedModel) -> None:
-    engine = BatchEngine(model, max_batch=1)
-    running = Asked(engine, PROMPTS[0], limit=100)
-    running.next()
-    waiting = Asked(engine, PROMPTS[1], limit=100)
-    after = Asked(engine, PROMPTS[2], limit=2)
-    engine.cancel(waiting.job)
-    assert running.ended().end == after.ended().end == "length"
-    assert waiting.deliveries.empty()
-    engine.close()
+    with closing(BatchEngine(model, max_batch=1)) as engine:
+        running = Asked(engine, PROMPTS[0], limit=100)
+        running.next()
+        waiting = Asked(engine, PROMPTS[1], limit=100)
+        after = Asked(engine, PROMPTS[2], limit=2)
+        engine.cancel(waiting.job)
+        assert running.ended().end == after.ended().end == "length"
+        assert waiting.deliveries.empty()
 
 
 def test_what_cannot_fit_is_refused_and_harms_nobody(either: Engine, model: LoadedModel) -> None:
@@ -176,16 +178,14 @@ def test_more_than_the_cache_holds_together_is_recomputed(folder: Path) -> None:
     small = loaded(folder, max_context=96, memory=10_000_000)
     small = replace(small, cache_tokens=4 * PAGE)
     prompts = [[40 + i] * 30 for i in range(6)]
-    engine = BatchEngine(small, max_batch=4)
-    asked = [Asked(engine, prompt, limit=50, draw=Draw(prompt_length=30)) for prompt in prompts]
-    assert [one.ended().end for one in asked] == ["length"] * 6
-    engine.close()
-    sequential = SequentialEngine(small)
-    for prompt, one in zip(prompts, asked, strict=True):
-        alone = Asked(sequential, prompt, limit=50)
-        alone.ended()
-        assert one.tokens == alone.tokens
-    sequential.close()
+    with closing(BatchEngine(small, max_batch=4)) as engine:
+        asked = [Asked(engine, prompt, limit=50) for prompt in prompts]
+        assert [one.ended().end for one in asked] == ["length"] * 6
+    with closing(SequentialEngine(small)) as sequential:
+        for prompt, one in zip(prompts, asked, strict=True):
+            alone = Asked(sequential, prompt, limit=50)
+            alone.ended()
+            assert one.tokens == alone.tokens
 
 
 def kill_loop(engine: BatchEngine) -> None:
@@ -285,11 +285,10 @@ def test_an_engine_that_cannot_answer_is_noticed(model: LoadedModel) -> None:
 
 def test_a_model_without_attention_answers_one_at_a_time(tmp_path: Path) -> None:
     mamba = loaded(make_tiny_model(tmp_path / "mamba", kind="mamba"))
-    engine = working_engine(mamba, 4)
-    assert isinstance(engine, SequentialEngine)
-    assert numerics(mamba, engine, True) == "float32/cpu/eager/unbatched"
-    assert Asked(engine, PROMPTS[0], limit=3).ended().end == "length"
-    engine.close()
+    with closing(working_engine(mamba, 4)) as engine:
+        assert isinstance(engine, SequentialEngine)
+        assert numerics(mamba, engine, True) == "float32/cpu/eager/unbatched"
+        assert Asked(engine, PROMPTS[0], limit=3).ended().end == "length"
 
 
 def failing(error: Exception) -> Callable[..., Any]:

@@ -8,6 +8,7 @@ import struct
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from promptmesh.providers.base import GenerateRequest, Image, Message, ModelOffer, Sampling, Text
 from promptmesh.providers.hf_frames import (
     MAX_FRAME,

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from fakes_hf import END, make_tiny_model
+
 from promptmesh.providers import hf_load
 from promptmesh.providers.hf_frames import Load
 from promptmesh.providers.hf_load import (

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 from fakes_hf import chat, make_tiny_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+
 from promptmesh.providers.base import (
     ContextTooLong,
     GenerateRequest,
@@ -33,7 +35,6 @@ from promptmesh.providers.hf_load import (
 )
 from promptmesh.providers.hf_prompt import OPEN_END, answer_limit, prepare, template_message
 from promptmesh.providers.hf_weights import Notebook
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 
 @pytest.fixture(scope="module")

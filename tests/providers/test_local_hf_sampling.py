@@ -12,9 +12,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
+
 from promptmesh.providers import hf_sampling
 from promptmesh.providers.hf_sampling import Draw, DrawEachRow, DrawOne, candidates
-from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
 
 def logits(size: int, seed: int = 0, spread: float = 3.0) -> torch.Tensor:

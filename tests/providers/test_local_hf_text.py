@@ -8,6 +8,7 @@ import pytest
 from fakes_hf import END, make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+
 from promptmesh.providers.hf_text import AnswerText, StopScanner
 
 SAMPLES = [

@@ -1,0 +1,262 @@
+"""What the tests of the mesh share: a provider that does as told, and nodes over a network."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from random import Random
+
+import trio
+import trio.testing
+from fakes import MemoryNetwork, MemoryTransport
+
+from promptmesh.mesh.asking import Deadlines
+from promptmesh.mesh.backends import BackendManager
+from promptmesh.mesh.candidates import LocalBackend
+from promptmesh.mesh.frames import Known, Load
+from promptmesh.mesh.network import Network
+from promptmesh.mesh.peers import Advert, PeerTable, ProviderAdvert
+from promptmesh.mesh.serving import Services
+from promptmesh.providers.base import (
+    Answering,
+    Chunk,
+    GenerateError,
+    GenerateRequest,
+    Health,
+    Message,
+    ModelOffer,
+    Origin,
+    Policy,
+    Text,
+    Usage,
+)
+
+
+def asking(model: str = "m", text: str = "hi", **fields: object) -> GenerateRequest:
+    """A request of one message."""
+    message = Message(role="user", content=(Text(text=text),))
+    return GenerateRequest(model=model, messages=(message,), **fields)  # type: ignore[arg-type]
+
+
+@dataclass
+class FakeProvider:
+    """Answers with `words`; `fail` is raised before, `fail_after` after so many of them."""
+
+    name: str = "fake"
+    offers: tuple[ModelOffer, ...] = (ModelOffer(id="m"),)
+    words: Sequence[str] = ("one ", "two ", "three")
+    #: Seconds before the first word, and before each further one.
+    delay: float = 0.0
+    gap: float = 0.0
+    fail: Exception | None = None
+    fail_after: tuple[int, Exception] | None = None
+    #: It ends without its last chunk.
+    cut: bool = False
+    slots: int = 4
+    running: int = 0
+    served: int = 0
+    cancelled: int = 0
+    requests: list[GenerateRequest] = field(default_factory=list)
+
+    def models(self) -> Sequence[ModelOffer]:
+        return self.offers
+
+    async def check(self) -> Health:
+        return Health()
+
+    def load(self) -> Load:
+        return Load(running=self.running, slots=self.slots)
+
+    @asynccontextmanager
+    async def open(self, request: GenerateRequest) -> AsyncIterator[Answering]:
+        self.requests.append(request)
+        self.running += 1
+        try:
+            await trio.sleep(self.delay)
+            if self.fail is not None:
+                raise self.fail
+            origin = Origin(provider=self.name, model=request.model, engine="fake 1")
+            yield Answering(origin, self._chunks())
+            self.served += 1
+        except trio.Cancelled:
+            self.cancelled += 1
+            raise
+        finally:
+            self.running -= 1
+
+    async def _chunks(self) -> AsyncIterator[Chunk]:
+        for number, word in enumerate(self.words):
+            if number:
+                await trio.sleep(self.gap)
+            if self.fail_after is not None and number == self.fail_after[0]:
+                raise self.fail_after[1]
+            yield Chunk(text=word)
+        if not self.cut:
+            usage = Usage(prompt_tokens=1, completion_tokens=len(self.words))
+            yield Chunk(finish_reason="stop", usage=usage, cid="bafy-fake")
+
+    def backend(self, *, shared: bool = True) -> LocalBackend:
+        return LocalBackend(
+            provider=self, name=self.name, kind="fake", shared=shared, load=self.load
+        )
+
+
+async def _nothing(peer: str) -> None:
+    await trio.lowlevel.checkpoint()
+
+
+class Node:
+    """A node of a test: a table, a backend manager and, while it is in the mesh, a network."""
+
+    def __init__(
+        self,
+        network: MemoryNetwork,
+        name: str,
+        *providers: FakeProvider,
+        policy: Policy = "round_robin",
+        deadlines: Deadlines | None = None,
+        epoch: int = 1,
+        known: Mapping[str, Sequence[str]] | None = None,
+        bootstrap: Sequence[str] = (),
+        on_met: Callable[[str], Awaitable[None]] = _nothing,
+    ) -> None:
+        self.name = name
+        self.providers = list(providers)
+        self.shared = True
+        self.transport: MemoryTransport = network.transport(name)
+        self.peer_id = self.transport.peer_id
+        self.table = PeerTable(self.peer_id)
+        self.claims: list[tuple[str, bytes, str]] = []
+        self.gossiped_claims: list[tuple[str, bytes]] = []
+        self.blocks: dict[bytes, bytes] = {}
+        self.batches: list[bytes] = []
+        self.saved: Mapping[str, Sequence[str]] = {}
+        self.allowed = True
+        self.manager = BackendManager(
+            local=lambda: [p.backend(shared=self.shared) for p in self.providers],
+            peers=self.table,
+            policy=policy,
+            peer_id=self.peer_id,
+            node=name,
+            rng=Random(1),
+            deadlines=deadlines,
+            on_claim=lambda *claim: self.claims.append(claim),
+        )
+        self.network = Network(
+            self.transport,
+            self.table,
+            self._services(),
+            describe=self.describe,
+            epoch=epoch,
+            rng=Random(1),
+            on_claims=self._hear_claims,
+            on_met=on_met,
+            bootstrap=bootstrap,
+            known=known,
+            save_known=self._save,
+        )
+        self.manager.attach(self.network)
+        self.scope = trio.CancelScope()
+
+    def describe(self) -> Advert:
+        shared = self.providers if self.shared else []
+        return Advert(
+            node=self.name,
+            version="0",
+            providers=tuple(
+                ProviderAdvert(name=p.name, models=p.offers, slots=p.slots, running=p.running)
+                for p in shared
+            ),
+        )
+
+    async def run(self) -> None:
+        """Be in the mesh until `stop` or `kill`."""
+        with self.scope:
+            await self.network.run()
+
+    async def kill(self) -> None:
+        """As kill -9: the connections break, nobody is told."""
+        self.scope.cancel()
+        await self.transport.aclose()
+
+    async def stop(self) -> None:
+        """Say that it goes, and go."""
+        await self.network.announce_leaving()
+        await trio.sleep(0.01)
+        await self.kill()
+
+    async def ask(self, request: GenerateRequest | None = None) -> tuple[str, Origin]:
+        """The whole text, and the origin as its last chunk tells it."""
+        text, origin = "", Origin()
+        async with self.manager.open(request or asking()) as answering:
+            async for chunk in answering.chunks:
+                text += chunk.text
+                origin = chunk.origin or origin
+        return text, origin
+
+    async def ask_raises(self, request: GenerateRequest | None = None) -> GenerateError:
+        """The error that a request ends in."""
+        try:
+            text, _ = await self.ask(request)
+        except GenerateError as error:
+            return error
+        raise AssertionError(f"it was answered: {text}")
+
+    def state_of(self, other: Node) -> str:
+        """How this node sees another one."""
+        state = self.table.get(other.peer_id)
+        return "gone" if state is None else state.state
+
+    def _services(self) -> Services:
+        return Services(
+            answer=lambda request, peer: self.manager.open(request, local_only=True),
+            block=self._block,
+            claims=self._claims_since,
+            loads=self.manager.loads,
+            claim_for=lambda cid: f"claim for {cid}".encode(),
+            may_serve=lambda peer: self.allowed,
+        )
+
+    async def _block(self, cid: bytes, peer: str) -> bytes | None:
+        await trio.lowlevel.checkpoint()
+        return self.blocks.get(cid)
+
+    def _claims_since(self, known: Mapping[str, Known]) -> Iterable[bytes]:
+        """Batches numbered from 0; `known` ranges are taken to begin there."""
+        _, ranges = known.get(self.peer_id, (0, ()))
+        return self.batches[ranges[-1][1] + 1 if ranges else 0 :]
+
+    def _hear_claims(self, peer: str, batch: bytes) -> bool:
+        self.gossiped_claims.append((peer, batch))
+        return True
+
+    def _save(self, known: Mapping[str, Sequence[str]]) -> None:
+        self.saved = known
+
+
+async def mesh_of(nursery: trio.Nursery, *nodes: Node) -> None:
+    """Run the nodes, connect each to each, and wait until all know each other."""
+    for node in nodes:
+        nursery.start_soon(node.run)
+    await trio.testing.wait_all_tasks_blocked()
+    for i, node in enumerate(nodes):
+        for other in nodes[i + 1 :]:
+            await node.transport.connect(other.peer_id, other.transport.addresses)
+    await wait_until(
+        lambda: all(
+            (state := a.table.get(b.peer_id)) is not None and state.advert is not None
+            for a in nodes
+            for b in nodes
+            if a is not b
+        )
+    )
+
+
+async def wait_until(condition: Callable[[], bool], *, timeout: float = 60.0) -> float:
+    """Wait (in the clock's seconds) until something holds; returns how long that took."""
+    started = trio.current_time()
+    with trio.fail_after(timeout):
+        while not condition():  # noqa: ASYNC110 - what is waited for has no event
+            await trio.sleep(0.01)
+    return trio.current_time() - started

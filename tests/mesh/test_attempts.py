@@ -1,0 +1,240 @@
+"""Who is asked next, and what is said when nobody is left."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from promptmesh.mesh.attempts import MOST_LISTED, Attempts, Obstacle, RuledOut, rule_out
+from promptmesh.mesh.policies import Candidate
+from promptmesh.providers.base import (
+    CacheOnlyMiss,
+    ContentFiltered,
+    ContextTooLong,
+    DeadlineExceeded,
+    GenerateError,
+    GenerateRequest,
+    Image,
+    Message,
+    ModelNotFound,
+    ModelOffer,
+    ProviderUnavailable,
+    RequestRejected,
+    StreamInterrupted,
+    Text,
+    Tool,
+)
+
+
+def candidate(node: str, *, own: bool = False, **offer: Any) -> Candidate:
+    return Candidate(
+        peer=f"id-{node}", node=node, provider="vllm", offer=ModelOffer(id="m", **offer), own=own
+    )
+
+
+def asking(text: str = "hi", **fields: Any) -> GenerateRequest:
+    message = Message(role="user", content=(Text(text=text),))
+    return GenerateRequest(model="m", messages=(message,), **fields)
+
+
+def attempts(
+    *candidates: Candidate,
+    ruled_out: Sequence[RuledOut] = (),
+    models: Sequence[str] = (),
+    for_peer: bool = False,
+    **fields: Any,
+) -> Attempts:
+    return Attempts(
+        asking(**fields),
+        candidates,
+        ruled_out,
+        choose=lambda left: left[0],
+        models=lambda: models,
+        for_peer=for_peer,
+    )
+
+
+A, B, C = candidate("a"), candidate("b"), candidate("c")
+
+
+# --- the way through the candidates
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ProviderUnavailable("500"),
+        ProviderUnavailable("busy", retry_after=3.0),
+        DeadlineExceeded("no token"),
+        ModelNotFound("not here any more"),
+        StreamInterrupted("broke before anything was sent"),
+        GenerateError("odd"),
+    ],
+)
+def test_the_next_is_asked_after(error: GenerateError) -> None:
+    way = attempts(A, B)
+    assert way.next() is A
+    way.failed(A, error, 0.1)
+    assert way.next() is B
+    way.answered(B, 0.2)
+    assert [str(a) for a in way.tried] == [f"a:vllm: {error.message}", "b:vllm: answered"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RequestRejected("bad temperature"), ContentFiltered("no"), CacheOnlyMiss("not stored")],
+)
+def test_nobody_else_is_asked_after(error: GenerateError) -> None:
+    way = attempts(A, B)
+    with pytest.raises(type(error)) as raised:
+        way.failed(way.next(), error, 0.1)
+    assert raised.value is error
+    assert len(way.tried) == 1
+
+
+def test_only_a_larger_model_is_asked_when_the_context_is_too_long() -> None:
+    small, same, large, unknown = (
+        candidate("small", context_length=4096),
+        candidate("same", context_length=4096),
+        candidate("large", context_length=8192),
+        candidate("unknown"),
+    )
+    error = ContextTooLong("5000 tokens")
+    way = attempts(small, same, unknown, large)
+    way.failed(way.next(), error, 0.1)
+    assert way.next() is large
+    with pytest.raises(ContextTooLong) as raised:
+        way.failed(large, error, 0.1)
+    assert raised.value is error
+
+
+def test_each_is_asked_once_and_the_error_names_all_with_their_reasons() -> None:
+    out = rule_out(C, asking(), Obstacle("its node is not reachable: refused", 2.0))
+    assert out is not None
+    way = attempts(A, B, ruled_out=[out])
+    way.failed(way.next(), ProviderUnavailable("500 from vllm"), 0.1)
+    way.failed(way.next(), DeadlineExceeded("no token within 120 s", retry_after=7.0), 120.0)
+    with pytest.raises(ProviderUnavailable) as raised:
+        way.next()
+    error = raised.value
+    assert not isinstance(error, DeadlineExceeded)
+    for part in ("`m`", "a:vllm: 500 from vllm", "b:vllm: no token within 120 s", "c:vllm: its no"):
+        assert part in error.message
+    assert error.retry_after == 7.0
+
+
+def test_deadlines_alone_stay_deadlines_and_missing_models_missing() -> None:
+    for kind in (DeadlineExceeded, ModelNotFound):
+        way = attempts(A, B)
+        way.failed(way.next(), kind("x"), 0.1)
+        way.failed(way.next(), kind("y"), 0.1)
+        with pytest.raises(kind):
+            way.next()
+
+
+# --- nobody to ask
+
+
+def test_nobody_offers_it_says_what_there_is() -> None:
+    with pytest.raises(ModelNotFound) as raised:
+        attempts(models=["z", "llama", "z"]).next()
+    assert raised.value.message == "nobody offers the model `m`; there are: llama, z"
+    assert raised.value.field == "model"
+    with pytest.raises(ModelNotFound, match="no model at all"):
+        attempts().next()
+
+
+def test_a_long_list_is_cut() -> None:
+    with pytest.raises(ModelNotFound, match=f"and {100 - MOST_LISTED} more"):
+        attempts(models=[f"m{i}" for i in range(100)]).next()
+
+
+def reasons(*candidates: Candidate, obstacle: Obstacle | None = None, **fields: Any) -> Any:
+    request = asking(**fields)
+    found = [rule_out(c, request, obstacle) for c in candidates]
+    assert all(found)
+    return attempts(ruled_out=[r for r in found if r], **fields)
+
+
+def test_what_passes_is_an_unavailability_with_the_time_to_come_back() -> None:
+    with pytest.raises(ProviderUnavailable) as raised:
+        reasons(A, B, obstacle=Obstacle("it failed and is left alone for 3.0 s more", 3.0)).next()
+    assert raised.value.retry_after == 3.0
+    assert "a:vllm: it failed" in raised.value.message
+    assert "b:vllm: it failed" in raised.value.message
+
+
+def test_what_does_not_pass_is_the_requests_fault() -> None:
+    third = candidate("a", egress=True)
+    with pytest.raises(RequestRejected, match="a:vllm: privacy is `mesh`"):
+        reasons(third, privacy="mesh").next()
+
+
+def test_a_prompt_that_fits_nowhere_is_too_long() -> None:
+    with pytest.raises(ContextTooLong, match="its 100 tokens"):
+        reasons(candidate("a", context_length=100), text="x" * 9000).next()
+
+
+def test_another_peer_than_the_one_asked_for_is_not_listed_as_a_reason() -> None:
+    request = asking(peer="b")
+    found = [rule_out(A, request, None), rule_out(B, request, Obstacle("starting"))]
+    with pytest.raises(ProviderUnavailable) as raised:
+        attempts(ruled_out=[r for r in found if r]).next()
+    assert "b:vllm: starting" in raised.value.message
+    assert "a:vllm" not in raised.value.message
+
+
+def test_a_peer_that_does_not_have_it_is_a_missing_model() -> None:
+    with pytest.raises(ModelNotFound, match="the request is for peer z"):
+        reasons(A, B, peer="z").next()
+
+
+def test_to_a_peer_that_asks_it_is_never_the_requests_fault() -> None:
+    out = rule_out(A, asking(privacy="local"), None)
+    assert out is not None
+    with pytest.raises(ProviderUnavailable):
+        attempts(ruled_out=[out], for_peer=True).next()
+
+
+# --- the filter
+
+IMAGES = (Message(role="user", content=(Image(url="data:image/png;base64,AA"),)),)
+
+
+def request_with(**fields: Any) -> GenerateRequest:
+    return GenerateRequest(**{"model": "m", "messages": ()} | fields)
+
+
+@pytest.mark.parametrize(
+    ("who", "request_", "reason"),
+    [
+        (A, request_with(), None),
+        (A, request_with(peer="a"), None),
+        (A, request_with(peer="id-a"), None),
+        (A, request_with(peer="b"), "for peer b"),
+        (A, request_with(provider="vllm"), None),
+        (A, request_with(provider="ollama"), "for provider ollama"),
+        (A, request_with(privacy="mesh"), None),
+        (A, request_with(privacy="local"), "another machine"),
+        (candidate("a", own=True), request_with(privacy="local"), None),
+        (candidate("a", own=True, egress=True), request_with(privacy="local"), "third party"),
+        (candidate("a", egress=True), request_with(privacy="mesh"), "third party"),
+        (candidate("a", egress=True), request_with(privacy="any"), None),
+        (A, request_with(tools=(Tool(name="t"),)), "cannot call tools"),
+        (candidate("a", tools=True), request_with(tools=(Tool(name="t"),)), None),
+        (A, request_with(messages=IMAGES), "cannot see images"),
+        (candidate("a", modalities=("text", "image")), request_with(messages=IMAGES), None),
+        (A, request_with(prefix="so far"), "cannot continue"),
+        (candidate("a", can_continue=True), request_with(prefix="so far"), None),
+        (candidate("a", context_length=10), asking("x" * 80), None),
+        (candidate("a", context_length=10), asking("x" * 88), "does not fit"),
+    ],
+)
+def test_the_filter(who: Candidate, request_: GenerateRequest, reason: str | None) -> None:
+    ruled_out = rule_out(who, request_, None)
+    if reason is None:
+        assert ruled_out is None
+    else:
+        assert ruled_out is not None
+        assert reason in ruled_out.reason
+        assert ruled_out.wait is None
