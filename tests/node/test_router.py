@@ -1,0 +1,284 @@
+"""One request through the router: reuse, flights, what is stored, what is told, deadlines."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from promptmesh.cache.answer_rows import StoredAnswer
+from promptmesh.cache.answers import AnswerCache
+from promptmesh.cache.blocks import SqliteBlocks
+from promptmesh.cache.cid import Cid
+from promptmesh.cache.database import Database
+from promptmesh.node.router import Reuse, Router
+from promptmesh.providers.base import (
+    Answering,
+    CacheControl,
+    CacheOnlyMiss,
+    Chunk,
+    DeadlineExceeded,
+    FinishReason,
+    GenerateRequest,
+    Message,
+    Origin,
+    Sampling,
+    StreamInterrupted,
+    Text,
+    Usage,
+)
+
+HERE, THERE = "12D3-here", "12D3-there"
+
+
+def asking(prompt: str = "hi", *, temperature: float | None = 0, **fields: Any) -> GenerateRequest:
+    return GenerateRequest(
+        model="m",
+        messages=(Message(role="user", content=(Text(text=prompt),)),),
+        sampling=Sampling(temperature=temperature),
+        **fields,
+    )
+
+
+@dataclass
+class Backends:
+    """Answers with the prompt and a number that rises, from the peer given."""
+
+    peer: str = HERE
+    finish: FinishReason | None = "stop"
+    delay: float = 0
+    asked: list[GenerateRequest] = field(default_factory=list)
+    local_only: list[bool] = field(default_factory=list)
+
+    @asynccontextmanager
+    async def open(
+        self, request: GenerateRequest, *, local_only: bool = False, key: bytes = b""
+    ) -> AsyncIterator[Answering]:
+        self.asked.append(request)
+        self.local_only.append(local_only)
+        origin = Origin(peer=self.peer, node="n", provider="p", model="m", attempts=1)
+        yield Answering(origin, self._chunks(request.messages[0].text, len(self.asked)))
+
+    async def _chunks(self, prompt: str, number: int) -> AsyncIterator[Chunk]:
+        yield Chunk(text=f"{prompt} ")
+        await trio.sleep(self.delay)
+        yield Chunk(text=str(number))
+        if self.finish is not None:
+            yield Chunk(finish_reason=self.finish, usage=Usage(completion_tokens=2))
+
+
+@dataclass
+class Shared:
+    """Other members: they know the answer given, and remember what they are told."""
+
+    knows: tuple[StoredAnswer, str] | None = None
+    asked: int = 0
+    told: list[str] = field(default_factory=list)
+
+    async def find(self, key: bytes, request: GenerateRequest) -> tuple[StoredAnswer, str] | None:
+        self.asked += 1
+        return self.knows
+
+    async def announce(self, key: bytes, request: GenerateRequest, cid: Cid) -> None:
+        self.told.append(cid.text)
+
+
+class AsIs:
+    def resolve(self, request: GenerateRequest) -> GenerateRequest:
+        return request
+
+
+@dataclass
+class Setup:
+    router: Router
+    backends: Backends
+    shared: Shared
+    answers: AnswerCache
+
+
+@asynccontextmanager
+async def setup(
+    backends: Backends | None = None, *, reuse: Reuse = "deterministic", deadline: float = 60
+) -> AsyncIterator[Setup]:
+    database = Database(None)
+    answers = AnswerCache(database, SqliteBlocks(database), peer=HERE)
+    backends, shared = backends or Backends(), Shared()
+    async with trio.open_nursery() as nursery:
+        router = Router(
+            backends=backends,
+            names=AsIs(),
+            answers=answers,
+            shared=shared,
+            nursery=nursery,
+            peer=HERE,
+            node="here",
+            reuse=reuse,
+            deadline=deadline,
+        )
+        yield Setup(router, backends, shared, answers)
+        nursery.cancel_scope.cancel()
+    database.close()
+
+
+async def ask(s: Setup, request: GenerateRequest, **how: Any) -> tuple[str, str, str | None]:
+    """The text, the cache status and the CID."""
+    async with s.router.open(request, **how) as answering:
+        chunks = [chunk async for chunk in answering.chunks]
+    return "".join(c.text for c in chunks), answering.origin.cache, chunks[-1].cid
+
+
+async def test_a_deterministic_answer_is_computed_once_and_told() -> None:
+    async with setup() as s:
+        first = await ask(s, asking())
+        again = await ask(s, asking())
+    assert first == ("hi 1", "miss", again[2])
+    assert again[:2] == ("hi 1", "hit-local")
+    assert s.shared.told == [first[2]]
+
+
+async def test_a_sampled_answer_is_stored_and_not_reused_unless_asked_for() -> None:
+    async with setup() as s:
+        first = await ask(s, asking(temperature=1.0))
+        second = await ask(s, asking(temperature=1.0))
+        assert (first[0], second[0], second[1]) == ("hi 1", "hi 2", "miss")
+        any_sample = asking(temperature=1.0, cache=CacheControl(any_sample=True))
+        assert (await ask(s, any_sample))[1] == "hit-local"
+
+
+@pytest.mark.parametrize(("reuse", "computed"), [("always", 1), ("never", 2)])
+async def test_reuse_is_policy(reuse: Reuse, computed: int) -> None:
+    async with setup(reuse=reuse) as s:
+        await ask(s, asking(temperature=1.0))
+        await ask(s, asking(temperature=1.0))
+    assert len(s.backends.asked) == computed
+
+
+async def test_modes_of_the_cache() -> None:
+    async with setup() as s:
+        bypass = asking(cache=CacheControl(mode="bypass"))
+        assert await ask(s, bypass) == ("hi 1", "bypass", None)
+        assert s.shared.asked == 0
+        with pytest.raises(CacheOnlyMiss):
+            await ask(s, asking(cache=CacheControl(mode="only")))
+        await ask(s, asking())
+        assert (await ask(s, asking(cache=CacheControl(mode="refresh"))))[0] == "hi 3"
+        assert (await ask(s, asking(cache=CacheControl(mode="only"))))[1] == "hit-local"
+
+
+async def test_equal_requests_share_one_flight(autojump_clock: trio.testing.MockClock) -> None:
+    async with setup(Backends(delay=5)) as s:
+        results = []
+
+        async def one(start: float) -> None:
+            await trio.sleep(start)
+            results.append(await ask(s, asking()))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(one, 0)
+            nursery.start_soon(one, 1)
+    assert {r[:2] for r in results} == {("hi 1", "miss"), ("hi 1", "coalesced")}
+    assert len(s.backends.asked) == 1
+
+
+async def test_who_may_answer_separates_flights(autojump_clock: trio.testing.MockClock) -> None:
+    async with setup(Backends(delay=5)) as s, trio.open_nursery() as nursery:
+        nursery.start_soon(ask, s, asking())
+        nursery.start_soon(ask, s, asking(peer="other"))
+    assert len(s.backends.asked) == 2
+
+
+async def test_a_hit_of_the_mesh_is_replayed_with_its_usage() -> None:
+    async with setup() as other:
+        await ask(other, asking())
+        (row,) = await other.answers.listing(now=time.time())
+        stored = await other.answers.get(row.cid.raw, now=time.time())
+        assert stored is not None
+    async with setup() as s:
+        s.shared.knows = (stored, THERE)
+        async with s.router.open(asking()) as answering:
+            chunks = [chunk async for chunk in answering.chunks]
+        assert (answering.origin.cache, answering.origin.peer) == ("hit-mesh", THERE)
+        assert chunks[-1].usage == Usage(completion_tokens=2, cached=True)
+        assert chunks[-1].cid == row.cid.text
+        assert s.backends.asked == []
+
+
+async def test_a_peers_request_uses_what_is_here_and_nothing_else() -> None:
+    async with setup() as s:
+        await ask(s, asking(), local_only=True)
+        assert s.backends.local_only == [True]
+        assert s.shared.asked == 0
+        assert len(s.shared.told) == 1
+        # What may not leave this node is not given to a peer, which computes its own.
+        await ask(s, asking("secret", cache=CacheControl(scope="local")))
+        assert (await ask(s, asking("secret"), local_only=True))[1] == "miss"
+
+
+@pytest.mark.parametrize("private", [{"cache": CacheControl(scope="local")}, {"privacy": "local"}])
+async def test_a_private_answer_is_kept_and_not_told(private: dict[str, Any]) -> None:
+    async with setup() as s:
+        await ask(s, asking(**private))
+        assert s.shared.told == []
+        assert s.shared.asked == 0
+        assert (await ask(s, asking(**private)))[1] == "hit-local"
+
+
+async def test_an_answer_of_scope_local_is_not_kept_by_the_peer_that_makes_it() -> None:
+    async with setup(Backends(peer=THERE)) as s:
+        await ask(s, asking(cache=CacheControl(scope="local")))
+        assert s.backends.asked[0].cache.mode == "bypass"
+
+
+async def test_the_answer_of_a_peer_is_kept_but_claimed_by_the_peer() -> None:
+    async with setup(Backends(peer=THERE)) as s:
+        assert (await ask(s, asking()))[2] is not None
+        assert s.shared.told == []
+        assert (await ask(s, asking()))[1] == "hit-local"
+
+
+@pytest.mark.parametrize(
+    ("finish", "max_tokens", "kept"),
+    [("length", 5, True), ("length", None, False), ("content_filter", None, False)],
+)
+async def test_only_whole_answers_are_kept(
+    finish: FinishReason, max_tokens: int | None, kept: bool
+) -> None:
+    async with setup(Backends(finish=finish)) as s:
+        request = asking()
+        sampling = Sampling(temperature=0, max_tokens=max_tokens)
+        request = GenerateRequest(model="m", messages=request.messages, sampling=sampling)
+        assert ((await ask(s, request))[2] is not None) is kept
+        assert len(await s.answers.listing(now=time.time())) == kept
+
+
+async def test_a_cut_answer_is_not_stored() -> None:
+    async with setup(Backends(finish=None)) as s:
+        async with s.router.open(asking(temperature=1.0)) as answering:
+            with pytest.raises(StreamInterrupted):
+                await answering.completion()
+        assert await s.answers.listing(now=time.time()) == []
+
+
+async def test_the_whole_has_a_deadline(autojump_clock: trio.testing.MockClock) -> None:
+    async with setup(Backends(delay=100), deadline=10) as s:
+        with pytest.raises(DeadlineExceeded, match="within 10 s"):
+            await ask(s, asking(temperature=1.0))
+        with pytest.raises(DeadlineExceeded, match="within 3 s"):
+            await ask(s, asking(temperature=1.0, deadline=3))
+        assert s.backends.asked[1].deadline == pytest.approx(3, abs=0.5)
+        # In a flight each asker has a deadline of its own, and the work has none.
+        with pytest.raises(DeadlineExceeded):
+            await ask(s, asking(deadline=3))
+        assert s.backends.asked[2].deadline is None
+
+
+async def test_a_fault_of_the_cache_is_a_miss() -> None:
+    async with setup() as s:
+        s.answers._database.close()
+        assert await ask(s, asking()) == ("hi 1", "miss", None)
