@@ -21,13 +21,13 @@ Network: each connection holds its own    the slot of a closed inbound connectio
 task and nothing else                     the 251st in the life of a process is refused
 Network: waiting handshakes are few, and  idle sockets keep everybody out for 10 s at a time
 the oldest gives way
-Network: dials one address, at once, once  250 ms for each dial, only one address of a kind is
+Network: dials an address at once, once   250 ms for each dial, only one address of a kind is
                                           tried, a failed peer is blocked for 60 s, a wrong peer
                                           id is tried four times
 Network: noise only                       a client that offers only plaintext is taken
 Network: no auto-connector, no dialling   dials what is merely known; the newest connection is not
 in `new_stream`, no resource manager      the one that is used; the next stream above a limit waits
-Network: listens without SO_REUSEPORT     two nodes share a port, and each gets half of the peers
+host.py: listens without SO_REUSEPORT     two nodes share a port, and each gets half of the peers
 Network: no notice of each stream         a nursery and three tasks for nothing at each stream
 LibraryHost: identify in our nursery      runs in trio's system tasks: its failure ends the program
 `install`: loggers                        raw text on stderr, and a handler on the root logger
@@ -207,11 +207,11 @@ class Network(Swarm):
     async def accept(self, stream: trio.SocketStream) -> None:
         """Serve an inbound connection to its end. Never raises."""
         wire = Wire(stream, initiator=False, key=self._key)
+        muxed = None
         try:
             muxed = await self._handshake(wire)
         except Exception as error:  # anybody can send anything here
             log.debug("an inbound connection from %s failed: %r", wire.get_remote_address(), error)
-            muxed = None
         if muxed is None or len(self.get_connections()) >= MAX_CONNECTIONS:
             wire.abort()
             return

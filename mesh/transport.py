@@ -25,18 +25,26 @@ class Stream(Protocol):
     def peer(self) -> PeerId: ...
 
     async def send_all(self, data: bytes) -> None:
-        """Send it all. Raises `TransportError` if the peer is gone or reset the stream."""
+        """Send it all. Raises `TransportError` if the peer is gone, reset the stream, or took
+        nothing for some seconds.
+
+        A send that does not finish, cancelled or failed, breaks the stream.
+        """
         ...
 
     async def receive_some(self, max_bytes: int = 65536) -> bytes:
         """1 to `max_bytes` bytes, or `b""` at the end. Raises `TransportError` on a reset.
 
+        Cancelled, it loses nothing, and the stream may be used on.
         An end proves nothing: a killed peer looks the same as a finished one.
         """
         ...
 
     async def aclose(self) -> None:
-        """Finish sending and let the stream go. Never raises; safe while cancelled."""
+        """Finish sending and let the stream go; what the peer still sends, resets it.
+
+        Never raises; safe while cancelled.
+        """
         ...
 
     async def reset(self) -> None:
@@ -86,7 +94,10 @@ class Transport(Protocol):
         ...
 
     def handle(self, protocol: str, handler: StreamHandler) -> None:
-        """Serve that protocol. The stream is reset if the handler raises, else closed."""
+        """Serve that protocol. The stream is reset if the handler raises, else closed.
+
+        The handler is cancelled when its connection is lost.
+        """
         ...
 
     async def ping(self, peer: PeerId) -> float:
@@ -98,7 +109,10 @@ class Transport(Protocol):
         ...
 
     async def publish(self, topic: str, data: bytes) -> None:
-        """Send to every subscriber. May be lost: gossip carries whole states, never changes."""
+        """Send to every subscriber. May be lost: gossip carries whole states, never changes.
+
+        Raises `ValueError` for more than 64 KiB.
+        """
         ...
 
     def sign(self, data: bytes) -> bytes:

@@ -236,18 +236,15 @@ class LocalHF:
                 self._become(self._starting(""))
                 began = trio.current_time()
                 failed = await self._live()
-                lost = trio.current_time() - began < SETTLED
-                failures = failures + 1 if lost else 1
+                failures = failures + 1 if trio.current_time() - began < SETTLED else 1
+                delay = min(FIRST_DELAY * 2 ** (failures - 1), LONGEST_DELAY)
                 if failed is not None:
                     delay = FAILED_DELAY
-                    self._offer = None
-                else:
-                    delay = min(FIRST_DELAY * 2 ** (failures - 1), LONGEST_DELAY)
                 self._next_start = trio.current_time() + delay
                 await trio.sleep(delay)
                 self._restarts += 1
         finally:
-            self._lose_worker("the node stops")
+            self._lose_calls("the node stops")
             self._become(Health(state="unavailable", reason="stopped"))
 
     async def _live(self) -> LoadFailed | None:
@@ -257,20 +254,30 @@ class LocalHF:
         reason = "the node stops"
         try:
             async with open_worker(self._command, environment, self._draw) as worker:
+                worker.send(self._order())
                 try:
-                    worker.send(self._order())
                     failed = await self._follow(worker)
+                    self._retire(failed)
                     reason = f"the model's process is gone: {await worker.obituary()}"
                 finally:
-                    self._lose_worker(reason)
+                    self._lose_calls(reason)
+                if failed is None:
+                    self._mourn(reason, worker.last_lines)
         except OSError as error:
             failed = LoadFailed(reason=f"no process can be started: {error}")
-        if failed is None:
-            self._mourn(reason, worker.last_lines)
-        else:
-            logger.error("%s: %s. %s", self.name, failed.reason, failed.hint)
-            self._become(Health(state="unavailable", reason=failed.reason, hint=failed.hint))
+            self._retire(failed)
         return failed
+
+    def _retire(self, failed: LoadFailed | None) -> None:
+        """The worker answers no more: nothing new goes to it."""
+        self._worker = None
+        if failed is None:
+            self._become(self._starting(" again"))
+            return
+        logger.error("%s: %s. %s", self.name, failed.reason, failed.hint)
+        self._offer = None
+        self._next_start = trio.current_time() + FAILED_DELAY
+        self._become(Health(state="unavailable", reason=failed.reason, hint=failed.hint))
 
     def _order(self) -> Load:
         wanted = self._settings
@@ -306,8 +313,8 @@ class LocalHF:
             logger.error("%s: it had printed: %s", self.name, line)
         self._become(self._starting(f" again, as {reason}"))
 
-    def _lose_worker(self, reason: str) -> None:
-        """The worker is gone, and with it all answers under way."""
+    def _lose_calls(self, reason: str) -> None:
+        """The worker is gone, and with it all answers under way and its counters."""
         self._worker = None
         past, now = self._past, self._counters
         self._past = Counters(

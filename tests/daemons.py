@@ -216,6 +216,13 @@ class EventStream:
         fields: dict[str, Any] = json.loads(data)
         return fields
 
+    async def until_error(self) -> list[dict[str, Any]]:
+        """The events up to the one that says how the answer broke, which must come."""
+        events: list[dict[str, Any]] = []
+        while not events or "error" not in events[-1]:
+            events.append(await anext(self))
+        return events
+
     async def _more(self) -> bytes:
         while True:
             event = self._http.next_event()

@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 ED25519_PEER_ID = bytes.fromhex("002408011220")
 #: Bytes that one direction of a stream holds unread.
 WINDOW = 256 * 1024
+#: Bytes of the longest gossiped message.
+MAX_MESSAGE = 64 * 1024
 #: A reader that takes nothing for this long (s) is given up, as by yamux.
 WINDOW_TIMEOUT = 5.0
 #: Opening a stream to a peer that does not answer is given up after this long (s).
@@ -236,6 +238,8 @@ class MemoryTransport:
         await trio.lowlevel.checkpoint()
 
     async def publish(self, topic: str, data: bytes) -> None:
+        if len(data) > MAX_MESSAGE:
+            raise ValueError(f"{len(data)} bytes are too many for a gossiped message")
         self._published += 1
         message = _Message(self.peer_id, self._published, topic, data)
         self._heard.add((message.origin, message.number))

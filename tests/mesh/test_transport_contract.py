@@ -466,6 +466,13 @@ async def test_publishing_to_nobody_is_no_error(node: MakeNode) -> None:
     await a.publish(TOPIC, b"is anybody there?")
 
 
+async def test_a_gossiped_message_has_its_size(node: MakeNode) -> None:
+    a = await node("a")
+    await a.publish(TOPIC, bytes(64 * 1024))
+    with pytest.raises(ValueError, match="too many"):
+        await a.publish(TOPIC, bytes(64 * 1024 + 1))
+
+
 async def test_signatures_bind_to_the_peer_and_the_bytes(node: MakeNode) -> None:
     a, b = await node("a"), await node("b")
     signature = a.sign(b"this")
