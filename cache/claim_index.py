@@ -70,7 +70,12 @@ class ClaimIndex:
         except ClaimError as error:
             return Ingested("refused", reason=str(error))
         failed = Ingested("refused", opened.peer, reason="the cache failed")
-        return self._database.attempt("claims", lambda: self._ingest(opened, envelope, now), failed)
+        try:
+            return self._database.attempt(
+                "claims", lambda: self._ingest(opened, envelope, now), failed
+            )
+        except ClaimError:  # the envelope that was stored under this number is damaged
+            return failed
 
     def _ingest(self, opened: Opened, envelope: bytes, now: float) -> Ingested:
         peer, batch = opened.peer, opened.batch
@@ -123,9 +128,13 @@ class ClaimIndex:
             "SELECT envelope FROM batch WHERE publisher = ? AND number = ?",
             (publisher, opened.batch.number),
         )
-        if stored is None or unseal(stored[0]).payload == opened.payload:
+        if stored is None:
             return Ingested("known", opened.peer)
-        if not opened.signed(self._verify):
+        first = unseal(stored[0])
+        if first.payload == opened.payload:
+            return Ingested("known", opened.peer)
+        # The first is checked once more: a damaged file is no proof.
+        if not (opened.signed(self._verify) and first.signed(self._verify)):
             return Ingested("refused", opened.peer, reason="not signed")
         return Ingested(
             "equivocation",
@@ -252,12 +261,16 @@ class ClaimIndex:
             expired += gone
             await trio.lowlevel.checkpoint()
         if expired:
-            self._held.clear()
+            self._database.attempt("claims", self._drop_silent, None)
         return expired
 
     def _expire(self, now: float) -> int:
         with self._database.transaction() as connection:
             gone = sum(connection.execute(sql, (now, ROWS)).rowcount for sql in claim_rows.EXPIRE)
-            if gone:
-                connection.execute(claim_rows.SILENT)
+        if gone:
+            self._held.clear()
         return gone
+
+    def _drop_silent(self) -> None:
+        with self._database.transaction() as connection:
+            connection.execute(claim_rows.SILENT)

@@ -142,11 +142,7 @@ class ClaimLog:
         """
         if len(entries) > MAX_ENTRIES:
             raise ValueError(f"{len(entries)} claims in one batch; {MAX_ENTRIES} is the most")
-        live = tuple(
-            entry._replace(expires_at=min(entry.expires_at, entry.made_at + MAX_LIFE))
-            for entry in entries
-            if min(entry.expires_at, entry.made_at + MAX_LIFE) > now
-        )
+        live = tuple(entry for entry in map(_credible(now), entries) if entry.expires_at > now)
         if not live:
             return None
 
@@ -159,6 +155,16 @@ class ClaimLog:
             return envelope
 
         return self._database.attempt("sealing claims", sealed, None)
+
+
+def _credible(now: float) -> Callable[[Entry], Entry]:
+    """Cuts a claim to what others believe: made by now, for a week at most."""
+
+    def cut(entry: Entry) -> Entry:
+        made_at = min(entry.made_at, int(now))
+        return entry._replace(made_at=made_at, expires_at=min(entry.expires_at, made_at + MAX_LIFE))
+
+    return cut
 
 
 # --- in a transaction ---------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 
@@ -78,6 +78,7 @@ class Asking:
         self._settled = self._over = self._ended = False
         self._origin = Origin()
         self._remote: PeerAnswer | None = None
+        self._chunks: AsyncIterator[Chunk]
 
     @property
     def seconds(self) -> float:
@@ -94,7 +95,7 @@ class Asking:
         limit = trio.CancelScope(deadline=self._started + self._deadlines.first_token)
         try:
             with limit:
-                async with self._source() as source:
+                async with self._source() as source, self._closing(source):
                     await self._wait_first(source)
                     limit.deadline = math.inf
                     self.begun = True
@@ -108,9 +109,21 @@ class Asking:
         finally:
             self._end()
 
+    @asynccontextmanager
+    async def _closing(self, source: Answering | PeerAnswer) -> AsyncIterator[None]:
+        """Take the chunks from `source`, and end their generator, if it is one, in good order."""
+        if isinstance(source, PeerAnswer):
+            self._chunks = self._remote = source
+            yield
+            return
+        self._chunks = aiter(source.chunks)
+        try:
+            yield
+        finally:
+            if isinstance(self._chunks, AsyncGenerator):
+                await self._chunks.aclose()
+
     async def _wait_first(self, source: Answering | PeerAnswer) -> None:
-        self._remote = source if isinstance(source, PeerAnswer) else None
-        self._chunks = source if isinstance(source, PeerAnswer) else aiter(source.chunks)
         self._origin = self._stamp(source.origin)
         self._first = await self._read()
         self._first_at = trio.current_time()

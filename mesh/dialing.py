@@ -35,7 +35,7 @@ MAX_TARGETS = 4096
 #: Seconds for which a peer is tried in vain before it is forgotten; if it was never met.
 FORGET, FORGET_UNMET = 24 * 3600.0, 600.0
 #: Seconds between two savings of the known peers.
-SAVE_PAUSE = 5.0
+SAVE_PAUSE = 1.0
 
 
 def peer_of(address: str) -> PeerId:
@@ -60,6 +60,8 @@ class Target:
     failures: int = 0
     first_failure: float = 0.0
     next_try: float = math.inf
+    #: It said that it goes: it comes back by itself.
+    left: bool = False
     #: A dial is under way.
     dialling: bool = False
 
@@ -95,6 +97,7 @@ class Redials:
         target = self._target(peer)
         if target is None:
             return False
+        target.left = False
         target.advertised = advertised and (new or target.advertised)
         moved = bool(set(addresses) - set(target.addresses))
         newest_first = dict.fromkeys((*addresses, *target.addresses))
@@ -117,12 +120,12 @@ class Redials:
             return False
         self._targets[peer] = target
         news = not target.met
-        target.met, target.failures, target.next_try = True, 0, math.inf
+        target.met, target.left, target.failures, target.next_try = True, False, 0, math.inf
         return news
 
     def disconnected(self, peer: PeerId, now: float) -> None:
         target = self._targets.get(peer)
-        if target is not None:
+        if target is not None and not target.left:
             target.next_try = now + self._first_pause(target)
 
     def failed(self, peer: PeerId, now: float) -> None:
@@ -142,9 +145,10 @@ class Redials:
         target.next_try = now + pause * self._rng.uniform(0.75, 1.25)
 
     def left(self, peer: PeerId, now: float) -> None:
-        """It said that it goes: it comes back by itself, but for a bootstrap."""
+        """It said that it goes: it is not dialled any more, but for a bootstrap."""
         target = self._targets.get(peer)
         if target is not None:
+            target.left = True
             target.next_try = now + LONGEST_PAUSE if target.bootstrap else math.inf
 
     # --- what to do
@@ -281,8 +285,14 @@ class Dialing:
             raise
 
     async def _save_often(self) -> None:
-        while True:
-            if self._unsaved:
-                self._unsaved = False
-                self._save(self.redials.known())
-            await trio.sleep(SAVE_PAUSE)
+        try:
+            while True:
+                self._save_news()
+                await trio.sleep(SAVE_PAUSE)
+        finally:
+            self._save_news()
+
+    def _save_news(self) -> None:
+        if self._unsaved:
+            self._unsaved = False
+            self._save(self.redials.known())

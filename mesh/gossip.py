@@ -91,6 +91,7 @@ class Gossip:
         with trio.CancelScope(deadline=trio.current_time() + GOODBYE, shield=True):
             self._renew()
             await self._publish()
+            await self._transport.flush()
 
     async def announce_claims(self, batch: bytes) -> None:
         """Gossip a batch of claims."""

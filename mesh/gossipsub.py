@@ -47,6 +47,8 @@ MAX_RPC = 256 * 1024
 HEARTBEAT = 1.0
 #: Seconds a peer that was pruned is left alone. It also hears nothing in that time, hence short.
 PRUNE_BACKOFF = 5
+#: Seconds between two looks whether everything was written.
+FLUSH_LOOK = 0.005
 #: Message ids that are looked at in one offer or request of a peer.
 MAX_OFFERED = 512
 MAX_REQUESTED = 32
@@ -156,6 +158,8 @@ class Gossip(pubsub.Pubsub):
         super().__init__(host, Router(topics), allowed_topics=topics, max_inbound_rpc_size=MAX_RPC)
         self.counter = time.time_ns()
         self._listeners: dict[str, GossipHandler] = {}
+        #: Messages that are being written.
+        self._writing = 0
 
     @contextmanager
     def running(self, nursery: trio.Nursery) -> Iterator[None]:
@@ -225,7 +229,17 @@ class Gossip(pubsub.Pubsub):
 
     async def write_msg(self, stream: INetStream, rpc_msg: RPC) -> bool:
         rpc_msg.ClearField("senderRecord")
-        return await super().write_msg(stream, rpc_msg)
+        self._writing += 1
+        try:
+            return await super().write_msg(stream, rpc_msg)
+        finally:
+            self._writing -= 1
+
+    async def flush(self) -> None:
+        """Wait until nothing waits to be written to a peer."""
+        # The library's queues tell nobody when they are empty.
+        while self._writing or any(map(len, self.peer_queues.values())):  # noqa: ASYNC110
+            await trio.sleep(FLUSH_LOOK)
 
     def get_hello_packet(self) -> RPC:
         hello = RPC()

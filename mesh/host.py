@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -234,6 +234,17 @@ class Libp2pTransport:
         if len(data) > gossipsub.MAX_MESSAGE:
             raise ValueError(f"{len(data)} bytes are too many for a gossiped message")
         await self.gossip.publish(topic, data)
+
+    async def flush(self) -> None:
+        await self.gossip.flush()
+        async with trio.open_nursery() as nursery:
+            for peer in self.connected():
+                # Bytes of a connection keep their order: who answers has read what came before.
+                nursery.start_soon(self._ping_if_there, peer)
+
+    async def _ping_if_there(self, peer: PeerId) -> None:
+        with suppress(TransportError):
+            await self.ping(peer)
 
     def sign(self, data: bytes) -> bytes:
         return self._key.sign(data)

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 PERIOD, PATIENCE = 1.0, 1.0
 #: Pings in a row that may go unanswered before the peer counts as gone.
 MISSES = 2
-#: A round that began this late (s) says that this node was held up: it proves nothing of others.
+#: A ping that ends this late (s) says that this node was held up: it proves nothing of the peer.
 LATE = 0.5
 
 
@@ -38,42 +38,42 @@ class Liveness:
         self._table = table
         #: Cuts the connection to a peer that does not answer, for the reason given.
         self._lost = lost
-        self._missed: dict[PeerId, int] = {}
-        self._pinging: set[PeerId] = set()
+        self._watched: set[PeerId] = set()
 
     async def run(self) -> None:
         """Ping until cancelled."""
         async with trio.open_nursery() as nursery:
             while True:
-                began = trio.current_time()
-                connected = self._transport.connected()
-                self._missed = {p: n for p, n in self._missed.items() if p in connected}
-                for peer in connected:
-                    if peer not in self._pinging:
-                        nursery.start_soon(self._ping, peer)
-                await trio.sleep_until(began + PERIOD)
-                if trio.current_time() - began > PERIOD + LATE:
-                    self._missed.clear()
+                for peer in self._transport.connected():
+                    if peer not in self._watched:
+                        self._watched.add(peer)
+                        nursery.start_soon(self._watch, peer)
+                await trio.sleep(PERIOD)
 
-    async def _ping(self, peer: PeerId) -> None:
-        self._pinging.add(peer)
-        began = trio.current_time()
+    async def _watch(self, peer: PeerId) -> None:
+        """Ping one peer for as long as it is connected."""
+        missed = 0
         try:
-            with trio.move_on_after(PATIENCE):
-                self._table.answered(peer, await self._transport.ping(peer))
-                self._missed.pop(peer, None)
-                return
-        except TransportError as error:
-            logger.debug("ping of %s: %s", peer, error)
+            while peer in self._transport.connected():
+                began = trio.current_time()
+                if await self._answers(peer):
+                    missed = 0
+                elif trio.current_time() - began <= PATIENCE + LATE:
+                    missed += 1
+                if missed >= MISSES:
+                    reason = f"it did not answer {MISSES} pings"
+                    logger.warning("peer %s is gone: %s", peer, reason)
+                    await self._lost(peer, reason)
+                    return
+                await trio.sleep_until(began + PERIOD)
         finally:
-            self._pinging.discard(peer)
-        if trio.current_time() - began <= PATIENCE + LATE:
-            await self._miss(peer)
+            self._watched.discard(peer)
 
-    async def _miss(self, peer: PeerId) -> None:
-        self._missed[peer] = self._missed.get(peer, 0) + 1
-        if self._missed[peer] >= MISSES and peer in self._transport.connected():
-            del self._missed[peer]
-            reason = f"it did not answer {MISSES} pings"
-            logger.warning("peer %s is gone: %s", peer, reason)
-            await self._lost(peer, reason)
+    async def _answers(self, peer: PeerId) -> bool:
+        with trio.move_on_after(PATIENCE):
+            try:
+                self._table.answered(peer, await self._transport.ping(peer))
+                return True
+            except TransportError as error:
+                logger.debug("ping of %s: %s", peer, error)
+        return False

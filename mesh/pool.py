@@ -158,8 +158,8 @@ class StreamPool:
     ) -> AskStream:
         """Send the request on an idle stream, or on a new one.
 
-        An idle stream that ends unanswered proves nothing about the peer: it may have let go of it
-        just then. So the request is sent once more on a new one.
+        An idle stream that ends unanswered proves nothing about a peer that is still connected: it
+        may have let go of it just then. So the request is sent once more on a new one.
         """
         if streams.idle:
             stream = streams.idle.pop()
@@ -168,7 +168,7 @@ class StreamPool:
             except _NotTaken:
                 raise
             except TransportError:
-                if stream.replied:
+                if stream.replied or peer not in self._transport.connected():
                     raise
             else:
                 return stream

@@ -115,6 +115,10 @@ class Transport(Protocol):
         """
         ...
 
+    async def flush(self) -> None:
+        """Wait until the connected peers have what was published; the caller sets the limit."""
+        ...
+
     def sign(self, data: bytes) -> bytes:
         """This node's Ed25519 signature."""
         ...

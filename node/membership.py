@@ -37,8 +37,6 @@ logger = logging.getLogger(__name__)
 
 #: Seconds until another try, where the mesh could not be entered again.
 RETRY = 5.0
-#: Seconds until the known peers are written down after they changed.
-SAVE_DELAY = 1.0
 
 
 class Membership:
@@ -103,6 +101,8 @@ class Membership:
     async def reload(self) -> None:
         """Be in the mesh that the home folder names now. Raises `TransportError`."""
         self._alone = not self._config.enabled
+        # The file is of another mesh by now, which the peers of this one must not be mixed into.
+        self._saver.enabled = False
         await self._begin_anew()
         if self.problem:
             raise TransportError(self.problem)
@@ -142,23 +142,26 @@ class Membership:
                 psk=key,
                 topics=frozenset({ADVERTS, CLAIMS}),
             )
-            async with open_host(settings) as transport, trio.open_nursery() as nursery:
-                network = await self._open_network(transport, nursery)
-                self._enter(transport, network, key)
-                try:
+            try:
+                async with open_host(settings) as transport, trio.open_nursery() as nursery:
+                    network = await self._open_network(transport, nursery)
+                    self._enter(transport, network, key)
                     if self._config.mdns:
                         nursery.start_soon(self._discover, transport, network, key)
                     nursery.start_soon(self._saver.run)
                     self._settle("")
                     task_status.started()
                     await trio.sleep_forever()
-                finally:
-                    self._leave()
+            finally:
+                self._leave()
+                with trio.CancelScope(shield=True):
+                    await self._saver.write()
 
     async def _open_network(self, transport: Transport, nursery: trio.Nursery) -> Network:
         known = self._home.known_peers()
         bootstrap = tuple(dict.fromkeys((*self._config.bootstrap, *known.bootstrap)))
         self._saver.bootstrap = known.bootstrap
+        self._saver.enabled = True
         network = Network(
             transport,
             self._table,
@@ -197,11 +200,12 @@ class Membership:
 
 
 class _Saver:
-    """Writes down the peers that are known, a moment after they changed and at the end."""
+    """Writes down the peers that are known, in a thread: the disk may take its time."""
 
     def __init__(self, home: Home) -> None:
         self._home = home
         self.bootstrap: tuple[str, ...] = ()
+        self.enabled = True
         self._known: Mapping[PeerId, Sequence[str]] | None = None
         self._changed = trio.Event()
         self._limiter = trio.CapacityLimiter(1)
@@ -212,20 +216,16 @@ class _Saver:
         self._changed.set()
 
     async def run(self) -> None:
-        """Write until cancelled."""
-        try:
-            while True:
-                await self._changed.wait()
-                self._changed = trio.Event()
-                await trio.sleep(SAVE_DELAY)
-                await self._write()
-        finally:
-            with trio.CancelScope(shield=True):
-                await self._write()
+        """Write what changed, until cancelled."""
+        while True:
+            await self._changed.wait()
+            self._changed = trio.Event()
+            await self.write()
 
-    async def _write(self) -> None:
+    async def write(self) -> None:
+        """Write what was not written yet."""
         known, self._known = self._known, None
-        if known is None:
+        if known is None or not self.enabled:
             return
         peers = {peer: tuple(addresses) for peer, addresses in known.items()}
         to_keep = KnownPeers(bootstrap=self.bootstrap, peers=peers)

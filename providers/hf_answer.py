@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
-from .base import FinishReason, ProviderUnavailable
+from .base import ProviderUnavailable, ToolCallDelta
 from .hf_engine import Delivery, Engine, Job
 from .hf_frames import Event, Failed, Finished, Piece
 from .hf_load import LoadedModel
@@ -34,6 +34,7 @@ class Answer:
         self._emit = emit
         self._ended = ended
         self._text = AnswerText(model.raw, prepared.stops, prepared.primer)
+        self._tools = prepared.tools
         self._draw = prepared.draw
         self._prompt_tokens = len(prepared.prompt)
         self._tokens = 0
@@ -60,37 +61,42 @@ class Answer:
             if token not in self._model.ends:
                 self._text.push(token, self._logprobs_of(self._tokens - 1))
             if self._text.stopped:
-                self._end("stop")
-                if not delivery.end:
-                    self._engine.cancel(self.job)
-                return
-        match delivery.end:
-            case "":
-                self._emit_text()
-            case "failed":
-                self._emit_text()
-                self._ended(self, self._failure(delivery.error))
-            case "stop" | "length" as reason:
-                self._text.close()
-                self._end(reason)
+                break
+        self._emit_text()
+        if delivery.end == "failed":
+            self._ended(self, self._failure(delivery.error))
+        elif self._text.stopped or (self._tools is not None and self._tools.stopped):
+            # The engine does not know of these ends.
+            self._engine.cancel(self.job)
+            self._end("stop")
+        elif delivery.end:
+            self._text.close()
+            self._end(delivery.end)
 
     def _failure(self, message: str) -> Failed:
         return Failed(
             call=self.call, code=ProviderUnavailable.code, message=message, retry_after=1.0
         )
 
-    def _emit_text(self) -> None:
+    def _emit_text(self, *, last: bool = False) -> None:
         text, logprobs = self._text.take()
-        if text or logprobs:
-            self._emit(Piece(call=self.call, text=text, logprobs=logprobs))
+        calls: tuple[ToolCallDelta, ...] = ()
+        if self._tools is not None:
+            text, calls = self._tools.feed(text)
+            if last:
+                end, more = self._tools.close()
+                text, calls = text + end, calls + more
+        if text or logprobs or calls:
+            self._emit(Piece(call=self.call, text=text, logprobs=logprobs, tool_calls=calls))
 
-    def _end(self, reason: FinishReason) -> None:
-        self._emit_text()
+    def _end(self, reason: Literal["stop", "length"]) -> None:
+        self._emit_text(last=True)
+        calls = self._tools is not None and self._tools.calls > 0
         self._ended(
             self,
             Finished(
                 call=self.call,
-                reason=reason,
+                reason="tool_calls" if calls and reason == "stop" else reason,
                 prompt_tokens=self._prompt_tokens,
                 completion_tokens=self._tokens,
             ),

@@ -13,6 +13,7 @@ from .base import (
     ProviderUnavailable,
     RequestRejected,
     StreamInterrupted,
+    ToolCallDelta,
     Usage,
 )
 from .hf_frames import Begun, Failed, Finished, Piece
@@ -30,6 +31,7 @@ class Call:
         self._begun = False
         self._text: list[str] = []
         self._logprobs: list[dict[str, Any]] = []
+        self._tool_calls: list[ToolCallDelta] = []
         self._produced: list[str] = []
         self._finished: Finished | None = None
         self._error: GenerateError | None = None
@@ -46,6 +48,7 @@ class Call:
             case Piece():
                 self._text.append(event.text)
                 self._logprobs.extend(event.logprobs)
+                self._tool_calls.extend(event.tool_calls)
                 self._produced.append(event.text)
             case Finished():
                 self._finished = event
@@ -81,7 +84,7 @@ class Call:
     async def __anext__(self) -> Chunk:
         await trio.lowlevel.checkpoint()
         while True:
-            if any(self._text) or self._logprobs:
+            if any(self._text) or self._logprobs or self._tool_calls:
                 return self._ready_chunk()
             if self._over:
                 raise StopAsyncIteration
@@ -94,9 +97,13 @@ class Call:
             await self._next_change()
 
     def _ready_chunk(self) -> Chunk:
-        chunk = Chunk(text="".join(self._text), logprobs=tuple(self._logprobs))
-        self._text.clear()
-        self._logprobs.clear()
+        chunk = Chunk(
+            text="".join(self._text),
+            logprobs=tuple(self._logprobs),
+            tool_calls=tuple(self._tool_calls),
+        )
+        for waiting in (self._text, self._logprobs, self._tool_calls):
+            waiting.clear()
         return chunk
 
     def _last_chunk(self, finished: Finished) -> Chunk:

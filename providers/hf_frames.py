@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from .base import FinishReason, GenerateRequest, ModelOffer
+from .base import FinishReason, GenerateRequest, ModelOffer, ToolCallDelta
 
 _LENGTH = struct.Struct(">I")
 #: Longest frame, in bytes: the largest request that the HTTP server takes, twice over.
@@ -91,6 +91,7 @@ class Piece(Frame, frozen=True, kw_only=True, tag="piece"):
     call: int
     text: str = ""
     logprobs: tuple[dict[str, Any], ...] = ()
+    tool_calls: tuple[ToolCallDelta, ...] = ()
 
 
 class Finished(Frame, frozen=True, kw_only=True, tag="finished"):

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .hf_frames import Load
+from .hf_tools import asks_for_tool_calls
 from .hf_weights import Notebook, weights_digest
 
 logger = logging.getLogger(__name__)
@@ -113,7 +114,7 @@ def load(order: Load, notebook: Notebook, tell: Callable[[str], None]) -> Loaded
         sampling=own_sampling(model.generation_config),
         vocabulary=int(config.vocab_size),
         longest_token=max(map(len, vocabulary)),
-        tools=False,
+        tools=asks_for_tool_calls(tokenizer.chat_template),
         weights=weights,
         engine=f"transformers/{version('transformers')}+torch/{version('torch')}",
     )

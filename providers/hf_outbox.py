@@ -95,5 +95,6 @@ def merged(events: list[Event]) -> list[Event]:
             call=event.call,
             text=earlier.text + event.text,
             logprobs=earlier.logprobs + event.logprobs,
+            tool_calls=earlier.tool_calls + event.tool_calls,
         )
     return result

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from .base import ContextTooLong, GenerateRequest, Message, RequestRejected, Sampling, Text, Tool
 from .hf_load import LoadedModel
 from .hf_sampling import Draw
+from .hf_tools import ToolCallScanner
 
 #: Most tokens of an answer whose request sets no `max_tokens`: a small model that never finds its
 #: end would hold its place for minutes. The answer then ends with `length`, as a full context does.
@@ -24,7 +25,8 @@ MAX_TOP_LOGPROBS = 20
 class Prepared(NamedTuple):
     """What an engine needs of a request, and what its text needs.
 
-    `primer` are the tokens of the text that is to be continued.
+    `primer` are the tokens of the text that is to be continued; `tools` is there where the answer
+    may call some.
     """
 
     prompt: list[int]
@@ -32,6 +34,7 @@ class Prepared(NamedTuple):
     draw: Draw
     stops: tuple[str, ...]
     primer: list[int]
+    tools: ToolCallScanner | None
 
 
 def prepare(request: GenerateRequest, model: LoadedModel) -> Prepared:
@@ -41,7 +44,10 @@ def prepare(request: GenerateRequest, model: LoadedModel) -> Prepared:
     prompt, primer = tokenize(request, model)
     draw = draw_for(request.sampling, model, len(prompt))
     limit = answer_limit(len(prompt), request.sampling.max_tokens, model.context_length)
-    return Prepared(prompt, limit, draw, stops, primer)
+    tools = None
+    if wanted_tools(request):
+        tools = ToolCallScanner(len(prompt), single=request.parallel_tool_calls is False)
+    return Prepared(prompt, limit, draw, stops, primer, tools)
 
 
 def refuse_unsupported(request: GenerateRequest, model: LoadedModel) -> None:
@@ -54,6 +60,8 @@ def refuse_unsupported(request: GenerateRequest, model: LoadedModel) -> None:
         )
     if request.tools and not model.tools:
         raise RequestRejected(f"{model.id} has no form for tools", field="tools")
+    if request.tools and request.tool_choice and request.tool_choice.mode not in ("auto", "none"):
+        raise RequestRejected(f"{model.id} cannot be made to call a tool", field="tool_choice")
     for message in request.messages:
         if not all(isinstance(part, Text) for part in message.content):
             raise RequestRejected(f"{model.id} reads text only, no images", field="messages")
@@ -70,6 +78,12 @@ def checked_stops(stops: Sequence[str]) -> tuple[str, ...]:
             f"a stop string must have 1 to {MAX_STOP_LENGTH} characters", field="stop"
         )
     return tuple(stops)
+
+
+def wanted_tools(request: GenerateRequest) -> tuple[Tool, ...]:
+    """The tools the model may call: none where the request says so."""
+    choice = request.tool_choice
+    return () if choice is not None and choice.mode == "none" else request.tools
 
 
 # --- the prompt ---------------------------------------------------------------------------------
@@ -106,7 +120,7 @@ def render(request: GenerateRequest, model: LoadedModel) -> tuple[str, bool]:
     if not model.tokenizer.chat_template:
         return "\n".join(message.text for message in request.messages), False
     messages = [template_message(message) for message in request.messages]
-    tools = [template_tool(tool) for tool in request.tools] or None
+    tools = [template_tool(tool) for tool in wanted_tools(request)] or None
     try:
         text = model.tokenizer.apply_chat_template(
             messages, tools=tools, add_generation_prompt=True, tokenize=False

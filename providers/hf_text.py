@@ -45,6 +45,11 @@ class StopScanner:
                 return length
         return 0
 
+    @property
+    def held(self) -> str:
+        """The text held back."""
+        return self._held
+
     def flush(self) -> str:
         """The text held back, at the end of the answer."""
         held, self._held = self._held, ""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import trio
+import trio.testing
 
 from promptmesh.providers.base import (
     CompletionBuilder,
@@ -70,7 +71,7 @@ def make_tiny_model(folder: Path, *, context: int = 256, kind: str = "llama") ->
     )
 
     raw = make_tokenizer()
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=raw, eos_token="<|end|>", pad_token="<|end|>"
     )
     tokenizer.chat_template = TEMPLATE
@@ -96,7 +97,8 @@ def make_tiny_model(folder: Path, *, context: int = 256, kind: str = "llama") ->
             **sizes,
         )
     torch.manual_seed(7)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

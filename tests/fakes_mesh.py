@@ -87,7 +87,7 @@ class FakeProvider:
 
     async def _chunks(self) -> AsyncIterator[Chunk]:
         for number, word in enumerate(self.words):
-            if number:
+            if number and self.gap:  # without a gap it is all there at once
                 await trio.sleep(self.gap)
             if self.fail_after is not None and number == self.fail_after[0]:
                 raise self.fail_after[1]

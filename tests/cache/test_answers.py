@@ -298,6 +298,19 @@ async def test_get_by_cid(answers: AnswerCache) -> None:
     assert await answers.get(cid_bytes(b"x"), now=NOW) is None
 
 
+async def test_looking_at_an_answer_is_no_use_of_it(
+    answers: AnswerCache, database: Database
+) -> None:
+    cid = await store(answers, LONG, now=NOW - 500)
+    later = NOW + 100
+    await answers.get(cid.raw, now=later)
+    await answers.listing(now=later)
+    assert database.rows("SELECT DISTINCT used_at FROM block") == [(NOW - 500,)]
+    await answers.lookup(KEY, now=later)
+    await answers.listing(now=later)
+    assert database.rows("SELECT DISTINCT used_at FROM block") == [(later,)]
+
+
 async def test_a_block_that_is_no_answer(answers: AnswerCache, database: Database) -> None:
     blocks = SqliteBlocks(database)
     await blocks.put(cid_bytes(b"\xa0"), b"\xa0")
@@ -380,6 +393,16 @@ async def test_shared_leaves_stay_while_a_root_needs_them(
     assert database.row("SELECT count(*) FROM block WHERE pinned = 1") == (5,)
     await answers.unpin(two.raw)
     assert database.row("SELECT count(*) FROM block WHERE pinned = 1") == (0,)
+
+
+async def test_leaves_go_with_their_last_root(answers: AnswerCache, database: Database) -> None:
+    one = await store(answers, LONG)
+    two = await store(answers, LONG, key=b"2" * 32, model="another")
+    await answers.remove(one.raw)
+    assert counts(database) == (1, 5, 4)
+    assert await text(answers, key=b"2" * 32) == LONG.text
+    await answers.remove(two.raw)
+    assert counts(database) == (0, 0, 0)
 
 
 async def test_unpinning_leaves_what_another_pinned_root_needs(

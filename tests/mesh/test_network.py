@@ -20,9 +20,12 @@ from promptmesh.providers.base import (
     StreamInterrupted,
 )
 
+#: A test names the clock itself: it works only for who does.
+Clock = trio.testing.MockClock
+
 
 @pytest.fixture
-def network(nursery: trio.Nursery, autojump_clock: trio.testing.MockClock) -> MemoryNetwork:
+def network(nursery: trio.Nursery) -> MemoryNetwork:
     return MemoryNetwork(nursery)
 
 
@@ -37,7 +40,7 @@ async def three(
 
 
 async def test_a_prompt_to_a_is_answered_by_c(
-    nursery: trio.Nursery, network: MemoryNetwork
+    autojump_clock: Clock, nursery: trio.Nursery, network: MemoryNetwork
 ) -> None:
     provider = FakeProvider("vllm")
     a, b, c = await three(nursery, network, provider)
@@ -60,7 +63,7 @@ async def test_a_prompt_to_a_is_answered_by_c(
 
 
 async def test_requests_one_after_the_other_use_one_stream(
-    nursery: trio.Nursery, network: MemoryNetwork
+    autojump_clock: Clock, nursery: trio.Nursery, network: MemoryNetwork
 ) -> None:
     a, _, c = await three(nursery, network, FakeProvider())
     opened = count_streams(a)
@@ -82,7 +85,7 @@ def count_streams(node: Node) -> list[str]:
 
 
 async def test_many_at_once_and_few_streams_kept(
-    nursery: trio.Nursery, network: MemoryNetwork
+    autojump_clock: Clock, nursery: trio.Nursery, network: MemoryNetwork
 ) -> None:
     a, _, c = await three(nursery, network, FakeProvider(delay=1.0, slots=50))
     async with trio.open_nursery() as inner:
@@ -93,10 +96,10 @@ async def test_many_at_once_and_few_streams_kept(
 
 
 async def test_failover_before_the_first_token(
-    nursery: trio.Nursery, network: MemoryNetwork
+    autojump_clock: Clock, nursery: trio.Nursery, network: MemoryNetwork
 ) -> None:
     broken = FakeProvider("broken", fail=ProviderUnavailable("CUDA is gone"))
-    a, b, c = await three(nursery, network, broken, FakeProvider("works"))
+    a, _b, _c = await three(nursery, network, broken, FakeProvider("works"))
     a.manager._policy = "round_robin"
     answered = [await a.ask() for _ in range(6)]
     assert {text for text, _ in answered} == {"one two three"}
@@ -107,7 +110,7 @@ async def test_failover_before_the_first_token(
 
 
 async def test_a_provider_that_dies_before_its_first_token(
-    nursery: trio.Nursery, network: MemoryNetwork
+    autojump_clock: Clock, nursery: trio.Nursery, network: MemoryNetwork
 ) -> None:
     slow = FakeProvider("slow", delay=30.0)
     a, b, c = await three(nursery, network, slow, FakeProvider("quick"))
@@ -133,7 +136,7 @@ async def test_a_provider_that_dies_before_its_first_token(
 
 
 async def test_all_failed_names_each_with_its_reason(
-    nursery: trio.Nursery, network: MemoryNetwork
+    autojump_clock: Clock, nursery: trio.Nursery, network: MemoryNetwork
 ) -> None:
     a, _, _ = await three(
         nursery,
@@ -151,7 +154,7 @@ async def test_all_failed_names_each_with_its_reason(
 
 
 async def test_a_rejected_request_is_not_tried_elsewhere(
-    nursery: trio.Nursery, network: MemoryNetwork
+    autojump_clock: Clock, nursery: trio.Nursery, network: MemoryNetwork
 ) -> None:
     rejecting = RequestRejected("temperature must be below 2", field="temperature")
     providers = FakeProvider("x", fail=rejecting), FakeProvider("y", fail=rejecting)
@@ -163,9 +166,11 @@ async def test_a_rejected_request_is_not_tried_elsewhere(
     assert sum(len(p.requests) for p in providers) == 4
 
 
-async def test_a_stale_peer_is_passed_over(nursery: trio.Nursery, network: MemoryNetwork) -> None:
+async def test_a_stale_peer_is_passed_over(
+    autojump_clock: Clock, nursery: trio.Nursery, network: MemoryNetwork
+) -> None:
     gone = FakeProvider("x")
-    a, b, c = await three(nursery, network, gone, FakeProvider("y"))
+    a, _b, _c = await three(nursery, network, gone, FakeProvider("y"))
     gone.offers = ()  # its next advert will say so
     answered = [await a.ask() for _ in range(4)]
     assert {origin.node for _, origin in answered} == {"c"}
@@ -173,7 +178,7 @@ async def test_a_stale_peer_is_passed_over(nursery: trio.Nursery, network: Memor
 
 
 async def test_no_such_model_says_what_there_is(
-    nursery: trio.Nursery, network: MemoryNetwork
+    autojump_clock: Clock, nursery: trio.Nursery, network: MemoryNetwork
 ) -> None:
     a, _, _ = await three(nursery, network, FakeProvider(offers=(ModelOffer(id="llama"),)))
     error = await a.ask_raises(asking("gpt-9"))
@@ -182,7 +187,7 @@ async def test_no_such_model_says_what_there_is(
 
 
 async def test_leaving_a_cancels_the_provider_on_c(
-    nursery: trio.Nursery, network: MemoryNetwork
+    autojump_clock: Clock, nursery: trio.Nursery, network: MemoryNetwork
 ) -> None:
     provider = FakeProvider(words=["word "] * 1000, gap=1.0)
     a, _, _ = await three(nursery, network, provider)
@@ -194,7 +199,7 @@ async def test_leaving_a_cancels_the_provider_on_c(
 
 
 async def test_cancelling_before_the_first_token_cancels_the_provider_on_c(
-    nursery: trio.Nursery, network: MemoryNetwork
+    autojump_clock: Clock, nursery: trio.Nursery, network: MemoryNetwork
 ) -> None:
     provider = FakeProvider(delay=100.0)
     a, _, _ = await three(nursery, network, provider)
@@ -207,18 +212,22 @@ async def test_cancelling_before_the_first_token_cancels_the_provider_on_c(
 
 
 async def test_kill_in_mid_stream_is_an_interruption_with_the_text_so_far(
-    nursery: trio.Nursery, network: MemoryNetwork
+    autojump_clock: Clock, nursery: trio.Nursery, network: MemoryNetwork
 ) -> None:
-    a, b, c = await three(
+    a, _b, c = await three(
         nursery, network, FakeProvider(words=[f"{i} " for i in range(100)], gap=1.0)
     )
     texts: list[str] = []
-    with pytest.raises(StreamInterrupted) as raised:
+
+    async def ask() -> None:
         async with a.manager.open(asking()) as answering:
             async for chunk in answering.chunks:
                 texts.append(chunk.text)
                 if len(texts) == 3:
                     await c.kill()
+
+    with pytest.raises(StreamInterrupted) as raised:
+        await ask()
     assert texts == ["0 ", "1 ", "2 "]
     assert raised.value.partial == "0 1 2 "
     assert "c:fake broke off its answer" in raised.value.message
@@ -226,7 +235,7 @@ async def test_kill_in_mid_stream_is_an_interruption_with_the_text_so_far(
 
 @pytest.mark.parametrize("after", [1, 2])
 async def test_an_error_or_a_cut_after_the_first_token(
-    nursery: trio.Nursery, network: MemoryNetwork, after: int
+    autojump_clock: Clock, nursery: trio.Nursery, network: MemoryNetwork, after: int
 ) -> None:
     provider = FakeProvider(gap=0.5, fail_after=(after, ProviderUnavailable("the GPU fell off")))
     a, _, _ = await three(nursery, network, provider)
@@ -240,7 +249,9 @@ async def test_an_error_or_a_cut_after_the_first_token(
     assert error.partial == "one two three"
 
 
-async def test_a_black_hole_is_noticed(nursery: trio.Nursery, network: MemoryNetwork) -> None:
+async def test_a_black_hole_is_noticed(
+    autojump_clock: Clock, nursery: trio.Nursery, network: MemoryNetwork
+) -> None:
     a, b, c = await three(nursery, network, FakeProvider("x", delay=1e6), FakeProvider("y"))
     b.providers[0].slots = 1000  # b is the least loaded
     request = asking(policy="least_loaded", peer=None)
@@ -272,7 +283,9 @@ async def test_a_black_hole_is_noticed(nursery: trio.Nursery, network: MemoryNet
     await wait_until(lambda: bool(a.table.offers("m")))
 
 
-async def test_leaving_is_announced(nursery: trio.Nursery, network: MemoryNetwork) -> None:
+async def test_leaving_is_announced(
+    autojump_clock: Clock, nursery: trio.Nursery, network: MemoryNetwork
+) -> None:
     a, b, c = await three(nursery, network, FakeProvider("x"), FakeProvider("y"))
     await b.stop()
     await trio.sleep(0.1)
@@ -284,9 +297,9 @@ async def test_leaving_is_announced(nursery: trio.Nursery, network: MemoryNetwor
 
 
 async def test_a_killed_node_is_out_at_once_and_forgotten_in_time(
-    nursery: trio.Nursery, network: MemoryNetwork
+    autojump_clock: Clock, nursery: trio.Nursery, network: MemoryNetwork
 ) -> None:
-    a, b, c = await three(nursery, network, FakeProvider("x"), FakeProvider("y"))
+    a, b, _c = await three(nursery, network, FakeProvider("x"), FakeProvider("y"))
     await b.kill()
     await trio.sleep(0.1)
     assert a.state_of(b) == "unreachable"
@@ -296,7 +309,7 @@ async def test_a_killed_node_is_out_at_once_and_forgotten_in_time(
 
 
 async def test_a_restarted_node_finds_its_mesh_and_is_itself_again_at_once(
-    nursery: trio.Nursery, network: MemoryNetwork
+    autojump_clock: Clock, nursery: trio.Nursery, network: MemoryNetwork
 ) -> None:
     a, b, c = await three(nursery, network, FakeProvider("x"), FakeProvider("y"))
     await wait_until(lambda: len(c.saved) == 2)
@@ -319,7 +332,7 @@ def names(node: Node, other: Node) -> list[str]:
 
 
 async def test_a_node_whose_clock_went_back_is_heard_again(
-    nursery: trio.Nursery, network: MemoryNetwork
+    autojump_clock: Clock, nursery: trio.Nursery, network: MemoryNetwork
 ) -> None:
     a = Node(network, "a")
     b = Node(network, "b", FakeProvider("old"), epoch=1000)
@@ -331,7 +344,9 @@ async def test_a_node_whose_clock_went_back_is_heard_again(
     assert await wait_until(lambda: names(a, again) == ["new"]) < 5.0
 
 
-async def test_a_partition_heals_by_itself(nursery: trio.Nursery, network: MemoryNetwork) -> None:
+async def test_a_partition_heals_by_itself(
+    autojump_clock: Clock, nursery: trio.Nursery, network: MemoryNetwork
+) -> None:
     a, b, c = await three(nursery, network, FakeProvider("x"), FakeProvider("y"))
     network.cut(a.transport)
     await trio.sleep(600)
@@ -343,7 +358,7 @@ async def test_a_partition_heals_by_itself(nursery: trio.Nursery, network: Memor
 
 
 async def test_bootstrap_is_enough_to_know_everybody(
-    nursery: trio.Nursery, network: MemoryNetwork
+    autojump_clock: Clock, nursery: trio.Nursery, network: MemoryNetwork
 ) -> None:
     a = Node(network, "a")
     others = [Node(network, name, bootstrap=a.transport.addresses) for name in "bcdef"]
@@ -357,7 +372,9 @@ async def test_bootstrap_is_enough_to_know_everybody(
     assert sum(node.transport.dialled for node in everybody) == 15
 
 
-async def test_found_on_the_lan(nursery: trio.Nursery, network: MemoryNetwork) -> None:
+async def test_found_on_the_lan(
+    autojump_clock: Clock, nursery: trio.Nursery, network: MemoryNetwork
+) -> None:
     a, b = Node(network, "a"), Node(network, "b", FakeProvider())
     for node in (a, b):
         nursery.start_soon(node.run)
@@ -371,7 +388,7 @@ async def test_found_on_the_lan(nursery: trio.Nursery, network: MemoryNetwork) -
 
 
 async def test_round_robin_over_own_and_peers(
-    nursery: trio.Nursery, network: MemoryNetwork
+    autojump_clock: Clock, nursery: trio.Nursery, network: MemoryNetwork
 ) -> None:
     nodes = [Node(network, name, FakeProvider(name)) for name in "abc"]
     await mesh_of(nursery, *nodes)
@@ -381,7 +398,7 @@ async def test_round_robin_over_own_and_peers(
 
 
 async def test_least_loaded_follows_the_load_that_comes_with_the_answers(
-    nursery: trio.Nursery, network: MemoryNetwork
+    autojump_clock: Clock, nursery: trio.Nursery, network: MemoryNetwork
 ) -> None:
     x, y = FakeProvider("x", slots=4), FakeProvider("y", slots=4)
     a, _, _ = await three(nursery, network, x, y)
@@ -393,7 +410,7 @@ async def test_least_loaded_follows_the_load_that_comes_with_the_answers(
 
 
 async def test_least_loaded_counts_our_own_in_flight(
-    nursery: trio.Nursery, network: MemoryNetwork
+    autojump_clock: Clock, nursery: trio.Nursery, network: MemoryNetwork
 ) -> None:
     x, y = FakeProvider("x", delay=5.0), FakeProvider("y", delay=5.0)
     a, _, _ = await three(nursery, network, x, y)
@@ -405,7 +422,7 @@ async def test_least_loaded_counts_our_own_in_flight(
 
 
 async def test_best_performance_finds_the_fast_one(
-    nursery: trio.Nursery, network: MemoryNetwork
+    autojump_clock: Clock, nursery: trio.Nursery, network: MemoryNetwork
 ) -> None:
     fast, slow = FakeProvider("fast", delay=0.1), FakeProvider("slow", delay=3.0)
     a, _, _ = await three(nursery, network, slow, fast)
@@ -414,7 +431,9 @@ async def test_best_performance_finds_the_fast_one(
     assert chosen[2:] == ["fast"] * 18
 
 
-async def test_an_instant_failer_gets_little(nursery: trio.Nursery, network: MemoryNetwork) -> None:
+async def test_an_instant_failer_gets_little(
+    autojump_clock: Clock, nursery: trio.Nursery, network: MemoryNetwork
+) -> None:
     failer = FakeProvider("failer", fail=ProviderUnavailable("no"))
     a, _, _ = await three(nursery, network, failer, FakeProvider("works", delay=0.5))
     for _ in range(60):
@@ -426,7 +445,7 @@ async def test_an_instant_failer_gets_little(nursery: trio.Nursery, network: Mem
 
 
 async def test_a_provider_that_is_not_shared_serves_only_its_own_node(
-    nursery: trio.Nursery, network: MemoryNetwork
+    autojump_clock: Clock, nursery: trio.Nursery, network: MemoryNetwork
 ) -> None:
     a, b = Node(network, "a"), Node(network, "b", FakeProvider())
     await mesh_of(nursery, a, b)
@@ -438,7 +457,7 @@ async def test_a_provider_that_is_not_shared_serves_only_its_own_node(
 
 
 async def test_a_peer_serves_from_its_own_providers_only(
-    nursery: trio.Nursery, network: MemoryNetwork
+    autojump_clock: Clock, nursery: trio.Nursery, network: MemoryNetwork
 ) -> None:
     a, b, c = await three(nursery, network, FakeProvider("x"), FakeProvider("y"))
     b.providers[0].fail = ProviderUnavailable("no")
@@ -448,7 +467,7 @@ async def test_a_peer_serves_from_its_own_providers_only(
 
 
 async def test_a_peer_without_permission_is_refused(
-    nursery: trio.Nursery, network: MemoryNetwork
+    autojump_clock: Clock, nursery: trio.Nursery, network: MemoryNetwork
 ) -> None:
     a, b = Node(network, "a"), Node(network, "b", FakeProvider())
     await mesh_of(nursery, a, b)
@@ -460,7 +479,7 @@ async def test_a_peer_without_permission_is_refused(
 
 @pytest.mark.parametrize("privacy", ["local", "mesh"])
 async def test_privacy_is_refused_rather_than_widened(
-    nursery: trio.Nursery, network: MemoryNetwork, privacy: str
+    autojump_clock: Clock, nursery: trio.Nursery, network: MemoryNetwork, privacy: str
 ) -> None:
     vendor = FakeProvider(offers=(ModelOffer(id="m", egress=privacy == "mesh"),))
     a, b = Node(network, "a"), Node(network, "b", vendor)
@@ -474,7 +493,9 @@ async def test_privacy_is_refused_rather_than_widened(
 # --- deadlines
 
 
-async def test_each_deadline(nursery: trio.Nursery, network: MemoryNetwork) -> None:
+async def test_each_deadline(
+    autojump_clock: Clock, nursery: trio.Nursery, network: MemoryNetwork
+) -> None:
     limits = Deadlines(connect=5.0, first_token=20.0, gap=10.0)
     a = Node(network, "a", deadlines=limits)
     b = Node(network, "b", FakeProvider(delay=1e6))
@@ -498,7 +519,9 @@ async def test_each_deadline(nursery: trio.Nursery, network: MemoryNetwork) -> N
     await wait_until(lambda: provider.running == 0)
 
 
-async def test_the_whole_has_a_deadline(nursery: trio.Nursery, network: MemoryNetwork) -> None:
+async def test_the_whole_has_a_deadline(
+    autojump_clock: Clock, nursery: trio.Nursery, network: MemoryNetwork
+) -> None:
     a = Node(network, "a", FakeProvider(gap=1.0, words=["w "] * 100), deadlines=Deadlines(whole=9))
     await mesh_of(nursery, a)
     started = trio.current_time()
@@ -508,7 +531,7 @@ async def test_the_whole_has_a_deadline(nursery: trio.Nursery, network: MemoryNe
 
 
 async def test_the_deadline_travels_less_what_has_passed(
-    nursery: trio.Nursery, network: MemoryNetwork
+    autojump_clock: Clock, nursery: trio.Nursery, network: MemoryNetwork
 ) -> None:
     failing = FakeProvider("failing", delay=2.0, fail=ProviderUnavailable("no"))
     works = FakeProvider("works")
@@ -523,7 +546,7 @@ async def test_the_deadline_travels_less_what_has_passed(
 
 
 async def test_without_a_network_the_own_providers_answer(
-    nursery: trio.Nursery, network: MemoryNetwork
+    autojump_clock: Clock, nursery: trio.Nursery, network: MemoryNetwork
 ) -> None:
     a = Node(network, "a", FakeProvider())
     a.manager.detach()
@@ -532,7 +555,7 @@ async def test_without_a_network_the_own_providers_answer(
 
 
 async def test_leaving_the_mesh_keeps_the_own_and_drops_the_peers(
-    nursery: trio.Nursery, network: MemoryNetwork
+    autojump_clock: Clock, nursery: trio.Nursery, network: MemoryNetwork
 ) -> None:
     a = Node(network, "a", FakeProvider("own"))
     b = Node(network, "b", FakeProvider("far", offers=(ModelOffer(id="far"),)))
@@ -549,7 +572,7 @@ async def test_leaving_the_mesh_keeps_the_own_and_drops_the_peers(
 # --- blocks and claims
 
 
-async def test_blocks(nursery: trio.Nursery, network: MemoryNetwork) -> None:
+async def test_blocks(autojump_clock: Clock, nursery: trio.Nursery, network: MemoryNetwork) -> None:
     a, b, _ = await three(nursery, network, FakeProvider())
     b.blocks[b"cid"] = b"data" * 1000
     assert await a.network.fetch_block(b.peer_id, b"cid") == b"data" * 1000
@@ -559,7 +582,7 @@ async def test_blocks(nursery: trio.Nursery, network: MemoryNetwork) -> None:
 
 
 async def test_claims_by_gossip_and_by_asking(
-    nursery: trio.Nursery, network: MemoryNetwork
+    autojump_clock: Clock, nursery: trio.Nursery, network: MemoryNetwork
 ) -> None:
     a, b, c = await three(nursery, network, FakeProvider())
     await a.network.announce_claims(b"batch")
@@ -572,7 +595,7 @@ async def test_claims_by_gossip_and_by_asking(
 
 
 async def test_whoever_connects_is_met_after_its_table_was_read(
-    nursery: trio.Nursery, network: MemoryNetwork
+    autojump_clock: Clock, nursery: trio.Nursery, network: MemoryNetwork
 ) -> None:
     met: list[tuple[str, int]] = []
 
@@ -588,7 +611,7 @@ async def test_whoever_connects_is_met_after_its_table_was_read(
 
 
 async def test_after_it_ended_the_network_asks_nobody(
-    nursery: trio.Nursery, network: MemoryNetwork
+    autojump_clock: Clock, nursery: trio.Nursery, network: MemoryNetwork
 ) -> None:
     a, b, _ = await three(nursery, network, FakeProvider())
     a.scope.cancel()

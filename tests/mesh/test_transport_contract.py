@@ -461,6 +461,26 @@ async def test_gossip_reaches_everybody_once_with_its_author(node: MakeNode) -> 
         assert len(heard[name]) == len(set(heard[name])), name
 
 
+async def test_what_was_flushed_is_heard_though_its_author_goes_at_once(node: MakeNode) -> None:
+    a, b = await pair(node)
+    heard: list[bytes] = []
+
+    def listen(author: PeerId, data: bytes) -> bool:
+        heard.append(data)
+        return True
+
+    for transport in (a, b):
+        await transport.subscribe(TOPIC, listen)
+    with trio.fail_after(SOON):
+        while not heard:  # until the subscriptions are known
+            await a.publish(TOPIC, b"hello")
+            await trio.sleep(0.01)
+    await a.publish(TOPIC, b"goodbye")
+    await a.flush()
+    await a.disconnect(b.peer_id)
+    await until(lambda: heard[-1] == b"goodbye")
+
+
 async def test_publishing_to_nobody_is_no_error(node: MakeNode) -> None:
     a = await node("a")
     await a.publish(TOPIC, b"is anybody there?")

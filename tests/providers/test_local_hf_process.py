@@ -169,5 +169,7 @@ def test_no_other_service_s_key_reaches_the_worker() -> None:
         "CUDA_VISIBLE_DEVICES": "0",
     }
     made = worker_environment({**secret, **needed, "OMP_NUM_THREADS": "7"}, 2)
-    assert made == {**needed, "OMP_NUM_THREADS": "2"}
+    assert made == {**needed, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
     assert worker_environment({}, 1)["TOKENIZERS_PARALLELISM"] == "false"
+    active = worker_environment({"OMP_WAIT_POLICY": "ACTIVE"}, 1)
+    assert active["OMP_WAIT_POLICY"] == "ACTIVE"

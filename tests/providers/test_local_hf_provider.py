@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 from fakes_hf import chat, read
 
 from promptmesh.providers import local_hf

@@ -39,7 +39,8 @@ def test_the_candidates_are_those_of_generate(
         warpers.append(TopKLogitsWarper(top_k))
     if top_p < 1:
         warpers.append(TopPLogitsWarper(top_p))
-    expected = warpers(torch.zeros(1, 1, dtype=torch.long), scores[None].clone())[0].softmax(0)
+    no_ids: Any = torch.zeros(1, 1, dtype=torch.long)
+    expected = warpers(no_ids, scores[None].clone())[0].softmax(0)
     tokens, weights = candidates(scores, top_p, top_k)
     shares = torch.zeros(size, dtype=torch.float64)
     shares[tokens] = weights / weights.sum()
