@@ -233,7 +233,7 @@ class AnswerCache:
             await self._blocks.uses.write(now)
         return await sweep(self._database, self._blocks, now=now, max_bytes=self._limits.max_bytes)
 
-    async def run(self, *, interval: float = 2.0, clock: Callable[[], float] = time.time) -> None:
+    async def run(self, *, interval: float = 1.0, clock: Callable[[], float] = time.time) -> None:
         """`maintain` every so many seconds, until cancelled."""
         try:
             while True:

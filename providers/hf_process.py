@@ -30,7 +30,9 @@ MAX_LINE = 2000
 KEPT_LINES = 20
 
 #: A progress bar, as `tqdm` draws it for downloads and weights.
-_PROGRESS = re.compile(r"\d+%\|")
+_PROGRESS = re.compile(r"\d%\||[\d?][kMG]?(B|it)/s")
+#: What is drawn of it beside its words and numbers: the bar itself, and moves of the cursor.
+_DRAWN = re.compile(r"(\|[^|]*\||\x1b\[\w+|\s)+")
 _LEVEL = re.compile(r"(DEBUG|INFO|WARNING|ERROR|CRITICAL) (.*)", re.DOTALL)
 
 #: Variables with such a word in their name may hold a key that is not the model's business.
@@ -54,6 +56,8 @@ def worker_environment(environment: Mapping[str, str], threads: int) -> dict[str
     # that spin while they wait for one another made a fifteenth of the tokens; waiting asleep costs
     # up to a quarter of them on an idle machine.
     kept.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # The hub draws its progress bars for a pipe only if told by this.
+    kept.setdefault("TQDM_POSITION", "-1")
     # A fork of the tokenizer's threads is not planned; without this it warns of one.
     kept.setdefault("TOKENIZERS_PARALLELISM", "false")
     return kept
@@ -143,7 +147,7 @@ class WorkerProcess:
         if not line:
             return
         if _PROGRESS.search(line):
-            self._on_progress(line)
+            self._on_progress(_DRAWN.sub(" ", line).strip())
             return
         self._lines.append(line)
         if match := _LEVEL.fullmatch(line):

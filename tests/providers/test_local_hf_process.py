@@ -134,7 +134,8 @@ async def test_what_it_prints_is_logged_and_its_last_lines_kept(
     talks = program(f"""
         import sys
         print("WARNING mind the gap", file=sys.stderr)
-        sys.stderr.write("loading:  50%|###\\rloading: 100%|######\\n")
+        sys.stderr.write("load:  50%|###  | 1/2\\rload: 100%|#####| 2/2\\x1b[A\\n")
+        sys.stderr.write("model: 12.0MB [00:03, 4.0MB/s]\\r")
         for number in range(30):
             print("line", number, file=sys.stderr)
         print("y" * {MAX_LINE * 3}, file=sys.stderr)
@@ -147,7 +148,11 @@ async def test_what_it_prints_is_logged_and_its_last_lines_kept(
                 await trio.lowlevel.checkpoint()
         assert len(worker.last_lines) == KEPT_LINES
         assert len(worker.last_lines[-1]) <= MAX_LINE
-    assert bars == ["loading:  50%|###", "loading: 100%|######"]
+    assert bars == [
+        "load: 50% 1/2",
+        "load: 100% 2/2",
+        "model: 12.0MB [00:03, 4.0MB/s]",
+    ]
     levels = {record.getMessage(): record.levelname for record in caplog.records}
     assert levels["mind the gap"] == "WARNING"
     assert levels["line 29"] == "DEBUG"
@@ -169,7 +174,8 @@ def test_no_other_service_s_key_reaches_the_worker() -> None:
         "CUDA_VISIBLE_DEVICES": "0",
     }
     made = worker_environment({**secret, **needed, "OMP_NUM_THREADS": "7"}, 2)
-    assert made == {**needed, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
+    added = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE", "TQDM_POSITION": "-1"}
+    assert made == {**needed, **added}
     assert worker_environment({}, 1)["TOKENIZERS_PARALLELISM"] == "false"
     active = worker_environment({"OMP_WAIT_POLICY": "ACTIVE"}, 1)
     assert active["OMP_WAIT_POLICY"] == "ACTIVE"

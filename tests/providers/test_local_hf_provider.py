@@ -136,13 +136,13 @@ async def test_who_answers_is_known_before_the_first_chunk() -> None:
 
 async def test_loading_can_be_watched(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    slow = "sys.stderr.write('weights:  50%%|##\\n'); sys.stderr.flush(); time.sleep(0.3)"
+    slow = "sys.stderr.write('weights:  50%%|##  | 1/2\\n'); sys.stderr.flush(); time.sleep(0.3)"
     async with running(actor(slow.replace("%%", "%"))) as provider:
         seen = set()
         while await state(provider) == "starting":
             seen.add((await provider.check()).reason)
             await trio.sleep(0.02)
-    assert any(reason.startswith("loading m (weights:  50%|##), 0 s") for reason in seen)
+    assert any(reason.startswith("loading m (weights: 50% 1/2), 0 s") for reason in seen)
     assert "loading m: warming up" in caplog.text
     assert "ready after" in caplog.text
     assert "an actor" in caplog.text
