@@ -160,8 +160,8 @@ class AnswerCache:
         source: str = "",
         namespace: str = "",
         shared: bool = True,
-    ) -> Cid | None:
-        """Keep a whole answer for `ttl` seconds and return its CID once it is written.
+    ) -> StoredAnswer | None:
+        """Keep a whole answer for `ttl` seconds, and return it once it is written.
 
         None if it was not stored: a filtered answer, one that has no record, a `ttl` of nothing, a
         fault. `source` is the peer that computed it; `shared`: may it leave this node?
@@ -179,7 +179,9 @@ class AnswerCache:
         )
         own = source in ("", self._peer)
         new = NewRow(source or self._peer, own, 0, namespace, shared, now, expires_at)
-        return Cid(blocks.cid) if self._keep(key, record, blocks, new, now) else None
+        if not self._keep(key, record, blocks, new, now):
+            return None
+        return StoredAnswer(Cid(blocks.cid), record, now, 0.0, expires_at, new.source, blocks.size)
 
     async def adopt(
         self,

@@ -69,7 +69,7 @@ class ClaimIndex:
             opened = unseal(envelope)
         except ClaimError as error:
             return Ingested("refused", reason=str(error))
-        failed = Ingested("refused", opened.peer, reason="the cache failed")
+        failed = Ingested("full", opened.peer, reason="the cache failed")
         try:
             return self._database.attempt(
                 "claims", lambda: self._ingest(opened, envelope, now), failed
@@ -90,7 +90,7 @@ class ClaimIndex:
             if ranges.contains(held.numbers, batch.number):
                 return self._again(publisher[0], opened, envelope)
         elif publisher is None and self._full():
-            return Ingested("refused", peer, reason=f"claims of {MAX_PEERS} peers are here")
+            return Ingested("full", peer, reason=f"claims of {MAX_PEERS} peers are here")
         if batch.expires_at <= now:
             return Ingested("stale", peer, reason="its claims are over")
         wrong = claim_rows.untimely(batch, now)
@@ -100,7 +100,7 @@ class ClaimIndex:
             return Ingested("refused", peer, reason=wrong)
         if held.claims + len(batch.entries) > MAX_CLAIMS:
             ranges.add(held.numbers, batch.number)  # so that it is not sent again and again
-            return Ingested("refused", peer, reason=f"{MAX_CLAIMS} claims of it are here")
+            return Ingested("full", peer, reason=f"{MAX_CLAIMS} claims of it are here")
         return self._take(peer, batch, envelope, now)
 
     def _full(self) -> bool:

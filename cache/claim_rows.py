@@ -43,11 +43,12 @@ class Ingested:
     """What became of an envelope.
 
     `new` was taken; `known` was here already; `own` is this node's; `stale` is of an older epoch or
-    over; `refused` is malformed, not signed, of another time or too much; `equivocation` is the
-    second of two batches with one number, and `evidence` holds both envelopes.
+    over; `full` could be sound, but there is no room for it here; `refused` is malformed, not
+    signed or of another time; `equivocation` is the second of two batches with one number, and
+    `evidence` holds both envelopes.
     """
 
-    status: Literal["new", "known", "own", "stale", "refused", "equivocation"]
+    status: Literal["new", "known", "own", "stale", "full", "refused", "equivocation"]
     peer: str = ""
     #: Claims that were taken.
     claims: int = 0

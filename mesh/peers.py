@@ -21,8 +21,8 @@ from .transport import PeerId
 
 #: The version of the advert's form.
 VERSION = 1
-#: Bytes of an advert, so that one gossip message carries it.
-MAX_ADVERT = 64 * 1024
+#: Bytes of an advert: with its signature it fits into one gossip message, which may have 64 KiB.
+MAX_ADVERT = 60 * 1024
 #: Peers in the table. A mesh is small; this bounds what members can make us keep.
 MAX_PEERS = 2048
 #: Seconds that an advert may live unrefreshed.

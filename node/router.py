@@ -19,7 +19,6 @@ import trio
 
 from ..cache.answer_rows import StoredAnswer
 from ..cache.answers import AnswerCache
-from ..cache.cid import Cid
 from ..cache.keys import request_key
 from ..providers.base import (
     Answering,
@@ -55,7 +54,7 @@ class SharedAnswers(Protocol):
         """A stored answer of a peer, fetched and verified, and that peer's id."""
         ...
 
-    async def announce(self, key: bytes, request: GenerateRequest, cid: Cid) -> None:
+    def announce(self, key: bytes, request: GenerateRequest, stored: StoredAnswer) -> None:
         """Tell the others that this node has the answer."""
         ...
 
@@ -207,7 +206,7 @@ class Router:
         cut = completion.finish_reason == "length" and request.sampling.max_tokens is None
         if cut or completion.finish_reason == "content_filter":
             return None
-        cid = await self._answers.store(
+        stored = await self._answers.store(
             key,
             completion,
             model=origin.model or request.model,
@@ -220,11 +219,11 @@ class Router:
             namespace=request.cache.namespace,
             shared=shared,
         )
-        if cid is None:
+        if stored is None:
             return None
         if shared and origin.peer == self._peer:
-            await self._shared.announce(key, request, cid)
-        return cid.text
+            self._shared.announce(key, request, stored)
+        return stored.cid_text
 
 
 def _flight_key(key: bytes, request: GenerateRequest) -> bytes:

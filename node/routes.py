@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 from collections.abc import Awaitable, Callable
 from urllib.parse import urlsplit
@@ -73,18 +74,19 @@ def foreign(host: str, origin: str | None) -> str | None:
     loopback too: under a name of its own that resolves to 127.0.0.1 (DNS rebinding, seen in
     `Host`), or across origins (seen in `Origin`).
     """
-    if not _is_loopback(_host_name(host)):
+    if not _is_loopback(f"//{host}"):
         return f"this node answers to loopback names only, not to Host {host!r}"
-    if origin is not None and not _is_loopback(urlsplit(origin).hostname or ""):
+    if origin is not None and not _is_loopback(origin):
         return f"pages of {origin!r} may not use this node"
     return None
 
 
-def _host_name(host: str) -> str:
-    return urlsplit(f"//{host}").hostname or ""
-
-
-def _is_loopback(name: str) -> bool:
+@functools.lru_cache(maxsize=64)  # they are always the same few, and taking one apart is slow
+def _is_loopback(url: str) -> bool:
+    try:
+        name = urlsplit(url).hostname or ""
+    except ValueError:
+        return False
     if name == "localhost" or name.endswith(".localhost"):
         return True
     try:

@@ -19,7 +19,7 @@ import trio
 from ..cache.answer_rows import StoredAnswer
 from ..cache.answers import AnswerCache
 from ..cache.blocks import BlockStore
-from ..cache.cid import Cid, verify
+from ..cache.cid import verify
 from ..cache.claim_index import ClaimIndex
 from ..cache.claim_rows import Claim, Ingested
 from ..cache.claims import MAX_ENTRIES, ClaimLog, Entry
@@ -106,15 +106,13 @@ class Sharing:
 
     # --- telling
 
-    async def announce(self, key: bytes, request: GenerateRequest, cid: Cid) -> None:
+    def announce(self, key: bytes, request: GenerateRequest, stored: StoredAnswer) -> None:
         """Tell the others that this node has the answer to that key."""
-        row = await self._answers.row(key, cid.raw)
-        if row is None or self._swarm_key is None:
+        if self._swarm_key is None or stored.stored_at is None or stored.expires_at is None:
             return
         secret, tag = self._namespace(request)
-        entry = Entry(
-            mesh_key(secret, key), cid.raw, row.size, int(row.stored_at), int(row.expires_at)
-        )
+        made, ends = int(stored.stored_at), int(stored.expires_at)
+        entry = Entry(mesh_key(secret, key), stored.cid.raw, stored.size, made, ends)
         self._unsigned.setdefault(tag, []).append(entry)
         self._ready.set()
 
@@ -187,19 +185,18 @@ class Sharing:
         except (msgspec.DecodeError, RecursionError) as error:
             logger.warning("peer %s gossiped claims that are none: %s", peer, error)
             return False
-        return self._take_all(peer, envelopes)
+        sound = [self.take(peer, envelope) for envelope in envelopes]
+        return all(sound)
 
     def take(self, peer: PeerId, envelope: bytes) -> bool:
         """Take one envelope that a peer brought. Is it sound?"""
         taken: Ingested = self._index.ingest(envelope, time.time())
+        if taken.status == "full":
+            logger.info("claims of %s are not kept: %s", taken.peer, taken.reason)
         if taken.status in ("refused", "equivocation"):
             logger.warning("claims of %s by way of %s: %s", taken.peer, peer, taken.reason)
             return False
         return True
-
-    def _take_all(self, peer: PeerId, envelopes: Sequence[bytes]) -> bool:
-        sound = [self.take(peer, envelope) for envelope in envelopes]
-        return all(sound)
 
     def take_claim(self, peer: PeerId, envelope: bytes, cid: str) -> None:
         """Take the claim that came with an answer."""
@@ -212,13 +209,17 @@ class Sharing:
         for _ in range(MAX_PAGES):
             before = self._index.versions()
             page = await self._network.ask_claims(peer, before)
-            sound = self._take_all(peer, page)
+            sound = True
+            for envelope in page:
+                sound = self.take(peer, envelope) and sound
+                await trio.lowlevel.checkpoint()  # a full batch takes 3 ms
             if not sound or not page or self._index.versions() == before:
                 return
 
     async def _repair_again_and_again(self) -> None:
         while True:
             await trio.sleep(REPAIR_PERIOD * self._rng.uniform(0.8, 1.2))
+            await self._index.expire(time.time())
             peers = self._network.connected() if self._network else ()
             if peers:
                 try:

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from random import Random
+from typing import Any
 
 import trio
 import trio.testing
@@ -33,10 +34,10 @@ from promptmesh.providers.base import (
 )
 
 
-def asking(model: str = "m", text: str = "hi", **fields: object) -> GenerateRequest:
+def asking(model: str = "m", text: str = "hi", **fields: Any) -> GenerateRequest:
     """A request of one message."""
     message = Message(role="user", content=(Text(text=text),))
-    return GenerateRequest(model=model, messages=(message,), **fields)  # type: ignore[arg-type]
+    return GenerateRequest(model=model, messages=(message,), **fields)
 
 
 @dataclass

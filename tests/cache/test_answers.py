@@ -48,9 +48,9 @@ def answers(database: Database) -> AnswerCache:
 
 async def store(answers: AnswerCache, completion: Completion = ANSWER, **more: Any) -> Cid:
     settings = {"key": KEY, "model": "m", "now": NOW, **more}
-    cid = await answers.store(completion=completion, **settings)
-    assert cid is not None
-    return cid
+    stored = await answers.store(completion=completion, **settings)
+    assert stored is not None
+    return stored.cid
 
 
 async def text(answers: AnswerCache, key: bytes = KEY, now: float = NOW, **more: Any) -> str | None:

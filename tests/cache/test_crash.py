@@ -41,7 +41,7 @@ WRITER = textwrap.dedent(
                     text=f"{number} " + str(number) * (size // len(str(number))),
                     finish_reason="stop",
                 )
-                cid = await answers.store(key, completion, model="m", now=1000.0)
+                cid = (await answers.store(key, completion, model="m", now=1000.0)).cid
                 entry = Entry(key=key, cid=cid.raw, size=size, made_at=1000, expires_at=2000)
                 envelope = log.seal([entry], namespace=bytes(8), now=1000.0)
                 print(number, cid.raw.hex(), envelope.hex(), flush=True)

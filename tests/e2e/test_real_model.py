@@ -74,7 +74,7 @@ async def test_the_walking_mesh(tmp_path: Path) -> None:
 async def the_openai_package_works(node: Daemon) -> None:
     """The official client, streamed and not."""
     client = openai.OpenAI(base_url=f"{node.url}/v1", api_key="none", max_retries=0)
-    ask = partial(
+    ask: Any = partial(
         client.chat.completions.create,
         model=NAME,
         messages=[{"role": "user", "content": FRANCE}],

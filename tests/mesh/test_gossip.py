@@ -25,7 +25,7 @@ class Speaker:
         self.name = name
         self.transport: MemoryTransport = network.transport(name)
         self.table = PeerTable(self.transport.peer_id)
-        self.models = ("m",)
+        self.models: tuple[str, ...] = ("m",)
         self.heard: list[Advert] = []
         self.claims: list[tuple[str, bytes]] = []
         self.gossip = Gossip(
@@ -51,7 +51,7 @@ async def two(nursery: trio.Nursery) -> tuple[Speaker, Speaker]:
     network = MemoryNetwork(nursery)
     a, b = Speaker(network, "a"), Speaker(network, "b")
     await a.transport.connect(b.transport.peer_id, b.transport.addresses)
-    for speaker in (a, b):
+    for speaker in (b, a):  # so that b hears all of a
         await nursery.start(speaker.gossip.run)
     return a, b
 
@@ -67,6 +67,16 @@ async def test_an_advert_says_who_where_and_what(
     assert (advert.epoch, advert.seq, advert.ttl) == (1, 1, 17.5)
     assert [m.id for m in advert.providers[0].models] == ["m"]
     assert [o.peer.node for o in b.table.offers("m")] == ["a"]
+
+
+async def test_the_largest_advert_fits_into_a_message(
+    autojump_clock: Clock, nursery: trio.Nursery
+) -> None:
+    a, b = await two(nursery)
+    a.models = tuple(f"a-vendor-with-a-name/and-its-model-{'x' * 100}-{i}" for i in range(1024))
+    a.gossip.changed()
+    await trio.sleep(2)
+    assert 200 < len(b.heard[-1].providers[0].models) < 1024
 
 
 async def test_it_is_renewed_each_period(autojump_clock: Clock, nursery: trio.Nursery) -> None:

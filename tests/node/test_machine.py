@@ -53,5 +53,6 @@ def test_a_broken_driver_means_no_cards() -> None:
 def test_the_machine_without_cards_says_its_processors_and_memory() -> None:
     machine = read_machine(Gpus(RecordedNvml(count=0)))
     assert machine.gpus == ()
+    assert machine.cpus is not None
     assert machine.cpus >= 1
     assert 0 < machine.memory_free <= machine.memory_total

@@ -15,7 +15,6 @@ import trio.testing
 from promptmesh.cache.answer_rows import StoredAnswer
 from promptmesh.cache.answers import AnswerCache
 from promptmesh.cache.blocks import SqliteBlocks
-from promptmesh.cache.cid import Cid
 from promptmesh.cache.database import Database
 from promptmesh.node.router import Reuse, Router
 from promptmesh.providers.base import (
@@ -85,8 +84,8 @@ class Shared:
         self.asked += 1
         return self.knows
 
-    async def announce(self, key: bytes, request: GenerateRequest, cid: Cid) -> None:
-        self.told.append(cid.text)
+    def announce(self, key: bytes, request: GenerateRequest, stored: StoredAnswer) -> None:
+        self.told.append(stored.cid_text)
 
 
 class AsIs:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -315,6 +317,27 @@ def test_the_worker_ends_when_the_node_is_killed(folder: Path) -> None:
     while is_there(pid) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not is_there(pid)
+
+
+def test_a_model_of_the_hub_is_called_by_its_id(folder: Path, tmp_path: Path) -> None:
+    """As it lies in the hub's cache once it was downloaded, with the hub out of reach."""
+    cached = tmp_path / "hub" / "models--owner--tiny"
+    shutil.copytree(folder, cached / "snapshots" / "abc")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    environment = {**worker_environment_for_tests(), "HF_HOME": str(tmp_path)}
+    notes = tmp_path / "notes"
+    provider = LocalHF(
+        LocalHFSettings(model="owner/tiny", environment=environment, cache_dir=str(notes))
+    )
+    with hosted(provider) as running:
+        assert running.read(chat("owner/tiny", "Hello", max_tokens=2))[1].finished
+        (offer,) = running.provider.models()
+    assert offer.id == "owner/tiny"
+    assert offer.weights is not None
+    # What took time to find out is there for the next start.
+    facts = json.loads((notes / "local_hf.json").read_text())
+    assert [key.split()[0] for key in facts] == ["sha256", "repeatable"]
 
 
 # --- models that cannot be had ------------------------------------------------------------------
