@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+import types
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
+from typing import Any, cast
 
 import msgspec
 import trio
@@ -72,13 +74,15 @@ class Asking:
         #: Takes what the closing frame of a peer carries.
         self._closed = closed
         self._started = trio.current_time()
+        #: Cancels the wait for the first token, and for each further one.
+        self._limit = trio.CancelScope()
         self._first: Chunk | None = None
         self._first_at = 0.0
         self._text: list[str] = []
         self._settled = self._over = self._ended = False
         self._origin = Origin()
         self._remote: PeerAnswer | None = None
-        self._chunks: AsyncIterator[Chunk]
+        self._chunks: AsyncIterator[Chunk] | None = None
 
     @property
     def seconds(self) -> float:
@@ -92,16 +96,21 @@ class Asking:
         Raises a `GenerateError`, here or from the chunks.
         """
         self._experience.begin(self.candidate.measured)
-        limit = trio.CancelScope(deadline=self._started + self._deadlines.first_token)
+        limit = self._limit
         try:
             with limit:
-                async with self._source() as source, self._closing(source):
-                    await self._wait_first(source)
-                    limit.deadline = math.inf
-                    self.begun = True
-                    yield Answering(self._origin, self)
+                limit.deadline = self._started + self._deadlines.first_token
+                async with self._source() as source:
+                    try:
+                        await self._wait_first(source)
+                        limit.deadline = math.inf
+                        self.begun = True
+                        yield Answering(self._origin, self)
+                    finally:
+                        if isinstance(self._chunks, AsyncGenerator):
+                            await self._chunks.aclose()
             if limit.cancelled_caught:
-                raise _TooLate(f"no token within {self._deadlines.first_token:g} s")
+                raise self._too_late()
         except Exception as error:  # the caller sees it as a `GenerateError`
             if self.begun:
                 raise
@@ -109,21 +118,11 @@ class Asking:
         finally:
             self._end()
 
-    @asynccontextmanager
-    async def _closing(self, source: Answering | PeerAnswer) -> AsyncIterator[None]:
-        """Take the chunks from `source`, and end their generator, if it is one, in good order."""
+    async def _wait_first(self, source: Answering | PeerAnswer) -> None:
         if isinstance(source, PeerAnswer):
             self._chunks = self._remote = source
-            yield
-            return
-        self._chunks = aiter(source.chunks)
-        try:
-            yield
-        finally:
-            if isinstance(self._chunks, AsyncGenerator):
-                await self._chunks.aclose()
-
-    async def _wait_first(self, source: Answering | PeerAnswer) -> None:
+        else:
+            self._chunks = aiter(source.chunks)
         self._origin = self._stamp(source.origin)
         self._first = await self._read()
         self._first_at = trio.current_time()
@@ -147,8 +146,7 @@ class Asking:
         elif self._over:
             raise StopAsyncIteration
         else:
-            ready = self._remote.take() if self._remote else None
-            chunk = ready or await self._read_within_gap()
+            chunk = await self._read_next()
         if chunk.finish_reason is None:
             self._text.append(chunk.text)
             return chunk
@@ -157,26 +155,60 @@ class Asking:
 
     async def _read(self) -> Chunk:
         """The next chunk that holds anything."""
+        assert self._chunks is not None
         async for chunk in self._chunks:
             if chunk.text or not is_plain(chunk):
                 return chunk
         raise _Cut("it ended without its end marker")
 
-    async def _read_within_gap(self) -> Chunk:
+    async def _read_next(self) -> Chunk:
         try:
-            with trio.move_on_after(self._deadlines.gap):
-                return await self._read()
-            raise _TooLate(f"no token for {self._deadlines.gap:g} s")
+            return await self._within_gap(self._read())
         except Exception as error:  # the caller sees it as a `GenerateError`
-            self._over = True
-            failure = self._failed(error)
-            if isinstance(failure, RequestRejected):  # a content filter that woke up late
-                raise failure from error
-            raise StreamInterrupted(
-                f"{self.candidate} broke off its answer: {failure}",
-                partial="".join(self._text),
-                retry_after=failure.retry_after,
-            ) from error
+            raise self._interrupted(error) from error
+
+    @types.coroutine
+    def _within_gap(self, reading: Coroutine[Any, Any, Chunk]) -> Generator[Any, Any, Chunk]:
+        """Await `reading` for at most the gap between two tokens; then the limit of all cancels.
+
+        A timer costs more than all else about a chunk, and most are there already, so one is set
+        only where the coroutine really waits: this does what `await` does, step by step.
+        """
+        try:
+            trap = reading.send(None)
+        except StopIteration as stop:
+            return cast(Chunk, stop.value)
+        self._limit.deadline = trio.current_time() + self._deadlines.gap
+        try:
+            while True:
+                try:
+                    result = yield trap
+                except BaseException as error:  # goes where `await` would send it
+                    trap = reading.throw(error)
+                else:
+                    trap = reading.send(result)
+        except StopIteration as stop:
+            return cast(Chunk, stop.value)
+        finally:
+            self._limit.deadline = math.inf
+
+    def _too_late(self) -> GenerateError:
+        """What to raise when the limit has cancelled the wait for a token."""
+        if not self.begun:
+            return _TooLate(f"no token within {self._deadlines.first_token:g} s")
+        return self._interrupted(_TooLate(f"no token for {self._deadlines.gap:g} s"))
+
+    def _interrupted(self, error: Exception) -> GenerateError:
+        """What to raise when the answer broke after its first token."""
+        self._over = True
+        failure = self._failed(error)
+        if isinstance(failure, RequestRejected):  # a content filter that woke up late
+            return failure
+        return StreamInterrupted(
+            f"{self.candidate} broke off its answer: {failure}",
+            partial="".join(self._text),
+            retry_after=failure.retry_after,
+        )
 
     # --- what is learnt
 

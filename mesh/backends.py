@@ -140,26 +140,18 @@ class BackendManager:
 
     # --- answering
 
-    @asynccontextmanager
-    async def open(
+    def open(
         self, request: GenerateRequest, *, local_only: bool = False, key: bytes = b""
-    ) -> AsyncIterator[Answering]:
+    ) -> AbstractAsyncContextManager[Answering]:
         """Answer the request, whose model is resolved, by the candidate that the policy chooses.
 
         With `local_only` (a peer asks) the candidates are this node's shared providers. `key` names
         the question: equal ones go to the same candidate where the policy sees no difference.
-        Raises a `GenerateError`, here or from the chunks.
+        Raises a `GenerateError`, on entering, from the chunks or on leaving.
         """
+        answering = self._answer(request, local_only, key)
         whole = self._deadlines.whole
-        if whole is None:
-            async with self._answer(request, local_only, key) as answering:
-                yield answering
-            return
-        with trio.move_on_after(whole) as limit:
-            async with self._answer(request, local_only, key) as answering:
-                yield answering
-        if limit.cancelled_caught:
-            raise DeadlineExceeded(f"there was no whole answer within {whole:g} s")
+        return answering if whole is None else _limited(answering, whole)
 
     @asynccontextmanager
     async def _answer(
@@ -274,6 +266,18 @@ class BackendManager:
             ),
             for_peer=local_only,
         )
+
+
+@asynccontextmanager
+async def _limited(
+    answering: AbstractAsyncContextManager[Answering], seconds: float
+) -> AsyncIterator[Answering]:
+    """The same, ended with `DeadlineExceeded` when the time for the whole is over."""
+    with trio.move_on_after(seconds) as limit:
+        async with answering as begun:
+            yield begun
+    if limit.cancelled_caught:
+        raise DeadlineExceeded(f"there was no whole answer within {seconds:g} s")
 
 
 def _seen_from_here(origin: Origin, candidate: Candidate, policy: str, attempts: int) -> Origin:

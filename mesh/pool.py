@@ -90,7 +90,8 @@ class AskStream:
                 self._unread += len(data)
                 if self._unread > MAX_UNREAD:
                     raise TransportError("the answer was not read here, and was given up")
-                self._arrival.unpark_all()
+                if self._arrival:
+                    self._arrival.unpark_all()
             self.ended = TransportError("the peer ended the stream")
         except (TransportError, RemoteProtocolError) as error:
             self.ended = error
@@ -259,10 +260,6 @@ class PeerAnswer:
                 raise StopAsyncIteration
             await self._receive()
         return self._chunks.popleft()
-
-    def take(self) -> Chunk | None:
-        """A chunk that is there already."""
-        return self._chunks.popleft() if self._chunks else None
 
     async def _receive(self) -> None:
         await self._stream.wait_frame()

@@ -133,7 +133,8 @@ class _Conversation:
                 while not self._unsent:
                     await self._ready.park()
                 frames, self._unsent = self._unsent, []
-                self._room.unpark_all()
+                if self._room:
+                    self._room.unpark_all()
                 send = self._exchange.send
                 await self._stream.send_all(b"".join(map(send, _merged(frames))))
         except TransportError:
@@ -206,7 +207,8 @@ class _Conversation:
 
     def _put(self, frame: Reply) -> None:
         self._unsent.append(frame)
-        self._ready.unpark_all()
+        if self._ready:
+            self._ready.unpark_all()
 
     async def _put_when_room(self, frame: Reply) -> None:
         self._put(frame)

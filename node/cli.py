@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             fail(problem)
         return 2
     except NodeNotRunning as error:
-        return fail(f"{error}. Start it with `promptmesh up`")
+        return fail(f"{error}. Start it with `{cli_mesh.typed(args, 'up')}`")
     except (HomeError, NodeError) as error:
         return fail(str(error))
     except KeyboardInterrupt:

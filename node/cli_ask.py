@@ -16,7 +16,7 @@ from ..providers.base import (
     Sampling,
     Text,
 )
-from .cli_mesh import home_of
+from .cli_mesh import home_of, typed
 from .cli_output import fail, print_json, printable, read_input, say, warn
 from .client import NodeClient, NodeError, NodeNotRunning
 from .config import Config, load_config
@@ -85,7 +85,7 @@ def _answer(
             pass
     from .local import ask as ask_here  # the whole node, without its network
 
-    say("no node runs here (`promptmesh up`): this process answers itself", "dim")
+    say(f"no node runs here (`{typed(args, 'up')}`): this process answers itself", "dim")
     answer: dict[str, Any] = ask_here(config, home, _request(args, prompt), show.add)
     return answer
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -27,6 +28,12 @@ def home_of(args: argparse.Namespace) -> Home:
     return Home(home_path(args.home))
 
 
+def typed(args: argparse.Namespace, command: str) -> str:
+    """A command as it must be typed to reach the node that this one is about."""
+    home = f"--home {shlex.quote(args.home)} " if args.home else ""
+    return f"promptmesh {home}{command}"
+
+
 def init(args: argparse.Namespace) -> int:
     """Make what is missing, and say what to do next."""
     home = home_of(args)
@@ -42,7 +49,7 @@ def init(args: argparse.Namespace) -> int:
     quiet = args.quiet and bool(config.local_hf.model)
     _say_if_not_taken(home, "local_hf.model", args.model, config.local_hf.model, quiet=quiet)
     if not args.quiet:
-        _say_what_is_next(home, config, made)
+        _say_what_is_next(args, home, config, made)
     return 0
 
 
@@ -54,14 +61,16 @@ def _say_if_not_taken(home: Home, key: str, given: str | None, now: str, *, quie
         )
 
 
-def _say_what_is_next(home: Home, config: Config, made: list[str]) -> None:
+def _say_what_is_next(
+    args: argparse.Namespace, home: Home, config: Config, made: list[str]
+) -> None:
     say(f"made {', '.join(made)} in {home.path}" if made else f"{home.path} is complete")
     say(f"  node   {config.node.name}  {home.peer_id()}")
     say(f"  model  {config.local_hf.model or 'none of its own (local_hf.model)'}")
     say("next")
-    say("  promptmesh up         start the node")
-    say("  promptmesh invite     print the link by which other machines join")
-    say("  promptmesh join LINK  join another mesh instead")
+    say(f"  {typed(args, 'up')}         start the node")
+    say(f"  {typed(args, 'invite')}     print the link by which other machines join")
+    say(f"  {typed(args, 'join LINK')}  join another mesh instead")
 
 
 def up(args: argparse.Namespace) -> int:
@@ -101,11 +110,11 @@ def invite(args: argparse.Namespace) -> int:
     key = home.swarm_key()
     if not config.mesh.enabled:
         return fail("this node takes no part in a mesh: mesh.enabled is false")
-    addresses = best_for_others(_own_addresses(home, config), MAX_ADDRESSES)
+    addresses = best_for_others(_own_addresses(args, home, config), MAX_ADDRESSES)
     if not addresses:
         return fail(
             "nobody could reach this node: its address is not known before it runs "
-            "(`promptmesh up`), or it listens nowhere (mesh.listen)"
+            f"(`{typed(args, 'up')}`), or it listens nowhere (mesh.listen)"
         )
     link = encode(JoinLink(key, addresses))
     if args.json:
@@ -116,7 +125,7 @@ def invite(args: argparse.Namespace) -> int:
     return 0
 
 
-def _own_addresses(home: Home, config: Config) -> Iterable[str]:
+def _own_addresses(args: argparse.Namespace, home: Home, config: Config) -> Iterable[str]:
     running = home.running()
     if running is not None:
         try:
@@ -124,7 +133,10 @@ def _own_addresses(home: Home, config: Config) -> Iterable[str]:
             return [str(address) for address in status["addresses"]]
         except NodeNotRunning:
             pass
-    say("The node does not run: the link has its configured addresses. Start it: promptmesh up")
+    say(
+        "The node does not run: the link has its configured addresses. Start it: "
+        + typed(args, "up")
+    )
     return dialable(config.mesh.listen, home.peer_id())
 
 
@@ -144,13 +156,13 @@ def join(args: argparse.Namespace) -> int:
     if known and not same and not args.replace:
         return fail(
             f"this node is in another mesh, with {_count(_peers_of(known), 'known peer')}. "
-            "`promptmesh leave` leaves it; `join --replace` leaves it and joins this one"
+            f"`{typed(args, 'leave')}` leaves it; `join --replace` leaves it and joins this one"
         )
     home.write_known_peers(_joined(known if same else KnownPeers(), link))
     home.write_swarm_key(link.key)
     if not config.mesh.enabled:
         warn("mesh.enabled is false: this node will not connect before that is changed")
-    return _connect(home)
+    return _connect(args, home)
 
 
 def _joined(known: KnownPeers, link: JoinLink) -> KnownPeers:
@@ -167,18 +179,18 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}" + ("" if number == 1 else "s")
 
 
-def _connect(home: Home) -> int:
+def _connect(args: argparse.Namespace, home: Home) -> int:
     """Make a running node join at once, and say who is there."""
     client = _tell_node(home, "/mesh/v1/reload")
     if client is None:
-        say("joined. Now run: promptmesh up")
+        say(f"joined. Now run: {typed(args, 'up')}")
         return 0
     names = _wait_for_peers(client)
     if not names:
         return fail(
-            f"no peer answered within {JOIN_WAIT:.0f} s. The node keeps trying; `promptmesh peers` "
-            "shows why it does not work. Does the node that made the link run, and does a firewall "
-            "let its mesh port through?"
+            f"no peer answered within {JOIN_WAIT:.0f} s. The node keeps trying; "
+            f"`{typed(args, 'peers')}` shows why it does not work. Does the node that made the "
+            "link run, and does a firewall let its mesh port through?"
         )
     say(f"joined: connected to {', '.join(names)}")
     return 0
@@ -223,5 +235,8 @@ def leave(args: argparse.Namespace) -> int:
     home.forget_mesh()
     if told is not None:
         _tell_node(home, "/mesh/v1/reload")
-    say("left the mesh. This node is now alone in a new one; `promptmesh join LINK` joins another.")
+    say(
+        "left the mesh. This node is now alone in a new one; "
+        f"`{typed(args, 'join LINK')}` joins another."
+    )
     return 0

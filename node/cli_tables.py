@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
-from .cli_mesh import home_of
+from .cli_mesh import home_of, typed
 from .cli_output import (
     Column,
     byte_size,
@@ -118,8 +118,9 @@ def models(args: argparse.Namespace) -> int:
     if not answer["data"]:
         say(
             "No model can be asked: set local_hf.model or a provider in config.toml "
-            "(`promptmesh providers` says what is wrong), or join a mesh that has one."
+            f"(`{typed(args, 'providers')}` says what is wrong), or join a mesh that has one."
         )
+        return 0
     columns = (Column("MODEL"), Column("CONTEXT", right=True), Column("OFFERED BY", shrink=True))
     print_table(columns, [_model_row(model) for model in answer["data"]])
     return 0
@@ -143,6 +144,7 @@ def providers(args: argparse.Namespace) -> int:
         return 0
     if not rows:
         say("This node has no providers: set local_hf.model, or add [[providers]], in config.toml.")
+        return 0
     columns = (
         Column("NAME"),
         Column("KIND"),
@@ -169,6 +171,9 @@ def cache_ls(args: argparse.Namespace) -> int:
     rows = _node(args).get("/mesh/v1/cache")
     if args.json:
         print_json(rows)
+        return 0
+    if not rows:
+        say("No answer is stored yet.")
         return 0
     columns = (
         Column("CID"),

@@ -139,6 +139,9 @@ class _ChatBody(msgspec.Struct):
 #: What a caller says about itself rather than about the answer: neither sent on nor in the key.
 _ABOUT_THE_CALLER = frozenset({"user", "metadata", "store", "safety_identifier"})
 _KNOWN = frozenset(_ChatBody.__struct_fields__) | _ABOUT_THE_CALLER
+_decode_body = msgspec.json.Decoder(_ChatBody).decode
+#: The fields without what is in them, which only the unknown ones need.
+_decode_names = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 #: The range of a number, by the OpenAI reference.
 _RANGES: dict[str, tuple[float, float]] = {
     "temperature": (0, 2),
@@ -166,16 +169,18 @@ def decode_chat(body: bytes, request_id: str) -> ChatCall:
     Raises `RequestRejected`, with the field that is wrong.
     """
     try:
-        fields = msgspec.json.decode(body, type=dict[str, Any])
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise RequestRejected(f"the body is not a JSON object: {error}") from None
-    try:
-        chat = msgspec.convert(fields, _ChatBody)
+        chat = _decode_body(body)
+        extra = {
+            name: msgspec.json.decode(value)
+            for name, value in _decode_names(body).items()
+            if name not in _KNOWN
+        }
     except msgspec.ValidationError as error:
         reason, _, path = str(error).partition(" - at `$")
         field = path.rstrip("`").lstrip(".") or None
         raise RequestRejected(f"{field or 'body'}: {reason}", field=field) from None
-    extra = {name: value for name, value in fields.items() if name not in _KNOWN}
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RequestRejected(f"the body is not a JSON object: {error}") from None
     return ChatCall(
         request=_request(chat, extra, request_id),
         stream=bool(chat.stream),

@@ -110,8 +110,8 @@ class Draw:
     def _sample(self, scores: Tensor) -> int:
         tokens, weights = candidates(scores, self._top_p, self._top_k)
         sums = weights.cumsum(0)
-        point = self._random.random() * float(sums[-1])
-        place = int(torch.searchsorted(sums, torch.tensor(point, device=sums.device), right=True))
+        point = sums[-1:] * self._random.random()
+        place = int(torch.searchsorted(sums, point, right=True))
         return int(tokens[min(place, len(tokens) - 1)])
 
     def _note(self, logits: Tensor, token: int, count: int) -> None:

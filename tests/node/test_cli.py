@@ -77,7 +77,8 @@ def test_without_a_node_it_says_how_to_start_one(
 ) -> None:
     ran = run(tmp_path, *arguments)
     assert (ran.code, ran.out) == (1, "")
-    assert f"no node runs on {tmp_path}. Start it with `promptmesh up`" in ran.err
+    start = f"Start it with `promptmesh --home {tmp_path} up`"
+    assert f"no node runs on {tmp_path}. {start}" in ran.err
 
 
 def test_a_node_file_without_a_node_behind_it(tmp_path: Path) -> None:
@@ -89,7 +90,7 @@ def test_a_node_file_without_a_node_behind_it(tmp_path: Path) -> None:
         ran = run(tmp_path, "peers")
     assert ran.code == 1
     assert f"the node does not answer at {node.http}" in ran.err
-    assert "promptmesh up" in ran.err
+    assert f"promptmesh --home {tmp_path} up" in ran.err
 
 
 def test_the_nodes_own_error_is_said(tmp_path: Path) -> None:

@@ -37,7 +37,8 @@ def test_init_makes_a_node_and_says_what_is_next(tmp_path: Path) -> None:
     folder = tmp_path / "node"
     ran = run(folder, "init", "--name", "alpha", "--model", "org/model")
     assert (ran.code, ran.out) == (0, "")
-    for said in ("identity.key", "alpha", "org/model", "promptmesh up", "promptmesh invite"):
+    typed = f"promptmesh --home {folder}"
+    for said in ("identity.key", "alpha", "org/model", f"{typed} up", f"{typed} invite"):
         assert said in ran.err
     home = Home(folder)
     assert home.peer_id() in ran.err
@@ -171,7 +172,7 @@ def test_invite_without_a_running_node(tmp_path: Path) -> None:
     ran = run(tmp_path, "invite")
     assert ran.code == 0
     assert decode(ran.out).addresses == (f"/ip4/10.1.2.3/tcp/7412/p2p/{home.peer_id()}",)
-    assert "Start it: promptmesh up" in ran.err
+    assert f"Start it: promptmesh --home {tmp_path} up" in ran.err
 
 
 def test_invite_finds_this_machines_addresses(tmp_path: Path) -> None:
@@ -210,7 +211,7 @@ def test_invite_before_init(tmp_path: Path) -> None:
 def test_join_before_the_first_start(tmp_path: Path, arguments: tuple[str, ...]) -> None:
     ran = run(tmp_path, *arguments, stdin=f"  {LINK}\n")
     assert (ran.code, ran.out) == (0, "")
-    assert ran.err == "joined. Now run: promptmesh up\n"
+    assert ran.err == f"joined. Now run: promptmesh --home {tmp_path} up\n"
     home = Home(tmp_path)
     assert home.swarm_key() == KEY
     assert home.known_peers() == KnownPeers(bootstrap=(ADDRESS,))
@@ -260,7 +261,7 @@ def test_join_does_not_wait_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ran = run(tmp_path, "join", LINK)
     assert ran.code == 1
     assert "no peer answered" in ran.err
-    assert "promptmesh peers" in ran.err
+    assert f"promptmesh --home {tmp_path} peers" in ran.err
     assert home.swarm_key() == KEY  # the node keeps trying
 
 

@@ -170,11 +170,21 @@ def test_cache_get_what_is_not_there(tmp_path: Path) -> None:
 
 
 def test_an_empty_node_says_what_to_do(tmp_path: Path) -> None:
-    with FakeNode({"GET /v1/models": {"data": []}, "GET /mesh/v1/providers": []}).running(
-        made(tmp_path)
-    ):
-        assert "No model can be asked: set local_hf.model" in run(tmp_path, "models").err
-        assert "This node has no providers" in run(tmp_path, "providers").err
+    nothing = {
+        "GET /v1/models": {"data": []},
+        "GET /mesh/v1/providers": [],
+        "GET /mesh/v1/cache": [],
+    }
+    said = {
+        "models": "No model can be asked: set local_hf.model",
+        "providers": "This node has no providers",
+        "cache ls": "No answer is stored yet.",
+    }
+    with FakeNode(nothing).running(made(tmp_path)):
+        for command, sentence in said.items():
+            ran = run(tmp_path, *command.split())
+            assert (ran.code, ran.out) == (0, "")
+            assert sentence in ran.err
 
 
 COLUMNS = (Column("NAME"), Column("COUNT", right=True), Column("TEXT", shrink=True))

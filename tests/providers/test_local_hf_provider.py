@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import subprocess
 import sys
 import textwrap
 from collections.abc import AsyncIterator, Callable
@@ -362,3 +363,13 @@ def test_a_model_is_called_by_its_folder_or_its_id(tmp_path: Any) -> None:
 
 def test_settings_do_not_show_the_environment() -> None:
     assert "t0ken" not in repr(LocalHFSettings(model="m", environment={"HF_TOKEN": "t0ken"}))
+
+
+def test_the_node_needs_neither_torch_nor_transformers() -> None:
+    seen = "import sys, promptmesh.providers.local_hf as x; print(*sys.modules)"
+    modules = subprocess.run(
+        [sys.executable, "-c", seen], capture_output=True, text=True, timeout=30
+    )
+    loaded = set(modules.stdout.split())
+    assert "promptmesh.providers.hf_process" in loaded
+    assert not loaded & {"torch", "transformers", "tokenizers", "huggingface_hub"}
