@@ -143,7 +143,11 @@ class LocalHFConfig:
         "same alone and in a batch, and the model's own on a GPU.",
     )
     threads: int | None = setting(
-        None, "Processor threads.", left_out="what torch takes", low=1, high=1024
+        None,
+        "Processor threads.",
+        left_out="one for each processor, or `OMP_NUM_THREADS`",
+        low=1,
+        high=1024,
     )
     max_context: int | None = setting(
         None,

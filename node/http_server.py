@@ -1,401 +1,29 @@
-"""HTTP/1.1 on trio streams: no routes, no knowledge of what is asked.
+"""The HTTP/1.1 server: accepts connections, bounds their number, stops them. No routes.
 
-One task of a connection reads all the time, also while a request is being answered: it keeps what a
-client sends ahead, and when the input ends it cancels the handler at once. So the end of input
-means that the client left: a client that shuts down its sending side before it has its answer does
-not get one. Requests are answered one after another, each in a task of the connection's nursery.
-Whatever ends a connection early (the client, a stalled send, `HttpServer.stop`) cancels that
-nursery: a handler never sees a network error, only `trio.Cancelled`.
+What happens on a connection is in `http_connection`, what the bytes mean in `http_reader` and
+`http_messages`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import math
-import os
-import socket
-import struct
-import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import trio
 
-from .http_messages import (
-    CONTINUE,
-    Limits,
-    RefusedRequest,
-    Request,
-    RequestReader,
-    answer_head,
-    error_body,
-)
+from .http_connection import GONE, RECEIVE_SIZE, Connection, Handler, Responder
+from .http_messages import Limits, Request, answer_head, error_body
 
 __all__ = ["Handler", "HttpServer", "Limits", "Request", "Responder", "open_listeners"]
 
 log = logging.getLogger(__name__)
 
-RECEIVE_SIZE = 64 * 1024
-#: A write that does not fit the socket's buffer goes out in pieces of this size, each with the
-#: send timeout, so that a slow client that does read is not taken for a stalled one.
-SEND_PIECE = 64 * 1024
-#: So many writes may succeed without waiting before others get a turn.
-SENDS_WITHOUT_CHECKPOINT = 16
 #: Connections beyond the limit that are told so at the same time; further ones are only closed.
 MAX_REFUSALS = 64
 #: Seconds that cancelled handlers have to end in `HttpServer.stop`.
 CANCEL_GRACE = 2.0
-
-#: What a broken, reset or closed stream raises.
-_GONE = (trio.BrokenResourceError, trio.ClosedResourceError)
-
-
-class Responder:
-    """The answer to one request: either `send`, or `start`, `write` as often as wanted, `end`.
-
-    For one task at a time. When the client leaves, the handler is cancelled; in a shielded part of
-    it, writes then do nothing.
-    """
-
-    __slots__ = ("_chunked", "_connection", "_request", "ended", "started")
-
-    def __init__(self, connection: _Connection, request: Request) -> None:
-        self._connection = connection
-        self._request = request
-        self._chunked = request.version == "1.1"
-        #: Has (the head of) an answer been given, and the whole of it?
-        self.started = False
-        self.ended = False
-
-    async def send(
-        self,
-        status: int,
-        body: bytes = b"",
-        *,
-        content_type: str = "application/json",
-        headers: Sequence[tuple[str, str]] = (),
-    ) -> None:
-        """A whole answer. Raises `ValueError` for headers that cannot be sent."""
-        self._begin()
-        bodiless = status in (204, 304)
-        framing = "" if bodiless else f"content-length: {len(body)}\r\n"
-        head = answer_head(status, content_type, headers, framing + self._connection_field())
-        self.started = self.ended = True
-        if bodiless or self._request.method == "HEAD":
-            body = b""
-        await self._connection.send(head + body)
-
-    async def start(
-        self, status: int, *, content_type: str, headers: Sequence[tuple[str, str]] = ()
-    ) -> None:
-        """The head of a streamed answer. Raises `ValueError` for headers that cannot be sent."""
-        self._begin()
-        if status in (204, 304):
-            raise ValueError(f"an answer {status} has no body")
-        if self._chunked:
-            framing = "transfer-encoding: chunked\r\n" + self._connection_field()
-        else:  # HTTP/1.0: the body ends with the connection
-            self._request.keep_alive = False
-            framing = "connection: close\r\n"
-        head = answer_head(status, content_type, headers, framing)
-        self.started = True
-        await self._connection.send(head)
-
-    async def write(self, data: bytes) -> None:
-        """A piece of a streamed answer, sent at once."""
-        if not self.started or self.ended:
-            raise RuntimeError("write() belongs between start() and end()")
-        if not data or self._request.method == "HEAD":
-            return
-        if self._chunked:
-            data = b"%x\r\n%b\r\n" % (len(data), data)
-        await self._connection.send(data)
-
-    async def end(self) -> None:
-        """The end of a streamed answer. Without it the client sees that the answer was cut."""
-        if not self.started or self.ended:
-            raise RuntimeError("end() belongs after start(), once")
-        self.ended = True
-        if self._chunked and self._request.method != "HEAD":
-            await self._connection.send(b"0\r\n\r\n")
-
-    def _begin(self) -> None:
-        if self.started:
-            raise RuntimeError("this request has its answer already")
-
-    def _connection_field(self) -> str:
-        if not self._connection.stays_open(self._request):
-            return "connection: close\r\n"
-        return "" if self._chunked else "connection: keep-alive\r\n"
-
-
-Handler = Callable[[Request, Responder], Awaitable[None]]
-
-
-class _Pipe(Protocol):
-    """The two calls of a stream that every request pays for."""
-
-    async def receive(self) -> bytes:
-        """What has arrived; `b""` when the other side has left, in whatever way."""
-        ...
-
-    def send_nowait(self, data: bytes) -> int:
-        """Send as much as is taken without waiting, and say how much that was."""
-        ...
-
-
-class _StreamPipe:
-    """Any stream, by its own calls."""
-
-    def __init__(self, stream: trio.abc.Stream) -> None:
-        self._stream = stream
-
-    async def receive(self) -> bytes:
-        try:
-            return bytes(await self._stream.receive_some(RECEIVE_SIZE))
-        except _GONE:
-            return b""
-
-    def send_nowait(self, data: bytes) -> int:
-        return 0
-
-
-class _SocketPipe:
-    """A socket, by the system's calls: a small write costs a third of the stream's own.
-
-    A stream's receive tries before it waits, and its send yields to other tasks each time; here a
-    receive waits first, since the next bytes are mostly not there yet, and a send that fits does
-    not yield. Errors of a send are left to the stream's own.
-    """
-
-    def __init__(self, stream: trio.SocketStream) -> None:
-        self._socket = stream.socket
-
-    async def receive(self) -> bytes:
-        while True:
-            try:
-                await trio.lowlevel.wait_readable(self._socket.fileno())
-                return os.read(self._socket.fileno(), RECEIVE_SIZE)
-            except BlockingIOError:
-                continue
-            except (OSError, *_GONE):
-                return b""
-
-    def send_nowait(self, data: bytes) -> int:
-        try:
-            return os.write(self._socket.fileno(), data)
-        except OSError:
-            return 0
-
-
-class _Connection:
-    """One client's connection: its requests are read ahead and answered in turn."""
-
-    def __init__(self, server: HttpServer, stream: trio.abc.HalfCloseableStream) -> None:
-        self._server = server
-        self._limits = server.limits
-        self._stream = stream
-        self._pipe: _Pipe = _StreamPipe(stream)
-        host = ""
-        if isinstance(stream, trio.SocketStream):
-            host = _peer_host(stream)
-            if sys.platform != "win32":
-                self._pipe = _SocketPipe(stream)
-        self._reader = RequestReader(server.limits, host)
-        self._nursery: trio.Nursery
-        #: Holds the deadline of what is being waited for from the client.
-        self._reading = trio.CancelScope()
-        self._phase = ""
-        self._answering = False
-        #: The last answer is out: only the client's end of input is waited for.
-        self._finished = False
-        self._gone = False
-        self._sending = False
-        self._sends = 0
-        #: Set while the client is too far ahead for reading on.
-        self._room: trio.Event | None = None
-
-    async def run(self) -> None:
-        """Serve until either side closes. The stream is left to the caller to close."""
-        async with trio.open_nursery() as nursery:
-            self._nursery = nursery
-            self._wait_for_client()
-            while not self._gone:
-                with trio.CancelScope(deadline=self._reading.deadline) as self._reading:
-                    await self._read_to_end()
-                    self.leave()
-                # An answer under way has no deadline here: then the last byte of its request and
-                # the deadline came at the same moment.
-                if self._reading.cancelled_caught and not self._answering:
-                    await self._expire()
-
-    def stop(self) -> None:
-        """Take no further request: leave at once if none is being answered."""
-        if not self._answering:
-            self.leave()
-
-    def leave(self) -> None:
-        """End it now, with the handler."""
-        self._gone = True
-        self._nursery.cancel_scope.cancel()
-
-    def stays_open(self, request: Request) -> bool:
-        """Will there be another answer after the one to this request?"""
-        return request.keep_alive and not self._server.stopping
-
-    # --- reading
-
-    async def _read_to_end(self) -> None:
-        while data := await self._pipe.receive():
-            if self._finished:
-                continue
-            self._reader.feed(data)
-            if self._answering:
-                if self._reader.buffered > self._limits.max_read_ahead:
-                    self._room = trio.Event()
-                    await self._room.wait()
-                continue
-            request = await self._next_request()
-            if request is not None:
-                self._answering = True
-                self._phase = ""
-                self._reading.deadline = math.inf
-                self._nursery.start_soon(self._answer, request, name="http answer")
-
-    def _read_on(self) -> None:
-        if self._room is not None:
-            self._room.set()
-            self._room = None
-
-    async def _next_request(self) -> Request | None:
-        """The next whole request; None: more must be read, or nothing more is wanted."""
-        try:
-            request = self._reader.next_request()
-            while request is None and self._reader.take_expectation():
-                await self.send(CONTINUE)
-                # More may have come meanwhile, and nobody but us would look at it.
-                request = self._reader.next_request()
-        except RefusedRequest as refused:
-            log.debug("request refused: %d %s", refused.status, refused.message)
-            await self._refuse(refused.status, refused.message)
-            return None
-        if request is None:
-            self._answering = False
-            self._wait_for_client()
-        return request
-
-    def _wait_for_client(self) -> None:
-        """Set the deadline of the part that comes next; more of the same part does not move it."""
-        phase = self._reader.phase
-        if phase != self._phase:
-            self._phase = phase
-            seconds: float = getattr(self._limits, f"{phase}_timeout")
-            self._reading.deadline = trio.current_time() + seconds
-
-    async def _expire(self) -> None:
-        if self._finished or self._phase == "idle":
-            self.leave()
-        else:
-            await self._refuse(408, "the request took too long to arrive")
-
-    # --- answering
-
-    async def _answer(self, first: Request) -> None:
-        """Answer this request, and those that have come whole in the meantime."""
-        request: Request | None = first
-        while request is not None:
-            await self._handle(request)
-            if self._gone:
-                return
-            if not self.stays_open(request):
-                await self._finish()
-                return
-            request = await self._next_request()
-            if request is None or self._reader.buffered <= self._limits.max_read_ahead:
-                self._read_on()
-
-    async def _handle(self, request: Request) -> None:
-        responder = Responder(self, request)
-        try:
-            await self._server.handler(request, responder)
-            if not responder.ended and not self._gone:
-                log.error("no whole answer was given to %s %r", request.method, request.path)
-        except Exception:
-            # The log has it whole; the client learns only that it was our fault.
-            log.exception("the handler of %s %r failed", request.method, request.path)
-        if not responder.started:
-            await responder.send(500, error_body(500, "internal server error"))
-        elif not responder.ended:
-            if request.version == "1.0":
-                self._reset_on_close()
-            self.leave()
-
-    async def _refuse(self, status: int, message: str) -> None:
-        """Say why, and hear no more."""
-        body = error_body(status, message)
-        framing = f"content-length: {len(body)}\r\nconnection: close\r\n"
-        await self.send(answer_head(status, "application/json", (), framing) + body)
-        await self._finish()
-
-    async def _finish(self) -> None:
-        """Close our side, and let the client read before the rest is closed.
-
-        Closing at once would reset the connection where the client is still sending, and it could
-        lose the answer. When the server stops there is no time for that.
-        """
-        if self._server.stopping:
-            self.leave()
-            return
-        self._finished = True
-        self._answering = False
-        self._reading.deadline = trio.current_time() + self._limits.linger_timeout
-        self._read_on()
-        try:
-            await self._stream.send_eof()
-        except _GONE:
-            self.leave()
-
-    def _reset_on_close(self) -> None:
-        """Close with a reset, where an end would look like the end of the answer."""
-        if isinstance(self._stream, trio.SocketStream):
-            linger = struct.pack("ii", 1, 0)
-            with contextlib.suppress(OSError):
-                self._stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-
-    # --- sending
-
-    async def send(self, data: bytes) -> None:
-        """Send it all, or be cancelled. Mostly without waiting."""
-        if self._sending:
-            raise RuntimeError("another task is writing this answer")
-        if self._gone:
-            await trio.lowlevel.checkpoint()
-            return
-        sent = self._pipe.send_nowait(data)
-        if sent < len(data):
-            await self._send_rest(memoryview(data)[sent:])
-            return
-        self._sends += 1
-        if self._sends % SENDS_WITHOUT_CHECKPOINT == 0:
-            await trio.lowlevel.checkpoint()
-
-    async def _send_rest(self, rest: memoryview) -> None:
-        self._sending = True
-        try:
-            for start in range(0, len(rest), SEND_PIECE):
-                with trio.fail_after(self._limits.send_timeout):
-                    await self._stream.send_all(rest[start : start + SEND_PIECE])
-        except (trio.TooSlowError, *_GONE):
-            self.leave()
-            await trio.lowlevel.checkpoint()
-        except BaseException:
-            # Cancelled by a time limit of the handler's own: half a piece is out, and nothing
-            # sensible can follow it.
-            self.leave()
-            raise
-        finally:
-            self._sending = False
 
 
 class _Started(Protocol):
@@ -411,7 +39,7 @@ class HttpServer:
         self.handler = handler
         self.limits = limits or Limits()
         self.stopping = False
-        self._connections: set[_Connection] = set()
+        self._connections: set[Connection] = set()
         self._refusals = 0
         self._accepting = trio.CancelScope()
         self._serving = trio.CancelScope()
@@ -434,14 +62,14 @@ class HttpServer:
 
     async def serve_connection(self, stream: trio.abc.HalfCloseableStream) -> None:
         """Serve one connection to its end, and close it. Raises nothing of its own."""
-        connection: _Connection | None = None
+        connection: Connection | None = None
         try:
             if self.stopping:
                 return
             if len(self._connections) >= self.limits.max_connections:
                 await self._refuse_connection(stream)
                 return
-            connection = _Connection(self, stream)
+            connection = Connection(self, stream)
             self._connections.add(connection)
             await connection.run()
         except Exception:
@@ -477,7 +105,7 @@ class HttpServer:
         if self._connections:
             await self._emptied.wait()
 
-    def _forget(self, connection: _Connection | None) -> None:
+    def _forget(self, connection: Connection | None) -> None:
         if connection is not None:
             self._connections.discard(connection)
         if self.stopping and not self._connections:
@@ -491,7 +119,7 @@ class HttpServer:
         head = answer_head(503, "application/json", [("retry-after", "1")], framing)
         self._refusals += 1
         try:
-            with trio.move_on_after(self.limits.linger_timeout), contextlib.suppress(*_GONE):
+            with trio.move_on_after(self.limits.linger_timeout), contextlib.suppress(*GONE):
                 await stream.send_all(head + body)
                 await stream.send_eof()
                 while await stream.receive_some(RECEIVE_SIZE):
@@ -513,11 +141,3 @@ async def open_listeners(host: str, port: int) -> list[trio.SocketListener]:
         reason = error.strerror or str(error)
         message = f"cannot listen on {address}: {reason[:1].lower()}{reason[1:]}"
         raise OSError(error.errno, message) from error
-
-
-def _peer_host(stream: trio.SocketStream) -> str:
-    try:
-        name = stream.socket.getpeername()
-    except OSError:  # it has left already
-        return ""
-    return str(name[0]) if isinstance(name, tuple) else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import trio
@@ -136,14 +137,15 @@ class OwnProviders:
             tell()
 
 
-def build_providers(config: Config, environment: Mapping[str, str]) -> OwnProviders:
+def build_providers(config: Config, environment: Mapping[str, str], folder: Path) -> OwnProviders:
     """The providers of a configuration. Raises `SettingsError` that names what is wrong.
 
-    `environment` is what a model's own process is started with.
+    `environment` is what a model's own process is started with; in `folder` it may keep what it
+    found out of a model.
     """
     found = []
     if config.local_hf.model:
-        found.append(_local_hf(config, environment))
+        found.append(_local_hf(config, environment, folder))
     for table in config.providers:
         settings = dict(table.options)
         if table.api_key is not None:
@@ -165,7 +167,7 @@ def build_providers(config: Config, environment: Mapping[str, str]) -> OwnProvid
     return OwnProviders(found)
 
 
-def _local_hf(config: Config, environment: Mapping[str, str]) -> OwnProvider:
+def _local_hf(config: Config, environment: Mapping[str, str], folder: Path) -> OwnProvider:
     local = config.local_hf
     settings: dict[str, Any] = {
         "model": local.model,
@@ -177,6 +179,7 @@ def _local_hf(config: Config, environment: Mapping[str, str]) -> OwnProvider:
         "max_context": local.max_context,
         "memory": local.memory_fraction,
         "environment": dict(environment),
+        "cache_dir": str(folder),
     }
     return OwnProvider(
         name="local_hf",

@@ -67,7 +67,7 @@ def open_parts(config: Config, home: Home, environment: Mapping[str, str]) -> It
     """Build them. Raises `SettingsError` or `HomeError` for what is wrong in the configuration."""
     identity = Identity(home.identity())
     peer = identity.peer_id
-    providers = build_providers(config, environment)
+    providers = build_providers(config, environment, home.path)
     database = Database(home.cache_path)
     try:
         blocks = SqliteBlocks(database)

@@ -43,10 +43,10 @@ class LoadError(Exception):
 
 class OwnSampling(NamedTuple):
     """What holds where a request leaves it open: what the model's makers recommend
-    (`generation_config.json`), else mild sampling."""
+    (`generation_config.json`), else the likeliest token, as transformers itself does."""
 
-    temperature: float = 0.7
-    top_p: float = 0.95
+    temperature: float = 0.0
+    top_p: float = 1.0
     top_k: int = 0
 
 

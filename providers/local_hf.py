@@ -66,7 +66,7 @@ class LocalHF:
         self._model_id = settings.model_id
         self._worker: WorkerProcess | None = None
         self._offer: ModelOffer | None = None
-        self._health = Health(state="unavailable", reason="not started")
+        self._health = Health(state="starting", reason="its process was not started yet")
         #: When what it does now began, and when the next start is due.
         self._since = 0.0
         self._next_start = 0.0

@@ -18,7 +18,8 @@ import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from promptmesh.node.http_messages import Limits, RefusedRequest, RequestReader
+from promptmesh.node.http_messages import Limits, RefusedRequest
+from promptmesh.node.http_reader import RequestReader
 from promptmesh.node.http_server import HttpServer, Request, Responder
 
 LIMITS = Limits(max_head=400, max_fields=10, max_body=300, max_read_ahead=200)
