@@ -265,7 +265,7 @@ class PeerTable:
             return True
         peer = self._peers.get(advert.peer) or self._add(advert.peer, now)
         peer.advert, peer.sealed, peer.left = advert, sealed, False
-        peer.made, peer.expires = now - age, now + ttl
+        peer.made, peer.expires = now - age, now - age + ttl
         self.version += 1
         return True
 

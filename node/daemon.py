@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from ..cache.cid import parse_cid
 from ..mesh.peers import Advert
 from ..mesh.serving import Services
 from ..mesh.transport import TransportError
@@ -158,7 +157,7 @@ class Node:
             block=self._sharing.block,
             claims=self._sharing.since,
             loads=self._parts.backends.loads,
-            claim_for=lambda cid: self._sharing.claim_for(parse_cid(cid)),
+            claim_for=self._sharing.claim_for,
         )
 
     def _answer_peer(

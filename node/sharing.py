@@ -87,8 +87,9 @@ class Sharing:
         self._swarm_key: bytes | None = None
         #: Their secrets and tags, which cost more to make than a key.
         self._namespaces: dict[str, tuple[bytes, bytes]] = {}
-        #: Claims to be signed, by namespace tag; envelopes that are signed and not yet gossiped.
-        self._unsigned: dict[bytes, list[Entry]] = {}
+        #: Claims to be signed, by namespace tag and CID: several questions may have one answer.
+        self._unsigned: dict[bytes, dict[str, list[Entry]]] = {}
+        #: Envelopes that are signed and not yet gossiped.
         self._unsent: list[bytes] = []
         self._ready = trio.Event()
 
@@ -113,7 +114,7 @@ class Sharing:
         secret, tag = self._namespace(request)
         made, ends = int(stored.stored_at), int(stored.expires_at)
         entry = Entry(mesh_key(secret, key), stored.cid.raw, stored.size, made, ends)
-        self._unsigned.setdefault(tag, []).append(entry)
+        self._unsigned.setdefault(tag, {}).setdefault(stored.cid_text, []).append(entry)
         self._ready.set()
 
     def _namespace(self, request: GenerateRequest) -> tuple[bytes, bytes]:
@@ -127,13 +128,11 @@ class Sharing:
             found = self._namespaces[name] = secret, namespace_tag(secret)
         return found
 
-    def claim_for(self, cid: bytes) -> bytes | None:
+    def claim_for(self, cid: str) -> bytes | None:
         """The signed claim of an answer that was just announced, for the peer that asked for it."""
         for tag, entries in self._unsigned.items():
-            for entry in entries:
-                if entry.cid == cid:
-                    entries.remove(entry)
-                    return self._sign(tag, [entry])
+            if cid in entries:
+                return self._sign(tag, entries.pop(cid)[:MAX_ENTRIES])
         return None
 
     def _sign(self, tag: bytes, entries: Sequence[Entry]) -> bytes | None:
@@ -157,7 +156,8 @@ class Sharing:
     async def _publish(self) -> None:
         """Sign what waits, and gossip one message of it."""
         unsigned, self._unsigned = self._unsigned, {}
-        for tag, entries in unsigned.items():
+        for tag, waiting in unsigned.items():
+            entries = [entry for same in waiting.values() for entry in same]
             for first in range(0, len(entries), MAX_ENTRIES):
                 self._sign(tag, entries[first : first + MAX_ENTRIES])
         message: list[bytes] = []

@@ -230,6 +230,13 @@ async def test_speed_is_measured(autojump_clock: Clock) -> None:
     assert manager.experience.measures.length("m") == 21
 
 
+async def test_a_wait_for_a_slot_is_not_the_time_to_the_first_token(autojump_clock: Clock) -> None:
+    manager = manager_of(FakeProvider(delay=9.0, slots=2, running=2))
+    await ask(manager)
+    speed = manager.experience.measures.get(Measured("me", "fake", "m"))
+    assert speed is None or speed.ttft is None
+
+
 async def test_a_stored_answer_says_nothing_of_the_speed(autojump_clock: Clock) -> None:
     class Stored(FakeProvider):
         @asynccontextmanager

@@ -13,7 +13,7 @@ import trio.testing
 
 from promptmesh.cache.answers import AnswerCache
 from promptmesh.cache.blocks import SqliteBlocks
-from promptmesh.cache.cid import cid_bytes, parse_cid
+from promptmesh.cache.cid import cid_bytes
 from promptmesh.cache.claim_index import ClaimIndex
 from promptmesh.cache.claims import ClaimLog
 from promptmesh.cache.database import Database
@@ -142,6 +142,14 @@ async def test_an_answer_is_found_by_the_others(autojump_clock: trio.testing.Moc
         assert await find(c, asking("other")) is None
 
 
+async def test_two_questions_with_one_answer(autojump_clock: trio.testing.MockClock) -> None:
+    async with mesh("a", "b") as ((a, _), (b, _)):
+        assert await a.make(asking("1 + 1"), "2") == await a.make(asking("one and one"), "2")
+        await trio.sleep(2)
+        assert await find(b, asking("1 + 1")) == ("2", a.peer)
+        assert await find(b, asking("one and one")) == ("2", a.peer)
+
+
 async def test_a_long_answer_comes_with_its_leaves(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
@@ -197,7 +205,7 @@ async def test_what_gossip_loses_is_learnt_by_asking(
         lossy.lossy = True
         for number in range(150):  # more than a page, as each is a batch of its own
             cid = await a.make(asking(str(number)), f"answer {number}")
-            assert a.sharing.claim_for(parse_cid(cid))
+            assert a.sharing.claim_for(cid)
         assert await find(b, asking("7")) is None
         await b.sharing.meet(a.peer)
         for number in range(150):
@@ -224,12 +232,12 @@ async def test_the_claim_that_comes_with_an_answer_counts_at_once(
         await a.make(asking(), "hello")
         stored = await a.answers.lookup(request_key(asking()), now=time.time())
         assert stored is not None
-        claim = a.sharing.claim_for(stored.cid.raw)
+        claim = a.sharing.claim_for(stored.cid_text)
         assert claim is not None
         b.sharing.take_claim(a.peer, claim, stored.cid_text)
         assert await find(b, asking()) == ("hello", a.peer)
         # It was taken out of what is still to be told.
-        assert a.sharing.claim_for(stored.cid.raw) is None
+        assert a.sharing.claim_for(stored.cid_text) is None
 
 
 @pytest.mark.parametrize("message", [b"", b"\xc1", b"\x91\xa1x", b"\x91\xc4\x01x"])
