@@ -118,12 +118,14 @@ async def test_a_stranger_cannot_join(tmp_path: Path) -> None:
 
 
 async def test_ctrl_c_stops_within_its_time(tmp_path: Path) -> None:
-    """With a streaming client, a stalled client and a stopped peer attached."""
+    """With a streaming client, two stalled ones (writing, reading) and a stopped peer attached."""
     async with mesh(tmp_path, {"a": ECHO, "b": ""}) as (a, b):
         await a.wait_for_peers("b")
         host, port = a.url.removeprefix("http://").split(":")
         stalled = await trio.open_tcp_stream(host, int(port))
         await stalled.send_all(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n")
+        deaf = a.stream("x [[echo n=100000]]", "echo")  # never read
+        await deaf.__aenter__()
         b.signal(signal.SIGSTOP)
         try:
             with trio.move_on_after(30):
@@ -133,4 +135,5 @@ async def test_ctrl_c_stops_within_its_time(tmp_path: Path) -> None:
                     assert await a.wait_exit(5) == 0
         finally:
             b.signal(signal.SIGCONT)
-        await stalled.aclose()
+            await stalled.aclose()
+            await deaf.__aexit__(None, None, None)
