@@ -14,17 +14,15 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import base58
 import psutil  # type: ignore[import-untyped, unused-ignore]
 import trio
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from libp2p.abc import INetStream
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.custom_types import TProtocol
 from libp2p.peer.id import ID
 
 from . import gossipsub, patches
+from .identity import Identity, verify
 from .patches import LibraryHost, Network
 from .streams import LibraryStream
 from .transport import (
@@ -46,8 +44,6 @@ STAGGER = 0.3
 MAX_ADDRESSES = 16
 #: Seconds for which the addresses of the machine are taken as they were.
 ADDRESSES_AGE = 5.0
-#: What a peer id of an Ed25519 key holds before the 32 bytes of the key.
-_ED25519 = bytes.fromhex("002408011220")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +128,7 @@ class Libp2pTransport:
         sockets: Sequence[trio.socket.SocketType],
     ) -> None:
         key_pair = create_new_key_pair(settings.seed)
-        self._key = key_pair.private_key
+        self._identity = Identity(settings.seed)
         self._bound = [socket.getsockname()[:2] for socket in sockets]
         self._addresses: tuple[float, tuple[str, ...]] = (float("-inf"), ())
         self.network = Network(key_pair, key=settings.psk, nursery=nursery)
@@ -247,17 +243,10 @@ class Libp2pTransport:
             await self.ping(peer)
 
     def sign(self, data: bytes) -> bytes:
-        return self._key.sign(data)
+        return self._identity.sign(data)
 
     def verify(self, peer: PeerId, data: bytes, signature: bytes) -> bool:
-        try:
-            raw = base58.b58decode(peer)
-            if len(raw) != len(_ED25519) + 32 or not raw.startswith(_ED25519):
-                return False
-            Ed25519PublicKey.from_public_bytes(raw[len(_ED25519) :]).verify(signature, data)
-        except (ValueError, InvalidSignature):
-            return False
-        return True
+        return verify(peer, data, signature)
 
 
 class _Dial:

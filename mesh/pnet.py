@@ -23,15 +23,11 @@ from libp2p.connection_types import ConnectionType
 from libp2p.io.exceptions import ConnectionClosedError, IOException
 from multiaddr import Multiaddr  # type: ignore[import-untyped]
 
-KEY_SIZE = 32
 NONCE_SIZE = 24
 #: What both sides send first on any libp2p connection.
 GREETING = b"\x13/multistream/1.0.0\n"
 #: So many bytes of a greeting where a nonce should be are no chance: the peer has no key.
 TELLTALE = 8
-
-_HEADER = "/key/swarm/psk/1.0.0/"
-_CODING = "/base16/"
 
 #: Seconds in which a socket that we write to must take at least something.
 WRITE_TIMEOUT = 10.0
@@ -51,27 +47,6 @@ class NotInThisNetwork(IOException):
 
 class Stalled(IOException):
     """The peer's side of the socket took nothing for `WRITE_TIMEOUT`, or lets answers pile up."""
-
-
-def parse_swarm_key(text: str) -> bytes:
-    """The 32 bytes in a `swarm.key`. Raises `ValueError`, which never shows the key."""
-    lines = [line.strip() for line in text.strip().splitlines()]
-    if len(lines) != 3 or lines[0] != _HEADER or lines[1] != _CODING:
-        raise ValueError(f"a swarm key has three lines: {_HEADER}, {_CODING} and 64 hex digits")
-    try:
-        key = bytes.fromhex(lines[2])
-    except ValueError:
-        raise ValueError("the third line of a swarm key is 64 hex digits") from None
-    if len(key) != KEY_SIZE:
-        raise ValueError(f"a swarm key has {KEY_SIZE} bytes, not {len(key)}")
-    return key
-
-
-def format_swarm_key(key: bytes) -> str:
-    """The text of a `swarm.key`, as go-libp2p and Kubo read it."""
-    if len(key) != KEY_SIZE:
-        raise ValueError(f"a swarm key has {KEY_SIZE} bytes, not {len(key)}")
-    return f"{_HEADER}\n{_CODING}\n{key.hex()}\n"
 
 
 def hsalsa20(key: bytes, nonce: bytes) -> bytes:

@@ -16,14 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..mesh.swarm_key import KEY_SIZE, format_swarm_key, parse_swarm_key
 from .addresses import check_dialable
 
 logger = logging.getLogger(__name__)
 
 IDENTITY_BYTES = 32
-SWARM_KEY_BYTES = 32
-#: libp2p's own form of a pre-shared key, which Kubo reads as well.
-_SWARM_KEY_HEAD = ("/key/swarm/psk/1.0.0/", "/base16/")
 #: Of any of the small files here; what is larger was not written by us.
 _MAX_FILE_BYTES = 1 << 20
 MAX_PEERS = 256
@@ -88,7 +86,7 @@ class Home:
             raise HomeError(f"{self.path} cannot be made: {error.strerror}") from None
         wanted = {
             self.identity_path: secrets.token_bytes(IDENTITY_BYTES),
-            self.swarm_key_path: format_swarm_key(secrets.token_bytes(SWARM_KEY_BYTES)).encode(),
+            self.swarm_key_path: format_swarm_key(secrets.token_bytes(KEY_SIZE)).encode(),
             self.config_path: config_text.encode(),
         }
         return [path.name for path, data in wanted.items() if _write_new(path, data)]
@@ -107,7 +105,7 @@ class Home:
 
     def peer_id(self) -> str:
         """This node's peer id, as libp2p derives it from the identity. Raises `HomeError`."""
-        from .identity import Identity  # cryptography, which few commands need
+        from ..mesh.identity import Identity  # cryptography, which few commands need
 
         return Identity(self.identity()).peer_id
 
@@ -116,11 +114,8 @@ class Home:
         data = _read(self.swarm_key_path, "run `promptmesh init` to make a mesh")
         try:
             return parse_swarm_key(data.decode("ascii"))
-        except ValueError:
-            raise HomeError(
-                f"{self.swarm_key_path} is not a libp2p swarm key: its lines are "
-                f"{_SWARM_KEY_HEAD[0]}, {_SWARM_KEY_HEAD[1]} and 64 hexadecimal digits"
-            ) from None
+        except ValueError as error:  # says what such a file looks like, and never shows the key
+            raise HomeError(f"{self.swarm_key_path} is not a libp2p swarm key: {error}") from None
 
     def write_swarm_key(self, key: bytes) -> None:
         """Be in the mesh of that secret from the next start on. Raises `HomeError`."""
@@ -128,7 +123,7 @@ class Home:
 
     def forget_mesh(self) -> None:
         """Be alone in a new mesh. Raises `HomeError`."""
-        self.write_swarm_key(secrets.token_bytes(SWARM_KEY_BYTES))
+        self.write_swarm_key(secrets.token_bytes(KEY_SIZE))
         self.peers_path.unlink(missing_ok=True)
 
     def warnings(self) -> list[str]:
@@ -218,19 +213,6 @@ class Home:
             f"a node runs on {self.path} already{who}. Stop it first, or give this one a folder of "
             "its own with --home"
         )
-
-
-def format_swarm_key(key: bytes) -> str:
-    """The text of a `swarm.key` file."""
-    return "\n".join((*_SWARM_KEY_HEAD, key.hex())) + "\n"
-
-
-def parse_swarm_key(text: str) -> bytes:
-    """The key in the text of a `swarm.key` file. Raises `ValueError`."""
-    lines = tuple(line.strip() for line in text.strip().splitlines())
-    if lines[:2] != _SWARM_KEY_HEAD or len(lines) != 3 or len(lines[2]) != 2 * SWARM_KEY_BYTES:
-        raise ValueError("not a swarm key")
-    return bytes.fromhex(lines[2])
 
 
 def _addresses(value: Any) -> tuple[str, ...]:

@@ -17,10 +17,10 @@ from ..cache.claims import ClaimLog
 from ..cache.database import Database
 from ..mesh.asking import Deadlines
 from ..mesh.backends import BackendManager
+from ..mesh.identity import Identity, verify
 from ..mesh.peers import PeerTable
 from .config import Config
 from .home import Home
-from .identity import Identity, verify
 from .names import Names
 from .own_providers import OwnProviders, build_providers
 from .router import Router

@@ -15,15 +15,13 @@ from promptmesh.mesh import patches
 from promptmesh.mesh.host import HostSettings, open_host
 from promptmesh.mesh.pnet import (
     GREETING,
-    KEY_SIZE,
     NotInThisNetwork,
     Protection,
     Wire,
-    format_swarm_key,
     hsalsa20,
-    parse_swarm_key,
     xsalsa20,
 )
+from promptmesh.mesh.swarm_key import KEY_SIZE, format_swarm_key, parse_swarm_key
 from promptmesh.mesh.transport import Stream, Transport, TransportError
 
 KEY, OTHER_KEY = b"k" * KEY_SIZE, b"o" * KEY_SIZE

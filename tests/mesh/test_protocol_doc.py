@@ -25,9 +25,9 @@ from promptmesh.cache.keys import mesh_key, namespace_secret, namespace_tag, req
 from promptmesh.cache.records import AnswerRecord, encode
 from promptmesh.mesh import gossip, mdns, peers, protocol, yamux
 from promptmesh.mesh.frames import Done, Frame, Generate, Head, Load, Piece, Reply, Request
+from promptmesh.mesh.identity import Identity, verify
 from promptmesh.mesh.protocol import TRANSITIONS, Asker, Server, State
 from promptmesh.node import join_link
-from promptmesh.node.identity import Identity, verify
 from promptmesh.providers.base import (
     ERRORS,
     Chunk,

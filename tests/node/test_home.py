@@ -15,6 +15,7 @@ from fakes_cli import made
 from hypothesis import given
 from hypothesis import strategies as st
 
+from promptmesh.mesh.swarm_key import format_swarm_key, parse_swarm_key
 from promptmesh.node.home import (
     MAX_ADDRESSES_PER_PEER,
     MAX_PEERS,
@@ -23,8 +24,6 @@ from promptmesh.node.home import (
     HomeInUse,
     KnownPeers,
     Running,
-    format_swarm_key,
-    parse_swarm_key,
 )
 
 PEER = "12D3KooWGRUQyF9z5ZJxkYbW3pB8xYyK8mJm3bS9Fh1m5W8mTzUu"

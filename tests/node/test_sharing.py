@@ -19,8 +19,8 @@ from promptmesh.cache.claims import ClaimLog
 from promptmesh.cache.database import Database
 from promptmesh.cache.keys import request_key
 from promptmesh.mesh.frames import Known
+from promptmesh.mesh.identity import Identity, verify
 from promptmesh.mesh.transport import TransportError
-from promptmesh.node.identity import Identity, verify
 from promptmesh.node.sharing import Sharing
 from promptmesh.providers.base import (
     CacheControl,

@@ -318,9 +318,10 @@ async def test_a_program_that_cannot_be_started_is_told() -> None:
 
 
 async def test_nothing_is_answered_before_and_after_it_runs() -> None:
-    provider = LocalHF(settings(), command=actor())
+    idle = LocalHF(settings(start_wait=0.1), command=actor())
     with pytest.raises(ProviderUnavailable, match="not started"):
-        await read(provider, chat("m", "hello"))
+        await read(idle, chat("m", "hello"))
+    provider = LocalHF(settings(), command=actor())
     caught: list[Exception] = []
 
     async def hang() -> None:

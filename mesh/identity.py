@@ -1,4 +1,4 @@
-"""This node's Ed25519 identity: its peer id, its signatures, and the check of others'."""
+"""An Ed25519 identity: a peer id, its signatures, and the check of others'."""
 
 from __future__ import annotations
 
