@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import resource
 import signal
 from contextlib import AbstractAsyncContextManager
 from random import Random
@@ -38,6 +39,8 @@ logger = logging.getLogger(__name__)
 GRACE = 1.0
 #: Seconds between two looks at the machine: NVML takes a few milliseconds a card.
 MACHINE_PERIOD = 2.0
+#: Files and sockets that may be open at once.
+OPEN_FILES = 16384
 
 
 def run(config: Config, home: Home) -> int:
@@ -46,6 +49,7 @@ def run(config: Config, home: Home) -> int:
     Who calls holds `home.lock()`.
     """
     set_up_logging(json_lines=config.node.json_logs)
+    _allow_many_files()
     try:
         trio.run(_main, config, home)
     except BaseExceptionGroup as group:
@@ -56,6 +60,14 @@ def run(config: Config, home: Home) -> int:
     except (SettingsError, HomeError, TransportError, OSError) as error:
         return _refuse(error)
     return 0
+
+
+def _allow_many_files() -> None:
+    """Raise the limit of open files: HTTP and mesh connections together exceed the usual 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
