@@ -56,10 +56,16 @@ class Parts:
             shared=self.sharing,
             nursery=nursery,
             peer=self.peer,
-            node=self.node,
+            node_of=self._node_of,
             reuse=config.cache.reuse,
             deadline=config.deadlines.whole,
         )
+
+    def _node_of(self, peer: str) -> str:
+        if peer == self.peer:
+            return self.node
+        state = self.peers.get(peer)
+        return state.node if state else ""
 
 
 @contextmanager

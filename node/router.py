@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Literal, Protocol
 
@@ -77,7 +77,7 @@ class Router:
         shared: SharedAnswers,
         nursery: trio.Nursery,
         peer: str,
-        node: str,
+        node_of: Callable[[str], str],
         reuse: Reuse = "deterministic",
         deadline: float = math.inf,
     ) -> None:
@@ -87,7 +87,8 @@ class Router:
         self._shared = shared
         self._flights = Flights(nursery)
         self._peer = peer
-        self._node = node
+        #: The name of a peer's node, as far as it is known.
+        self._node_of = node_of
         self._reuse = reuse
         self._deadline = deadline
 
@@ -169,7 +170,7 @@ class Router:
         record = stored.record
         origin = Origin(
             peer=peer,
-            node=self._node if peer == self._peer else "",
+            node=self._node_of(peer),
             provider="cache",
             model=record.model,
             cache=status,

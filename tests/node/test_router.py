@@ -116,7 +116,7 @@ async def setup(
             shared=shared,
             nursery=nursery,
             peer=HERE,
-            node="here",
+            node_of={HERE: "here", THERE: "there"}.__getitem__,
             reuse=reuse,
             deadline=deadline,
         )
@@ -202,7 +202,8 @@ async def test_a_hit_of_the_mesh_is_replayed_with_its_usage() -> None:
         s.shared.knows = (stored, THERE)
         async with s.router.open(asking()) as answering:
             chunks = [chunk async for chunk in answering.chunks]
-        assert (answering.origin.cache, answering.origin.peer) == ("hit-mesh", THERE)
+        origin = answering.origin
+        assert (origin.cache, origin.peer, origin.node) == ("hit-mesh", THERE, "there")
         assert chunks[-1].usage == Usage(completion_tokens=2, cached=True)
         assert chunks[-1].cid == row.cid.text
         assert s.backends.asked == []
