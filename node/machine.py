@@ -59,7 +59,8 @@ class Gpus:
 
 
 def _load_nvml() -> ModuleType | None:
-    import pynvml  # imported when first used: it looks for a driver
+    # Imported when first used: it looks for a driver.
+    import pynvml  # type: ignore[import-untyped, unused-ignore]
 
     try:
         pynvml.nvmlInit()
