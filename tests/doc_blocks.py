@@ -82,7 +82,9 @@ def links(markdown: str) -> list[str]:
 def anchors(markdown: str) -> set[str]:
     """The names under which its headings can be linked to."""
     headings = re.findall(r"^#+ (.+)$", prose(markdown), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+    return {
+        re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings
+    }
 
 
 def tables(markdown: str) -> dict[str, list[tuple[str, ...]]]:

@@ -228,7 +228,7 @@ def test_the_tables_of_fields(what: str, fields: tuple[str, ...]) -> None:
         NOISE,
         IDENTIFY,
         MESHSUB,
-        peers.CONTEXT.decode().replace("\0", "\\0"),
+        f'"{peers.CONTEXT.decode()}"'.replace("\0", "\\0"),
         DOMAIN.decode(),
         mdns.SERVICE,
         join_link.PREFIX,
