@@ -9,6 +9,7 @@ Each connection is a task. Leaving the context ends them all, within a second wh
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
@@ -286,7 +287,9 @@ class _Dial:
         """The address that was reached. Raises `TransportError` that names each failure."""
         if self._reached is not None:
             return self._reached
-        told = "; ".join(f"{address}: {why}" for address, why in self._failures.items())
+        told = "; ".join(
+            f"{address.partition('/p2p/')[0]}: {why}" for address, why in self._failures.items()
+        )
         self.failure = f"cannot reach {self._peer_id}: {told or 'no addresses'}"
         raise TransportError(self.failure)
 
@@ -298,6 +301,8 @@ def _reason(error: BaseException) -> str:
             error = error.exceptions[0]
         else:
             error = error.__cause__ or error.__context__ or error
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno).lower()
     return str(error) or type(error).__name__
 
 

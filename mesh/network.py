@@ -198,6 +198,7 @@ class Network:
 
     def _heard(self, advert: Advert) -> None:
         if advert.leaving:
+            logger.info("%s left the mesh", advert.node or advert.peer)
             self._dialing.left(advert.peer)
         elif advert.addresses:
             self._dialing.found(advert.peer, advert.addresses, advertised=True)
@@ -214,6 +215,9 @@ class Network:
             self._nursery.start_soon(self._greet, peer)
         else:
             reason = self._reasons.pop(peer, "the connection was lost")
+            state = self.table.get(peer)
+            if state is not None and not state.left:
+                logger.info("%s is gone: %s", state.node or peer, reason)
             self.table.disconnected(peer, reason, now)
         self._dialing.connection(peer, connected)
         for tell in self._connection_listeners:
@@ -229,6 +233,8 @@ class Network:
         for _ in range(GREETINGS):
             try:
                 await self._take_items(peer, AskTable(), self._gossip.take_relayed)
+                state = self.table.get(peer)
+                logger.info("%s is here (%s)", (state and state.node) or "a member", peer)
                 await self._on_met(peer)
                 return
             except RemoteProtocolError as error:

@@ -123,24 +123,25 @@ class MeshApi:
         """`GET /mesh/v1/cache`."""
         now = time.time()
         rows = await self._answers.listing(MAX_LISTED, now=now)
-        found = []
+        found: dict[str, dict[str, Any]] = {}
         for row in rows:
+            if row.cid.text in found:  # several questions with one answer
+                found[row.cid.text]["hits"] += row.hits
+                continue
             stored = await self._answers.get(row.cid.raw, now=now)
-            found.append(
-                {
-                    "cid": row.cid.text,
-                    "model": row.model,
-                    "bytes": row.size,
-                    "stored_at": int(row.stored_at),
-                    "expires_at": int(row.expires_at),
-                    "text": stored.completion.text[:PREVIEW] if stored else "",
-                    "pinned": row.pinned,
-                    "hits": row.hits,
-                    "tokens": row.tokens,
-                    "source": row.source,
-                }
-            )
-        await _send(responder, found)
+            found[row.cid.text] = {
+                "cid": row.cid.text,
+                "model": row.model,
+                "bytes": row.size,
+                "stored_at": int(row.stored_at),
+                "expires_at": int(row.expires_at),
+                "text": stored.completion.text[:PREVIEW] if stored else "",
+                "pinned": row.pinned,
+                "hits": row.hits,
+                "tokens": row.tokens,
+                "source": row.source,
+            }
+        await _send(responder, list(found.values()))
 
     async def answer(self, request: Request, responder: Responder, name: str) -> None:
         """`GET /mesh/v1/cache/CID`: the record as dag-json, its output whole."""

@@ -20,7 +20,7 @@ from ..providers.registry import SettingsError
 from .api_ipfs import IpfsApi
 from .api_mesh import MeshApi
 from .api_openai import OpenAIApi
-from .config import Config, child_environment
+from .config import Config, child_environment, home_path
 from .home import Home, HomeError
 from .http_server import HttpServer, Limits, open_listeners
 from .logs import set_up_logging
@@ -78,7 +78,9 @@ def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
 
 
 def _refuse(error: BaseException) -> int:
-    logger.error("the node cannot start: %s", error)
+    # An `OSError` of ours says what is wrong in words; the number before them helps nobody.
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+    logger.error("the node cannot start: %s", reason)
     return 1
 
 
@@ -214,7 +216,10 @@ class Node:
         logger.info("%s is up: http://%s/v1 (peer %s)", self._parts.node, address, self._parts.peer)
         for mesh_address in self._membership.addresses:
             logger.info("peers reach it at %s", mesh_address)
-        logger.info("next: `promptmesh ask 'Why is the sky blue?'`, `promptmesh invite`")
+        command = "promptmesh"
+        if self._home.path != home_path():
+            command += f" --home {self._home.path}"
+        logger.info("next: `%s ask 'Why is the sky blue?'`, `%s invite`", command, command)
 
 
 def _spare_the_collector() -> None:

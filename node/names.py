@@ -67,13 +67,24 @@ class Names:
             and (request.privacy != "local" or source.own)
         ]
         if not usable:
-            raise ModelNotFound(
-                "no model can be asked: configure a provider, or join a mesh that has one",
-                field="model",
-            )
+            raise ModelNotFound(_nothing(sources, request), field="model")
         return min(
             usable, key=lambda s: (s.kind == "echo", s.offer.egress, not s.own, s.offer.id)
         ).offer.id
+
+
+def _nothing(sources: Sequence[Source], request: GenerateRequest) -> str:
+    """Why `auto` stands for no model, and what to do."""
+    if not sources:
+        return "no model can be asked: configure a provider, or join a mesh that has one"
+    wanted = {
+        "provider": request.provider,
+        "peer": request.peer,
+        "privacy": None if request.privacy == "any" else request.privacy,
+    }
+    asked = " and ".join(f"{name} `{value}`" for name, value in wanted.items() if value)
+    there = sorted({f"{source.node or source.peer}:{source.provider}" for source in sources})
+    return f"no model is offered with {asked}; there is {', '.join(there[:20])}"
 
 
 class _Spelling(NamedTuple):

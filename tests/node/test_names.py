@@ -65,6 +65,11 @@ def test_models_lists_own_offers_first() -> None:
     assert [s.node for s in models["llama3:8b"]] == ["a", "b"]
 
 
+def test_auto_that_is_pinned_to_nothing_says_what_there_is() -> None:
+    with pytest.raises(ModelNotFound, match=r"provider `zeta`; there is a:echo, a:ollama, b:"):
+        resolve("auto", provider="zeta")
+
+
 def test_auto_with_nothing_to_ask_says_what_to_do() -> None:
     with pytest.raises(ModelNotFound, match="configure a provider"):
         Names(lambda: []).resolve(asked("auto"))
