@@ -132,8 +132,8 @@ async def test_a_failure_to_connect_names_each_address(node: MakeNode) -> None:
     elsewhere = other.addresses[0].replace(other.peer_id, b.peer_id)
     with trio.fail_after(SOON), pytest.raises(TransportError) as caught:
         await a.connect(b.peer_id, [dead, elsewhere])
-    assert dead.partition("/p2p/")[0] in str(caught.value)
-    assert elsewhere in str(caught.value)
+    for address in (dead, elsewhere):
+        assert address.partition("/p2p/")[0] in str(caught.value)
     with pytest.raises(TransportError, match="no addresses"):
         await a.connect(b.peer_id, [])
     with pytest.raises(TransportError):
