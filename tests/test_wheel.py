@@ -1,7 +1,11 @@
 """The wheel holds every module of the tree, and nothing beside `promptmesh`."""
 
+import ast
+import importlib.metadata
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -35,3 +39,37 @@ def test_import_is_light(tmp_path: Path) -> None:
         "assert threading.active_count() == 1\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
+def test_what_is_imported_is_named() -> None:
+    """Each foreign library that a room imports is a dependency of its own, not one of another's."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = {
+        re.split(r"[<>=!~\[; ]", each, maxsplit=1)[0].lower().replace("_", "-")
+        for each in [*project["dependencies"], *project["optional-dependencies"]["hf"]]
+    }
+    providers = importlib.metadata.packages_distributions()
+    for folder in ("node", "mesh", "providers", "cache"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for module in foreign_imports(ast.parse(path.read_text())):
+                found = {name.lower().replace("_", "-") for name in providers.get(module, [])}
+                assert found & named, f"{path.name} imports {module}, of {found or 'nobody'}"
+
+
+def foreign_imports(tree: ast.AST) -> set[str]:
+    """Top-level names of what is imported at run time and is neither ours nor Python's own."""
+    typing_only = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if node in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+            found.add(node.module.split(".")[0])
+    return found - set(sys.stdlib_module_names) - {"promptmesh"}
