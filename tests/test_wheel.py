@@ -1,6 +1,7 @@
 """The wheel holds every module of the tree, and nothing beside `promptmesh`."""
 
 import ast
+import email
 import importlib.metadata
 import re
 import subprocess
@@ -8,6 +9,8 @@ import sys
 import tomllib
 import zipfile
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 
@@ -19,15 +22,39 @@ def expected_modules() -> set[str]:
     return modules
 
 
-def test_wheel_equals_the_tree(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the source distribution, and the wheel that was built from it."""
+    folder = tmp_path_factory.mktemp("built")
     subprocess.run(
-        [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
+        [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)],
         check=True,
         capture_output=True,
     )
-    (wheel,) = tmp_path.glob("*.whl")
+    return folder
+
+
+def test_wheel_equals_the_tree(built: Path) -> None:
+    (wheel,) = built.glob("*.whl")
     names = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
     assert names == expected_modules()
+
+
+def test_what_the_wheel_says_of_itself(built: Path) -> None:
+    (wheel,) = built.glob("*.whl")
+    with zipfile.ZipFile(wheel) as files:
+        (info,) = {n.split("/")[0] for n in files.namelist() if ".dist-info/" in n}
+        metadata = email.message_from_bytes(files.read(f"{info}/METADATA"))
+        scripts = files.read(f"{info}/entry_points.txt").decode()
+        assert files.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
+    assert metadata["Name"] == "promptmesh"
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Requires-Python"] == ">=3.11"
+    assert "promptmesh = promptmesh.node.cli:main" in scripts
+    # A node without a model of its own needs no torch.
+    heavy = [d for d in metadata.get_all("Requires-Dist", []) if re.match("torch|transformers", d)]
+    assert len(heavy) == 2
+    assert all(each.endswith('extra == "hf"') for each in heavy)
 
 
 def test_import_is_light(tmp_path: Path) -> None:
