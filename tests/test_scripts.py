@@ -119,11 +119,16 @@ def test_nothing_to_do(checkout: Path, want: str) -> None:
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
 
 
-@pytest.mark.parametrize("change", ["a newer pyproject.toml", "a moved checkout"])
+@pytest.mark.parametrize("change", ["a newer pyproject.toml", "a moved checkout", "no Python"])
 def test_something_to_do(checkout: Path, change: str) -> None:
     stamp = installed(checkout)
     if change == "a moved checkout":
         stamp.write_text(stamp.read_text().replace(str(checkout), "/elsewhere"))
+    elif change == "no Python":
+        stamp.unlink()
+        (checkout / ".venv" / "bin" / "python").unlink()
+        command(checkout, "../.venv/bin/python", "exit 1")
     else:
         os.utime(stamp, (0, 0))
-    assert install(checkout).returncode == 1  # here it ends at the packages that are missing
+    # Here it ends at the packages that are missing.
+    assert install(checkout).returncode == 1
