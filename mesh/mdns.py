@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import Any
 
 import trio
-from zeroconf import ServiceBrowser, ServiceInfo, ServiceStateChange, Zeroconf
+from zeroconf import Error, ServiceBrowser, ServiceInfo, ServiceStateChange, Zeroconf
 
 from .transport import PeerId
 
@@ -80,6 +80,7 @@ class Responder:
         self._tag = tag
         self._hear = hear
         self._zeroconf: Zeroconf | None = None
+        self._browser: ServiceBrowser | None = None
         self._info = service_info(peer, addresses, tag)
 
     def start(self) -> None:
@@ -87,10 +88,14 @@ class Responder:
         self._zeroconf = Zeroconf(use_asyncio=False)
         # Cooperating: the name is a peer id, and what we said before we restarted is no conflict.
         self._zeroconf.register_service(self._info, cooperating_responders=True)
-        ServiceBrowser(self._zeroconf, SERVICE, handlers=[self._changed])
+        self._browser = ServiceBrowser(self._zeroconf, SERVICE, handlers=[self._changed])
 
     def stop(self) -> None:
         if self._zeroconf is not None:
+            self._zeroconf.unregister_all_services()
+            if self._browser is not None:
+                # What it still looks up waits for the library's loop, which `close` ends.
+                self._browser.cancel()
             self._zeroconf.close()
 
     def _changed(
@@ -98,7 +103,11 @@ class Responder:
     ) -> None:
         if state_change is ServiceStateChange.Removed:
             return
-        info = zeroconf.get_service_info(service_type, name, timeout=RESOLVE)
+        try:
+            info = zeroconf.get_service_info(service_type, name, timeout=RESOLVE)
+        except Error as error:  # the library's loop is busy or gone; it will be announced again
+            log.debug("%s was not looked up: %r", name, error)
+            return
         announced = parse(info.properties, self._tag) if info is not None else None
         if announced is not None:
             self._hear(*announced)

@@ -6,9 +6,11 @@ import logging
 import socket
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import pytest
 import trio
+import zeroconf
 from hypothesis import given
 from hypothesis import strategies as st
 from trio.testing import MockClock
@@ -155,6 +157,36 @@ async def test_a_network_without_multicast_is_logged_once_and_tried_again(
     assert [record.getMessage() for record in caplog.records] == [
         "nodes of this network are not found by themselves: no such device"
     ]
+
+
+@pytest.mark.parametrize("error", [zeroconf.EventLoopBlocked(), zeroconf.NotRunningException()])
+def test_a_lookup_that_fails_harms_no_thread(error: zeroconf.Error) -> None:
+    class Closing:
+        def get_service_info(self, *arguments: Any, **options: Any) -> None:
+            raise error
+
+    heard: list[PeerId] = []
+    responder = mdns.Responder(ALICE, ADDRESSES, TAG, lambda peer, _at: heard.append(peer))
+    added = zeroconf.ServiceStateChange.Added
+    responder._changed(cast(Any, Closing()), mdns.SERVICE, f"{BOB}.{mdns.SERVICE}", added)
+    assert heard == []
+
+
+async def test_stopping_waits_for_a_lookup_under_way() -> None:
+    """The library's loop ends after the browser: a lookup on a stopped loop never returns."""
+    if not await trio.to_thread.run_sync(multicast_works):
+        pytest.skip("this machine has no multicast")
+    for _ in range(3):
+        responders = [
+            mdns.Responder(peer, ADDRESSES, TAG, lambda _peer, _at: None) for peer in (ALICE, BOB)
+        ]
+        for responder in responders:
+            await trio.to_thread.run_sync(responder.start)
+        for responder in responders:
+            await trio.to_thread.run_sync(responder.stop)
+            browser = responder._browser
+            assert browser is not None
+            assert not browser.is_alive()
 
 
 def multicast_works() -> bool:
