@@ -1,0 +1,147 @@
+"""CAR files: blocks with their CIDs in one row of bytes, version 1.
+
+    varint, {"roots": [link, ...], "version": 1} in dag-cbor, and for each block: varint, CID, bytes
+
+Source of the form: https://ipld.io/specs/transport/car/carv1/. A file may come from a stranger:
+reading bounds it, and gives no block that is not what its CID names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import cbrrr
+import msgspec
+
+from .blocks import MAX_BLOCK
+from .cid import DIGEST_SIZE, PREFIX, cid_text, split, verify
+
+#: Bytes of a header: 64 roots take 3 KB.
+MAX_HEADER = 4096
+#: Bytes of a varint of 32 bits, which no length here needs more than.
+MAX_VARINT = 5
+
+_LONGEST_CID = max(len(prefix) for prefix in PREFIX.values()) + DIGEST_SIZE
+
+
+class CarError(ValueError):
+    """Not a CAR file that we read. The message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What is read of a file at most."""
+
+    #: How many blocks, and the bytes of one and of the whole file.
+    blocks: int = 4096
+    block_bytes: int = MAX_BLOCK
+    bytes: int = 16 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Car:
+    """What is in a CAR file."""
+
+    roots: tuple[bytes, ...]
+    #: By CID, in the order of the file.
+    blocks: dict[bytes, bytes] = field(default_factory=dict)
+
+
+def header(roots: Sequence[bytes]) -> bytes:
+    """The beginning of a CAR file, to be followed by a `section` of each block."""
+    links: Any = [cbrrr.CID(root) for root in roots]
+    plain = cbrrr.encode_dag_cbor({"roots": links, "version": 1})
+    return _varint(len(plain)) + plain
+
+
+def section(cid: bytes, block: bytes) -> bytes:
+    """One block with its CID."""
+    return _varint(len(cid) + len(block)) + cid + block
+
+
+def write(roots: Sequence[bytes], blocks: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """A CAR file of blocks by CID."""
+    return header(roots) + b"".join(section(cid, block) for cid, block in blocks)
+
+
+def read(data: bytes, limits: Limits | None = None) -> Car:
+    """What is in a CAR file. The roots need not be among the blocks.
+
+    Raises `CarError` for anything else, for more than the limits, and for a block that is not what
+    its CID names.
+    """
+    limits = limits or Limits()
+    if len(data) > limits.bytes:
+        raise CarError(f"{len(data)} bytes; {limits.bytes} is the most")
+    start, end = _length(data, 0, MAX_HEADER, "the header")
+    car = Car(_roots(data[start:end]))
+    for count, (cid, block) in enumerate(_sections(data, end, limits.block_bytes), 1):
+        if count > limits.blocks:
+            raise CarError(f"more than {limits.blocks} blocks")
+        car.blocks[cid] = block
+    return car
+
+
+# --- the form -----------------------------------------------------------------------------------
+
+
+class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    version: Literal[1]
+    roots: Annotated[tuple[cbrrr.CID, ...], msgspec.Meta(max_length=64)]
+
+
+def _roots(plain: bytes) -> tuple[bytes, ...]:
+    try:
+        roots = msgspec.convert(cbrrr.decode_dag_cbor(plain), _Header).roots
+        for root in roots:
+            split(root.cid_bytes)
+    except (ValueError, RecursionError) as error:  # msgspec.ValidationError is a ValueError
+        raise CarError(f"not the header of a CAR file of version 1: {error}") from error
+    return tuple(root.cid_bytes for root in roots)
+
+
+def _sections(data: bytes, at: int, most: int) -> Iterator[tuple[bytes, bytes]]:
+    count = 0
+    while at < len(data):
+        count += 1
+        start, at = _length(data, at, most + _LONGEST_CID, f"block {count}")
+        prefix = next((p for p in PREFIX.values() if data.startswith(p, start)), b"")
+        body = start + len(prefix) + DIGEST_SIZE
+        if not prefix or body > at:
+            raise CarError(f"block {count} has no CID of version 1 with sha2-256 that we read")
+        cid, block = data[start:body], data[body:at]
+        if not verify(cid, block):
+            raise CarError(f"block {count} is not what its CID names, {cid_text(cid)}")
+        yield cid, block
+
+
+def _varint(number: int) -> bytes:
+    out = bytearray()
+    while number > 0x7F:
+        out.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes((*out, number))
+
+
+def _length(data: bytes, at: int, most: int, what: str) -> tuple[int, int]:
+    """Where the part with its length at `at` begins and ends."""
+    number = 0
+    for place in range(MAX_VARINT):
+        if at + place >= len(data):
+            raise CarError(f"the file ends within the length of {what}")
+        byte = data[at + place]
+        number |= (byte & 0x7F) << (7 * place)
+        if byte < 0x80:
+            break
+    else:
+        raise CarError(f"the length of {what} is no number of 32 bits")
+    if place and not byte:
+        raise CarError(f"the length of {what} is written longer than it needs")
+    if number > most:
+        raise CarError(f"{what} has {number} bytes; {most} is the most")
+    start = at + place + 1
+    if start + number > len(data):
+        raise CarError(f"the file ends within {what}")
+    return start, start + number
