@@ -59,6 +59,7 @@ class MeshApi:
         machine: Callable[[], Machine],
         answers: AnswerCache,
         blocks: BlockStore,
+        claims: Callable[[float], int],
         membership: MembershipControl,
         ready: Callable[[], bool],
     ) -> None:
@@ -70,13 +71,16 @@ class MeshApi:
         self._machine = machine
         self._answers = answers
         self._blocks = blocks
+        #: How many claims of other nodes hold at a time.
+        self._claims = claims
         self._membership = membership
         self._ready = ready
         self._started = time.time()
 
     async def status(self, request: Request, responder: Responder) -> None:
         """`GET /mesh/v1/status`."""
-        stat = await self._answers.stat(now=time.time())
+        now = time.time()
+        stat = await self._answers.stat(now=now)
         connected = sum(peer.state == "connected" for peer in self._peers)
         fields = {
             "peer": self._peer,
@@ -94,6 +98,7 @@ class MeshApi:
                 "max_bytes": stat.max_bytes,
                 "hits": stat.hits,
                 "tokens_saved": stat.tokens_saved,
+                "claims": self._claims(now),
             },
         }
         await _send(responder, fields)

@@ -194,6 +194,7 @@ class Node:
             machine=lambda: self._machine,
             answers=parts.answers,
             blocks=parts.blocks,
+            claims=parts.claims.live,
             membership=self._membership,
             ready=lambda: bool(parts.backends.models()),
         )

@@ -45,6 +45,7 @@ class Parts:
     peers: PeerTable
     backends: BackendManager
     names: Names
+    claims: ClaimIndex
     sharing: Sharing
 
     def router(self, config: Config, nursery: trio.Nursery) -> Router:
@@ -83,11 +84,12 @@ def open_parts(config: Config, home: Home, environment: Mapping[str, str]) -> It
             max_ttl=config.cache.ttl,
         )
         answers = AnswerCache(database, blocks, peer=peer, limits=limits)
+        claims = ClaimIndex(database, peer=peer, verify=verify)
         sharing = Sharing(
             answers=answers,
             blocks=blocks,
             log=ClaimLog(database, peer=peer, sign=identity.sign),
-            index=ClaimIndex(database, peer=peer, verify=verify),
+            index=claims,
             rng=Random(),
         )
         peers = PeerTable(peer)
@@ -115,6 +117,7 @@ def open_parts(config: Config, home: Home, environment: Mapping[str, str]) -> It
             peers=peers,
             backends=backends,
             names=Names(backends.sources),
+            claims=claims,
             sharing=sharing,
         )
     finally:
