@@ -64,6 +64,16 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
+class Reach:
+    """How far a block may go. One that belongs to no answer here, and was not put, goes nowhere."""
+
+    #: Of the answers that it belongs to and that may leave this node.
+    namespaces: frozenset[str] = frozenset()
+    #: Did a program put it?
+    put: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class AnswerStat:
     """What the cache holds, and what it saved since it was begun."""
 
@@ -89,10 +99,12 @@ BY_DIGEST = """
     SELECT stored_at, expires_at, source, size FROM answer
     WHERE digest = ? ORDER BY stored_at DESC LIMIT 1"""
 
-#: (digest of a root or a leaf,) -> does it belong to an answer that may leave this node?
-SHARED = """
-    SELECT 1 FROM answer WHERE shared AND digest IN (
-        SELECT ?1 UNION ALL SELECT root FROM link WHERE leaf = ?1) LIMIT 1"""
+#: (digest of a root or a leaf,) -> the namespaces of the answers that it belongs to and that may
+#: leave this node, and NULL if a program put it.
+REACH = """
+    SELECT NULL FROM block WHERE digest = ?1 AND put
+    UNION SELECT namespace FROM answer WHERE shared AND digest IN (
+        SELECT ?1 UNION ALL SELECT root FROM link WHERE leaf = ?1)"""
 
 _ROW = """
     SELECT a.key, a.digest, a.model, a.weights, a.source, a.own, a.claimed, a.namespace, a.shared,

@@ -20,7 +20,7 @@ import trio
 
 from ..providers.base import Completion
 from . import answer_rows
-from .answer_rows import AnswerStat, NewRow, Row, StoredAnswer
+from .answer_rows import AnswerStat, NewRow, Reach, Row, StoredAnswer
 from .blocks import SqliteBlocks
 from .cid import Cid, cid_of, split, verify
 from .database import Database
@@ -137,12 +137,17 @@ class AnswerCache:
         answers, blocks, held, pinned, hits, saved = found
         return AnswerStat(answers, blocks, held, self._limits.max_bytes, pinned, hits, saved)
 
-    async def may_leave(self, cid: bytes) -> bool:
-        """Does this block, a root or a leaf, belong to an answer that may leave this node?"""
-        found = self._database.attempt(
-            "permission", lambda: self._database.row(answer_rows.SHARED, (split(cid)[1],)), None
+    async def reach(self, cid: bytes) -> Reach:
+        """How far a block, a root or a leaf, may go; nowhere if the CID is none of ours."""
+        try:
+            digest = split(cid)[1]
+        except ValueError:
+            return Reach()
+        rows: list[tuple[str | None]] = self._database.attempt(
+            "permission", lambda: self._database.rows(answer_rows.REACH, (digest,)), []
         )
-        return found is not None
+        found = {row[0] for row in rows}
+        return Reach(frozenset(name for name in found if name is not None), None in found)
 
     # --- writing --------------------------------------------------------------------------------
 

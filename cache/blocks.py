@@ -2,6 +2,9 @@
 
 A block is kept under its digest, so that it is found by its raw and its dag-cbor CID alike. What is
 read is always checked against the CID: a damaged block is not there, and is deleted.
+
+Who calls `put` is outside the cache: it has the bytes already, and means others to have them. The
+blocks of answers are written by `AnswerCache`, and the index says who may have them.
 """
 
 from __future__ import annotations
@@ -116,7 +119,7 @@ class SqliteBlocks:
 
         def put() -> bool:
             with self._database.transaction() as connection:
-                self.write(connection, [(cid, block)], self._clock())
+                self.write(connection, [(cid, block)], self._clock(), put=True)
             return True
 
         return self._database.attempt("putting a block", put, False)
@@ -172,14 +175,20 @@ class SqliteBlocks:
         return block
 
     def write(
-        self, connection: sqlite3.Connection, blocks: Iterable[tuple[bytes, bytes]], now: float
+        self,
+        connection: sqlite3.Connection,
+        blocks: Iterable[tuple[bytes, bytes]],
+        now: float,
+        *,
+        put: bool = False,
     ) -> None:
-        """Keep blocks that are known to be what their CIDs name."""
+        """Keep blocks that are known to be what their CIDs name; `put`: for a program."""
         connection.executemany(
-            "INSERT INTO block (digest, size, used_at, data) VALUES (?, ?, ?, ?)"
-            " ON CONFLICT DO UPDATE SET used_at = excluded.used_at"
-            f" WHERE used_at < excluded.used_at - {SAME_USE}",
-            [(_digest(cid), len(block), int(now), block) for cid, block in blocks],
+            "INSERT INTO block (digest, size, used_at, put, data) VALUES (?, ?, ?, ?, ?)"
+            " ON CONFLICT DO UPDATE SET used_at = max(used_at, excluded.used_at),"
+            " put = max(put, excluded.put)"
+            f" WHERE used_at < excluded.used_at - {SAME_USE} OR put < excluded.put",
+            [(_digest(cid), len(block), int(now), put, block) for cid, block in blocks],
         )
 
     def drop(self, digests: Sequence[bytes]) -> int:

@@ -134,6 +134,14 @@ def mesh_key(secret: bytes, key: bytes) -> bytes:
     return hmac.digest(secret, key, "sha256")
 
 
+def block_proof(secret: bytes, cid: bytes, peer: str) -> bytes:
+    """Shows that `peer`, which asks for a block, knows the namespace's secret: 32 bytes.
+
+    It holds for that peer and that CID alone, so that who sees one can do nothing with it.
+    """
+    return hmac.digest(secret, b"promptmesh-block-1" + cid + peer.encode(), "sha256")
+
+
 # --- the canonical form -------------------------------------------------------------------------
 
 

@@ -2,7 +2,7 @@
 
 Deleting is left to the tables themselves, so that no way of deleting forgets half of it: without
 its block an answer is gone, without its last answer or its last root a block is, and a root is
-gone with any of its leaves. Only what is pinned stays.
+gone with any of its leaves. Only what is pinned stays, and what a program put.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 #: "pmc1"; names the file's kind in its header.
 APPLICATION_ID = 0x706D6331
 #: Another version is not read but set aside: all of it can be computed again.
-VERSION = 1
+VERSION = 2
 
 TABLES = """
 -- IPFS blocks by their sha2-256, so that a block is found by its raw and its dag-cbor CID alike.
@@ -20,6 +20,7 @@ CREATE TABLE block (
     size INTEGER NOT NULL,
     used_at INTEGER NOT NULL,          -- s; what was used longest ago is evicted first
     pinned INTEGER NOT NULL DEFAULT 0,
+    put INTEGER NOT NULL DEFAULT 0,    -- by a program, which may have it given to others
     data BLOB NOT NULL
 );
 CREATE INDEX block_by_use ON block (pinned, used_at);
@@ -78,12 +79,12 @@ CREATE TRIGGER answer_hit AFTER UPDATE OF hits ON answer BEGIN
 END;
 CREATE TRIGGER answer_deleted AFTER DELETE ON answer BEGIN
     UPDATE total SET answers = answers - 1;
-    DELETE FROM block WHERE digest = OLD.digest AND NOT pinned
+    DELETE FROM block WHERE digest = OLD.digest AND NOT pinned AND NOT put
         AND NOT EXISTS (SELECT 1 FROM answer WHERE digest = OLD.digest);
 END;
 CREATE TRIGGER link_deleted AFTER DELETE ON link BEGIN
     DELETE FROM block WHERE digest = OLD.root;
-    DELETE FROM block WHERE digest = OLD.leaf AND NOT pinned
+    DELETE FROM block WHERE digest = OLD.leaf AND NOT pinned AND NOT put
         AND NOT EXISTS (SELECT 1 FROM link WHERE leaf = OLD.leaf);
 END;
 

@@ -25,6 +25,8 @@ MAX_RANGES = 64
 #: Characters of a name (of a provider, a model, an engine); bytes of a CID.
 MAX_NAME = 512
 MAX_CID = 128
+#: Bytes of the proof that an asker knows the namespace of a block: an HMAC-SHA256.
+MAX_PROOF = 32
 
 T = TypeVar("T")
 
@@ -51,9 +53,13 @@ class Generate(Value, frozen=True, kw_only=True, tag_field="kind", tag="generate
 
 
 class AskBlock(Value, frozen=True, kw_only=True, tag_field="kind", tag="block"):
-    """Give me the block with this CID (its 36 bytes)."""
+    """Give me the block with this CID (its 36 bytes).
 
-    cid: bytes
+    `proof` shows that I know the namespace of its answer, where that is a named one.
+    """
+
+    cid: Annotated[bytes, msgspec.Meta(max_length=MAX_CID)]
+    proof: Annotated[bytes, msgspec.Meta(max_length=MAX_PROOF)] = b""
 
 
 #: The epoch of a peer's batches, and the ranges (first, last) of their numbers.
@@ -242,8 +248,6 @@ def _check(frame: Frame) -> None:
         _check_times((frame.retry_after,))
     elif isinstance(frame, Head):
         _check_origin(frame.origin)
-    elif isinstance(frame, AskBlock) and len(frame.cid) > MAX_CID:
-        raise ValueError(f"a CID of {len(frame.cid)} bytes")
 
 
 def _check_request(request: GenerateRequest) -> None:

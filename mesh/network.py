@@ -152,8 +152,8 @@ class Network:
             await answer.wait_head()
             yield answer
 
-    async def fetch_block(self, peer: PeerId, cid: bytes) -> bytes | None:
-        """The block with that CID, not checked yet; None if the peer does not have it.
+    async def fetch_block(self, peer: PeerId, cid: bytes, proof: bytes = b"") -> bytes | None:
+        """The block with that CID, not checked yet; None if the peer does not give it.
 
         Raises `TransportError`, `RemoteProtocolError`.
         """
@@ -163,7 +163,7 @@ class Network:
             nonlocal block
             block = frame.block
 
-        await self._collect(peer, AskBlock(cid=cid), BLOCK_TIME, take)
+        await self._collect(peer, AskBlock(cid=cid, proof=proof), BLOCK_TIME, take)
         return block
 
     async def ask_claims(self, peer: PeerId, known: Mapping[PeerId, Known]) -> Sequence[bytes]:

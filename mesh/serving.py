@@ -58,8 +58,9 @@ class Services:
 
     #: Answers a request from this node's own providers only.
     answer: Callable[[GenerateRequest, PeerId], AbstractAsyncContextManager[Answering]]
-    #: The block with that CID (36 bytes), if it is here and the peer may have it.
-    block: Callable[[bytes, PeerId], Awaitable[bytes | None]]
+    #: The block with that CID (36 bytes), if it is here and the peer may have it; the last argument
+    #: is its proof that it knows the block's namespace.
+    block: Callable[[bytes, PeerId, bytes], Awaitable[bytes | None]]
     #: A page of the batches of claims that are not among those known, by peer.
     claims: Callable[[Mapping[PeerId, Known]], Iterable[bytes]]
     #: How busy the providers are that peers may use.
@@ -164,7 +165,7 @@ class _Conversation:
         if isinstance(request, Generate):
             await self._generate(request.request)
         elif isinstance(request, AskBlock):
-            block = await self._services.block(request.cid, self._stream.peer)
+            block = await self._services.block(request.cid, self._stream.peer, request.proof)
             self._put(Block(block=block))
         elif isinstance(request, AskClaims):
             await self._list(self._services.claims(request.known))

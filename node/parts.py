@@ -15,6 +15,7 @@ from ..cache.blocks import SqliteBlocks
 from ..cache.claim_index import ClaimIndex
 from ..cache.claims import ClaimLog
 from ..cache.database import Database
+from ..cache.namespaces import Namespaces
 from ..mesh.asking import Deadlines
 from ..mesh.backends import BackendManager
 from ..mesh.identity import Identity, verify
@@ -23,6 +24,7 @@ from .config import Config
 from .home import Home
 from .names import Names
 from .own_providers import OwnProviders, build_providers
+from .permissions import Permissions
 from .router import Router
 from .sharing import Sharing
 
@@ -42,6 +44,7 @@ class Parts:
     database: Database
     blocks: SqliteBlocks
     answers: AnswerCache
+    permissions: Permissions
     peers: PeerTable
     backends: BackendManager
     names: Names
@@ -85,11 +88,16 @@ def open_parts(config: Config, home: Home, environment: Mapping[str, str]) -> It
         )
         answers = AnswerCache(database, blocks, peer=peer, limits=limits)
         claims = ClaimIndex(database, peer=peer, verify=verify)
+        namespaces = Namespaces()
+        permissions = Permissions(answers=answers, namespaces=namespaces)
         sharing = Sharing(
             answers=answers,
             blocks=blocks,
             log=ClaimLog(database, peer=peer, sign=identity.sign),
             index=claims,
+            namespaces=namespaces,
+            permissions=permissions,
+            peer=peer,
             rng=Random(),
         )
         peers = PeerTable(peer)
@@ -114,6 +122,7 @@ def open_parts(config: Config, home: Home, environment: Mapping[str, str]) -> It
             database=database,
             blocks=blocks,
             answers=answers,
+            permissions=permissions,
             peers=peers,
             backends=backends,
             names=Names(backends.sources),

@@ -23,12 +23,14 @@ from ..cache.cid import verify
 from ..cache.claim_index import ClaimIndex
 from ..cache.claim_rows import Claim, Ingested
 from ..cache.claims import MAX_ENTRIES, ClaimLog, Entry
-from ..cache.keys import mesh_key, namespace_secret, namespace_tag
+from ..cache.keys import block_proof, mesh_key
+from ..cache.namespaces import Namespaces
 from ..cache.record_bounds import RecordError
 from ..cache.records import links
 from ..mesh.frames import Known, RemoteProtocolError
 from ..mesh.transport import PeerId, TransportError
 from ..providers.base import GenerateRequest
+from .permissions import Permissions
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +47,6 @@ MAX_PAGES = 100
 FETCH_TIME = 3.0
 #: Different answers, and claimants of each, that are tried.
 MAX_ALTERNATIVES, MAX_CLAIMANTS = 3, 3
-#: Namespaces whose secrets are remembered.
-MAX_NAMESPACES = 256
 
 #: Which batches are known: peer -> (epoch, ranges of numbers).
 Versions = Mapping[PeerId, Known]
@@ -59,7 +59,7 @@ class ClaimNetwork(Protocol):
 
     def connected(self) -> Sequence[PeerId]: ...
 
-    async def fetch_block(self, peer: PeerId, cid: bytes) -> bytes | None: ...
+    async def fetch_block(self, peer: PeerId, cid: bytes, proof: bytes) -> bytes | None: ...
 
     async def ask_claims(self, peer: PeerId, known: Versions) -> Sequence[bytes]: ...
 
@@ -76,17 +76,21 @@ class Sharing:
         blocks: BlockStore,
         log: ClaimLog,
         index: ClaimIndex,
+        namespaces: Namespaces,
+        permissions: Permissions,
+        peer: PeerId,
         rng: Random,
     ) -> None:
+        """`peer` is this node."""
         self._answers = answers
         self._blocks = blocks
         self._log = log
         self._index = index
+        self._namespaces = namespaces
+        self._permissions = permissions
+        self._peer = peer
         self._rng = rng
         self._network: ClaimNetwork | None = None
-        self._swarm_key: bytes | None = None
-        #: Their secrets and tags, which cost more to make than a key.
-        self._namespaces: dict[str, tuple[bytes, bytes]] = {}
         #: Claims to be signed, by namespace tag and CID: several questions may have one answer.
         self._unsigned: dict[bytes, dict[str, list[Entry]]] = {}
         #: Envelopes that are signed and not yet gossiped.
@@ -98,8 +102,7 @@ class Sharing:
     def attach(self, network: ClaimNetwork, swarm_key: bytes) -> None:
         """Share with the mesh of that key from now on."""
         self._network = network
-        self._swarm_key = swarm_key
-        self._namespaces.clear()
+        self._namespaces.enter(swarm_key)
 
     def detach(self) -> None:
         """Share with nobody."""
@@ -109,24 +112,13 @@ class Sharing:
 
     def announce(self, key: bytes, request: GenerateRequest, stored: StoredAnswer) -> None:
         """Tell the others that this node has the answer to that key."""
-        if self._swarm_key is None or stored.stored_at is None or stored.expires_at is None:
+        namespace = self._namespaces.of(request.cache.namespace)
+        if namespace is None or stored.stored_at is None or stored.expires_at is None:
             return
-        secret, tag = self._namespace(request)
         made, ends = int(stored.stored_at), int(stored.expires_at)
-        entry = Entry(mesh_key(secret, key), stored.cid.raw, stored.size, made, ends)
-        self._unsigned.setdefault(tag, {}).setdefault(stored.cid_text, []).append(entry)
+        entry = Entry(mesh_key(namespace.secret, key), stored.cid.raw, stored.size, made, ends)
+        self._unsigned.setdefault(namespace.tag, {}).setdefault(stored.cid_text, []).append(entry)
         self._ready.set()
-
-    def _namespace(self, request: GenerateRequest) -> tuple[bytes, bytes]:
-        """The secret of the request's namespace in this mesh, and its tag."""
-        name = request.cache.namespace
-        found = self._namespaces.get(name)
-        if found is None:
-            if len(self._namespaces) >= MAX_NAMESPACES:
-                self._namespaces.clear()
-            secret = namespace_secret(self._swarm_key, name)
-            found = self._namespaces[name] = secret, namespace_tag(secret)
-        return found
 
     def claim_for(self, cid: str) -> bytes | None:
         """The signed claim of an answer that was just announced, for the peer that asked for it."""
@@ -233,9 +225,9 @@ class Sharing:
         """A page of the envelopes that who knows only those lacks."""
         return self._index.since(known, now=time.time())
 
-    async def block(self, cid: bytes, peer: PeerId) -> bytes | None:
-        """A block for a peer, if it is here and belongs to an answer that may leave."""
-        if not await self._answers.may_leave(cid):
+    async def block(self, cid: bytes, peer: PeerId, proof: bytes = b"") -> bytes | None:
+        """A block for a peer, if it is here and the peer may have it."""
+        if not await self._permissions.may_serve(peer, cid, proof):
             return None
         return await self._blocks.get(cid)
 
@@ -243,11 +235,11 @@ class Sharing:
 
     async def find(self, key: bytes, request: GenerateRequest) -> tuple[StoredAnswer, str] | None:
         """A stored answer of a peer, fetched and verified, and that peer; None if there is none."""
-        if self._network is None:
+        namespace = self._namespaces.of(request.cache.namespace)
+        if self._network is None or namespace is None:
             return None
         now = time.time()
-        secret, _ = self._namespace(request)
-        claims = self._index.lookup(mesh_key(secret, key), now)
+        claims = self._index.lookup(mesh_key(namespace.secret, key), now)
         if not claims:
             return None
         oldest = now - request.cache.max_age if request.cache.max_age is not None else 0.0
@@ -280,10 +272,11 @@ class Sharing:
         self, key: bytes, request: GenerateRequest, claim: Claim, *, claimed: int
     ) -> StoredAnswer:
         """Raises `TransportError`, `RemoteProtocolError`, or `RecordError` for wrong bytes."""
-        root = await self._fetch_block(claim.peer, claim.cid)
+        name = request.cache.namespace
+        root = await self._fetch_block(claim.peer, claim.cid, name)
         blocks = {claim.cid: root}
         for leaf in links(root):
-            blocks[leaf] = await self._fetch_block(claim.peer, leaf)
+            blocks[leaf] = await self._fetch_block(claim.peer, leaf, name)
         return await self._answers.adopt(
             key,
             claim.cid,
@@ -293,14 +286,17 @@ class Sharing:
             expires_at=claim.expires_at,
             source=claim.peer,
             claimed=claimed,
-            namespace=request.cache.namespace,
+            namespace=name,
         )
 
-    async def _fetch_block(self, peer: PeerId, cid: bytes) -> bytes:
+    async def _fetch_block(self, peer: PeerId, cid: bytes, namespace: str) -> bytes:
         assert self._network is not None
-        block = await self._network.fetch_block(peer, cid)
+        # What is in the default namespace, every member may have.
+        known = self._namespaces.of(namespace) if namespace else None
+        proof = block_proof(known.secret, cid, self._peer) if known else b""
+        block = await self._network.fetch_block(peer, cid, proof)
         if block is None:
-            raise RecordError("it does not hold the block any more")
+            raise RecordError("it does not hold the block any more, or does not give it")
         if not verify(cid, block):
             raise RecordError("it sent other bytes than the CID names")
         return block

@@ -131,6 +131,7 @@ class Node:
         self.claims: list[tuple[str, bytes, str]] = []
         self.gossiped_claims: list[tuple[str, bytes]] = []
         self.blocks: dict[bytes, bytes] = {}
+        self.proofs: list[bytes] = []
         self.batches: list[bytes] = []
         self.saved: Mapping[str, Sequence[str]] = {}
         self.allowed = True
@@ -219,8 +220,9 @@ class Node:
             may_serve=lambda peer: self.allowed,
         )
 
-    async def _block(self, cid: bytes, peer: str) -> bytes | None:
+    async def _block(self, cid: bytes, peer: str, proof: bytes) -> bytes | None:
         await trio.lowlevel.checkpoint()
+        self.proofs.append(proof)
         return self.blocks.get(cid)
 
     def _claims_since(self, known: Mapping[str, Known]) -> Iterable[bytes]:

@@ -7,10 +7,10 @@ import pytest
 import trio
 import trio.testing
 
-from promptmesh.cache.answer_rows import MAX_ALTERNATIVES, AnswerStat
+from promptmesh.cache.answer_rows import MAX_ALTERNATIVES, AnswerStat, Reach
 from promptmesh.cache.answers import AnswerCache, Limits
 from promptmesh.cache.blocks import SqliteBlocks
-from promptmesh.cache.cid import Cid, cid_bytes, split
+from promptmesh.cache.cid import Cid, cid_bytes, cid_of, split
 from promptmesh.cache.database import Database
 from promptmesh.cache.record_bounds import RecordError
 from promptmesh.cache.records import AnswerRecord, encode, links
@@ -173,15 +173,63 @@ async def test_what_may_not_leave_this_node(answers: AnswerCache) -> None:
     stored = await answers.get(private.raw, now=NOW)
     assert stored is not None
     leaf = links(encode(stored.record).blocks[0][1])[0]
-    assert not await answers.may_leave(private.raw)
-    assert not await answers.may_leave(leaf)
-    assert not await answers.may_leave(cid_bytes(b"not here"))
+    for cid in (private.raw, leaf, cid_bytes(b"not here"), b"no cid", b""):
+        assert await answers.reach(cid) == Reach()
     # The same answer to a question that is no secret.
     await store(answers, LONG, key=b"o" * 32)
-    assert await answers.may_leave(private.raw)
-    assert await answers.may_leave(leaf)
+    for cid in (private.raw, leaf, cid_of(split(private.raw)[1], "raw")):
+        assert await answers.reach(cid) == Reach(frozenset({""}))
     assert await text(answers, shared_only=True) is None
     assert await text(answers, key=b"o" * 32, shared_only=True) == LONG.text
+
+
+async def test_a_block_goes_as_far_as_the_answers_it_belongs_to(answers: AnswerCache) -> None:
+    cid = await store(answers, LONG, namespace="team")
+    blocks = encode(AnswerRecord(model="m", completion=LONG)).blocks
+    assert {await answers.reach(block) for block, _ in blocks} == {Reach(frozenset({"team"}))}
+    await store(answers, LONG, key=b"2" * 32, namespace="secret", shared=False)
+    await store(answers, LONG, key=b"3" * 32, namespace="club")
+    assert await answers.reach(cid.raw) == Reach(frozenset({"team", "club"}))
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+async def test_without_its_row_a_block_goes_nowhere(
+    answers: AnswerCache, database: Database, pinned: bool
+) -> None:
+    """Whatever is left of an answer that may not leave, and of one that might."""
+    private = await store(answers, LONG, shared=False, ttl=10)
+    shared = await store(answers, answer("shared"), key=b"2" * 32, ttl=10)
+    leaf = links(encode(AnswerRecord(model="m", completion=LONG)).blocks[0][1])[0]
+    if pinned:
+        await answers.pin(private.raw)
+        await answers.pin(shared.raw)
+    await answers.maintain(NOW + 20)
+    assert await answers.reach(private.raw) == await answers.reach(leaf) == Reach()
+    # No way of the cache deletes the row of a pinned answer; if one did, nothing would leak.
+    database.rows("DELETE FROM answer")
+    assert (await answers.get(private.raw, now=NOW) is not None) is pinned
+    for cid in (private.raw, leaf, shared.raw):
+        assert await answers.reach(cid) == Reach()
+
+
+async def test_what_a_program_put_may_leave_and_outlives_the_answer(
+    answers: AnswerCache, database: Database
+) -> None:
+    blocks = SqliteBlocks(database, clock=lambda: NOW - 1000)
+    private = await store(answers, LONG, shared=False, ttl=10)
+    _, (leaf, data), *_ = encode(AnswerRecord(model="m", completion=LONG)).blocks
+    assert await blocks.put(leaf, data)
+    assert await answers.reach(leaf) == Reach(put=True)
+    assert await answers.reach(private.raw) == Reach()
+    await answers.maintain(NOW + 20)
+    assert await blocks.get(leaf) == data
+    assert await answers.reach(leaf) == Reach(put=True)
+    # An answer stored over it does not take that away; forgetting it does.
+    await store(answers, LONG, shared=False)
+    assert await answers.reach(leaf) == Reach(put=True)
+    await blocks.delete(leaf)
+    await store(answers, LONG, shared=False)
+    assert await answers.reach(leaf) == Reach()
 
 
 # --- alternatives -------------------------------------------------------------------------------
@@ -530,7 +578,7 @@ async def test_a_failing_database_is_a_miss(answers: AnswerCache, database: Data
     assert await answers.row(KEY, cid.raw) is None
     assert await answers.listing(now=NOW) == []
     assert (await answers.stat(now=NOW)).answers == 0
-    assert not await answers.may_leave(cid.raw)
+    assert await answers.reach(cid.raw) == Reach()
     assert not await answers.pin(cid.raw)
     assert not await answers.unpin(cid.raw)
     assert not await answers.remove(cid.raw)

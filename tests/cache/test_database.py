@@ -11,7 +11,7 @@ from promptmesh.cache.database import CHECKED_SIZE, Database
 
 def put(database: Database, name: bytes, data: bytes = b"x") -> None:
     with database.transaction() as connection:
-        connection.execute("INSERT INTO block VALUES (?, ?, 0, 0, ?)", (name, len(data), data))
+        connection.execute("INSERT INTO block VALUES (?, ?, 0, 0, 0, ?)", (name, len(data), data))
 
 
 def names(database: Database) -> list[bytes]:
@@ -45,7 +45,7 @@ def test_a_transaction_is_all_or_nothing(tmp_path: Path) -> None:
 
     def fail_halfway() -> None:
         with database.transaction() as connection:
-            connection.execute("INSERT INTO block VALUES (x'aa', 1, 0, 0, x'00')")
+            connection.execute("INSERT INTO block VALUES (x'aa', 1, 0, 0, 0, x'00')")
             raise KeyError("halfway")
 
     with pytest.raises(KeyError):

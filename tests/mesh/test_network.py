@@ -579,6 +579,8 @@ async def test_blocks(autojump_clock: Clock, nursery: trio.Nursery, network: Mem
     assert await a.network.fetch_block(b.peer_id, b"other") is None
     with pytest.raises(TransportError):
         await a.network.fetch_block("nobody", b"cid")
+    await a.network.fetch_block(b.peer_id, b"cid", b"proof")
+    assert b.proofs == [b"", b"", b"proof"]
 
 
 async def test_claims_by_gossip_and_by_asking(

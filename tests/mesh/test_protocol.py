@@ -79,6 +79,7 @@ FAILED = Failed(code="provider_unavailable", message="busy", retry_after=2.0)
 FRAMES: list[Frame] = [
     GENERATE,
     AskBlock(cid=b"\x01" * 36),
+    AskBlock(cid=b"\x01" * 36, proof=bytes(32)),
     AskClaims(known={"p": (7, ((1, 3), (5, 5)))}),
     AskTable(),
     HEAD,

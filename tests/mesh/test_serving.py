@@ -83,11 +83,11 @@ class World:
         stream.send_all = counted  # type: ignore[method-assign]
         return stream
 
-    async def _block(self, cid: bytes, peer: str) -> bytes | None:
+    async def _block(self, cid: bytes, peer: str, proof: bytes) -> bytes | None:
         await trio.lowlevel.checkpoint()
         if isinstance(self.block, Exception):
             raise self.block
-        return self.block
+        return proof or self.block
 
     async def open(self) -> "Line":
         await self.asker.connect(self.server.peer_id, self.server.addresses)
@@ -274,6 +274,7 @@ async def test_blocks_claims_and_table(autojump_clock: Clock, world: World) -> N
     assert await line.ask(AskBlock(cid=b"c")) == [Block(block=None)]
     world.block = b"data"
     assert await line.ask(AskBlock(cid=b"c")) == [Block(block=b"data")]
+    assert await line.ask(AskBlock(cid=b"c", proof=b"proof")) == [Block(block=b"proof")]
     world.block = OSError("disk")
     (failed,) = await line.ask(AskBlock(cid=b"c"))
     assert failed.code == "provider_unavailable"

@@ -13,14 +13,16 @@ import trio.testing
 
 from promptmesh.cache.answers import AnswerCache
 from promptmesh.cache.blocks import SqliteBlocks
-from promptmesh.cache.cid import cid_bytes
+from promptmesh.cache.cid import cid_bytes, parse_cid
 from promptmesh.cache.claim_index import ClaimIndex
 from promptmesh.cache.claims import ClaimLog
 from promptmesh.cache.database import Database
 from promptmesh.cache.keys import request_key
+from promptmesh.cache.namespaces import Namespaces
 from promptmesh.mesh.frames import Known
 from promptmesh.mesh.identity import Identity, verify
 from promptmesh.mesh.transport import TransportError
+from promptmesh.node.permissions import Permissions
 from promptmesh.node.sharing import Sharing
 from promptmesh.providers.base import (
     CacheControl,
@@ -50,11 +52,15 @@ class Member:
         self.database = Database(None)
         self.blocks = SqliteBlocks(self.database)
         self.answers = AnswerCache(self.database, self.blocks, peer=self.peer)
+        namespaces = Namespaces()
         self.sharing = Sharing(
             answers=self.answers,
             blocks=self.blocks,
             log=ClaimLog(self.database, peer=self.peer, sign=self.identity.sign),
             index=ClaimIndex(self.database, peer=self.peer, verify=verify),
+            namespaces=namespaces,
+            permissions=Permissions(answers=self.answers, namespaces=namespaces),
+            peer=self.peer,
             rng=Random(1),
         )
 
@@ -65,6 +71,7 @@ class Member:
             Completion(text=text, finish_reason="stop"),
             model="m",
             now=time.time(),
+            namespace=request.cache.namespace,
             **how,  # type: ignore[arg-type]
         )
         assert stored is not None
@@ -88,12 +95,12 @@ class Network:
     def connected(self) -> Sequence[str]:
         return list(self._others)
 
-    async def fetch_block(self, peer: str, cid: bytes) -> bytes | None:
+    async def fetch_block(self, peer: str, cid: bytes, proof: bytes) -> bytes | None:
         self.asked.append(peer)
         await trio.lowlevel.checkpoint()
         if cid in self.lies:
             return self.lies[cid]
-        return await self._others[peer].sharing.block(cid, self._own.peer)
+        return await self._others[peer].sharing.block(cid, self._own.peer, proof)
 
     async def ask_claims(self, peer: str, known: Mapping[str, Known]) -> Sequence[bytes]:
         await trio.lowlevel.checkpoint()
@@ -163,10 +170,13 @@ async def test_a_long_answer_comes_with_its_leaves(
 
 async def test_namespaces_do_not_mix(autojump_clock: trio.testing.MockClock) -> None:
     async with mesh("a", "b") as ((a, _), (b, _)):
-        await a.make(asking(namespace="x"), "hello")
+        cid = parse_cid(await a.make(asking(namespace="x"), "hello" * 20_000))
         await trio.sleep(2)
         assert await find(b, asking()) is None
-        assert await find(b, asking(namespace="x")) == ("hello", a.peer)
+        # Who knows only the CID gets nothing, also from who got it later.
+        assert await a.sharing.block(cid, b.peer) is None
+        assert await find(b, asking(namespace="x")) == ("hello" * 20_000, a.peer)
+        assert await b.sharing.block(cid, a.peer) is None
 
 
 async def test_other_bytes_than_the_cid_names_are_a_miss(
