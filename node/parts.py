@@ -25,6 +25,7 @@ from .home import Home
 from .names import Names
 from .own_providers import OwnProviders, build_providers
 from .permissions import Permissions
+from .reading import Reading
 from .router import Router
 from .sharing import Sharing
 
@@ -45,6 +46,7 @@ class Parts:
     blocks: SqliteBlocks
     answers: AnswerCache
     permissions: Permissions
+    reading: Reading
     peers: PeerTable
     backends: BackendManager
     names: Names
@@ -123,6 +125,7 @@ def open_parts(config: Config, home: Home, environment: Mapping[str, str]) -> It
             blocks=blocks,
             answers=answers,
             permissions=permissions,
+            reading=Reading(blocks=blocks, permissions=permissions),
             peers=peers,
             backends=backends,
             names=Names(backends.sources),
