@@ -29,6 +29,9 @@ class StoredAnswer:
     source: str
     #: Bytes of its blocks.
     size: int
+    #: What computing it took (s) and cost (US dollars), where that is known here.
+    seconds: float | None = None
+    money: float | None = None
 
     @property
     def completion(self) -> Completion:
@@ -56,6 +59,8 @@ class Row:
     shared: bool
     tokens: int
     size: int
+    seconds: float | None
+    money: float | None
     hits: int
     stored_at: float
     expires_at: float
@@ -75,20 +80,34 @@ class Reach:
 
 @dataclass(frozen=True, slots=True)
 class AnswerStat:
-    """What the cache holds, and what it saved since it was begun."""
+    """What the cache holds; and since it was begun, how requests were answered, and what it saved.
+
+    Counted are the requests of this node's own programs: a peer counts its own. Seconds and money
+    are known of what was computed for this node; of a peer's stored answer they count as nothing.
+    """
 
     answers: int
     blocks: int
     bytes: int
     max_bytes: int
     pinned: int
-    hits: int
+    hits_local: int
+    hits_mesh: int
+    coalesced: int
+    misses: int
+    bypassed: int
     tokens_saved: int
+    seconds_saved: float
+    money_saved: float
+
+    @property
+    def hits(self) -> int:
+        return self.hits_local + self.hits_mesh
 
 
 #: (key, now, made after, weights or None, only those that may leave) -> alternatives, best first.
 LOOKUP = """
-    SELECT a.digest, a.stored_at, a.expires_at, a.source, a.size
+    SELECT a.digest, a.stored_at, a.expires_at, a.source, a.size, a.seconds, a.money
     FROM answer AS a JOIN block AS b ON b.digest = a.digest
     WHERE a.key = ?1 AND (a.expires_at > ?2 OR b.pinned) AND a.stored_at >= ?3
         AND (?4 IS NULL OR a.weights = ?4) AND (a.shared OR NOT ?5)
@@ -108,7 +127,7 @@ REACH = """
 
 _ROW = """
     SELECT a.key, a.digest, a.model, a.weights, a.source, a.own, a.claimed, a.namespace, a.shared,
-        a.tokens, a.size, a.hits, a.stored_at, a.expires_at, b.used_at, b.pinned
+        a.tokens, a.size, a.seconds, a.money, a.hits, a.stored_at, a.expires_at, b.used_at, b.pinned
     FROM block AS b JOIN answer AS a ON a.digest = b.digest"""
 #: (now, limit) -> the pinned, then the others that hold, the last used first.
 LISTING = f"""{_ROW}
@@ -117,7 +136,8 @@ LISTING = f"""{_ROW}
 ONE = f"{_ROW} WHERE a.key = ? AND a.digest = ?"
 
 STAT = """
-    SELECT answers, blocks, bytes, (SELECT count(*) FROM block WHERE pinned = 1), hits, tokens_saved
+    SELECT answers, blocks, bytes, (SELECT count(*) FROM block WHERE pinned = 1), hits_local,
+        hits_mesh, coalesced, misses, bypassed, tokens_saved, seconds_saved, money_saved
     FROM total"""
 
 #: (now, limit) -> rows that expired; pinned answers do not.
@@ -129,11 +149,12 @@ OLDEST = "SELECT digest, size FROM block WHERE pinned = 0 ORDER BY used_at LIMIT
 
 _INSERT = """
     INSERT INTO answer (key, digest, model, weights, source, own, claimed, namespace, shared,
-        tokens, size, stored_at, expires_at)
-    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+        tokens, size, seconds, money, stored_at, expires_at)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
     ON CONFLICT DO UPDATE SET
         source = iif(own, source, excluded.source), own = max(own, excluded.own),
         claimed = max(claimed, excluded.claimed), shared = max(shared, excluded.shared),
+        seconds = coalesce(excluded.seconds, seconds), money = coalesce(excluded.money, money),
         stored_at = max(stored_at, excluded.stored_at), expires_at = excluded.expires_at"""
 _SURPLUS = f"""
     DELETE FROM answer WHERE key = ?1 AND digest IN (
@@ -153,6 +174,8 @@ class NewRow:
     shared: bool
     stored_at: float
     expires_at: float
+    seconds: float | None = None
+    money: float | None = None
 
 
 def insert(
@@ -178,6 +201,8 @@ def insert(
             new.shared,
             record.completion.usage.total_tokens,
             size,
+            new.seconds,
+            new.money,
             new.stored_at,
             new.expires_at,
         ),

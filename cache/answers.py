@@ -58,6 +58,8 @@ class AnswerCache:
         """`blocks` is over the same database; `peer` is this node."""
         self._database = database
         self._blocks = blocks
+        #: How requests were answered; the router counts.
+        self.uses = blocks.uses
         self._peer = peer
         self._limits = limits or Limits()
         self._noted_at = 0.0
@@ -82,13 +84,12 @@ class AnswerCache:
 
         def lookup() -> StoredAnswer | None:
             sql, wanted = answer_rows.LOOKUP, (key, now, after, weights, shared_only)
-            for digest, stored_at, expires_at, source, size in self._database.rows(sql, wanted):
+            for digest, stored_at, *known in self._database.rows(sql, wanted):
                 record = self._record(digest, used=True)
                 if record is not None:
-                    self._blocks.uses.hit(key, digest)
+                    self.uses.hit(key, digest)
                     age = max(0.0, now - stored_at)
-                    cid = Cid(cid_of(digest))
-                    return StoredAnswer(cid, record, stored_at, age, expires_at, source, size)
+                    return StoredAnswer(Cid(cid_of(digest)), record, stored_at, age, *known)
             return None
 
         return self._database.attempt("lookup", lookup, None)
@@ -122,7 +123,7 @@ class AnswerCache:
 
     async def listing(self, limit: int = 100, *, now: float) -> list[Row]:
         """The pinned ones, then the others, the last used first."""
-        await self._blocks.uses.write(now)
+        await self.uses.write(now)
         found: list[Any] = self._database.attempt(
             "listing", lambda: self._database.rows(answer_rows.LISTING, (now, limit)), []
         )
@@ -130,12 +131,11 @@ class AnswerCache:
 
     async def stat(self, *, now: float) -> AnswerStat:
         """What is held and what it saved."""
-        await self._blocks.uses.write(now)
+        await self.uses.write(now)
         found = self._database.attempt(
-            "stat", lambda: self._database.row(answer_rows.STAT), (0,) * 6
+            "stat", lambda: self._database.row(answer_rows.STAT), (0,) * 12
         )
-        answers, blocks, held, pinned, hits, saved = found
-        return AnswerStat(answers, blocks, held, self._limits.max_bytes, pinned, hits, saved)
+        return AnswerStat(*found[:3], self._limits.max_bytes, *found[3:])
 
     async def reach(self, cid: bytes) -> Reach:
         """How far a block, a root or a leaf, may go; nowhere if the CID is none of ours."""
@@ -161,15 +161,20 @@ class AnswerCache:
         engine: str | None = None,
         numerics: str | None = None,
         now: float,
+        age: float = 0.0,
         ttl: float | None = None,
         source: str = "",
         namespace: str = "",
         shared: bool = True,
+        seconds: float | None = None,
+        money: float | None = None,
     ) -> StoredAnswer | None:
         """Keep a whole answer for `ttl` seconds, and return it once it is written.
 
         None if it was not stored: a filtered answer, one that has no record, a `ttl` of nothing, a
-        fault. `source` is the peer that computed it; `shared`: may it leave this node?
+        fault. `age` (s): it was made that long ago; `source` is the peer that computed it;
+        `shared`: may it leave this node? `seconds` and `money` (US dollars) are what it took to
+        compute, and what each hit will save.
         """
         record = AnswerRecord(
             model=model, completion=completion, weights=weights, engine=engine, numerics=numerics
@@ -183,10 +188,15 @@ class AnswerCache:
             self._limits.default_ttl if ttl is None else ttl, self._limits.max_ttl
         )
         own = source in ("", self._peer)
-        new = NewRow(source or self._peer, own, 0, namespace, shared, now, expires_at)
+        new = NewRow(
+            source or self._peer, own, 0, namespace, shared, now - age, expires_at, seconds, money
+        )
         if not self._keep(key, record, blocks, new, now):
             return None
-        return StoredAnswer(Cid(blocks.cid), record, now, 0.0, expires_at, new.source, blocks.size)
+        cid = Cid(blocks.cid)
+        return StoredAnswer(
+            cid, record, now - age, age, expires_at, new.source, blocks.size, seconds, money
+        )
 
     async def adopt(
         self,
@@ -237,7 +247,7 @@ class AnswerCache:
         """One round: expiry, eviction, checkpoint. Never raises."""
         if not 0 <= now - self._noted_at < NOTED_EVERY:
             self._noted_at = now
-            await self._blocks.uses.write(now)
+            await self.uses.write(now)
         return await sweep(self._database, self._blocks, now=now, max_bytes=self._limits.max_bytes)
 
     async def run(self, *, interval: float = 1.0, clock: Callable[[], float] = time.time) -> None:
@@ -249,7 +259,7 @@ class AnswerCache:
         finally:
             with trio.move_on_after(1) as cleanup:
                 cleanup.shield = True
-                await self._blocks.uses.write(clock())
+                await self.uses.write(clock())
 
     # --- inside ---------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 #: "pmc1"; names the file's kind in its header.
 APPLICATION_ID = 0x706D6331
 #: Another version is not read but set aside: all of it can be computed again.
-VERSION = 2
+VERSION = 3
 
 TABLES = """
 -- IPFS blocks by their sha2-256, so that a block is found by its raw and its dag-cbor CID alike.
@@ -46,6 +46,8 @@ CREATE TABLE answer (
     shared INTEGER NOT NULL,           -- may leave this node
     tokens INTEGER NOT NULL,
     size INTEGER NOT NULL,
+    seconds REAL,                      -- that computing it took; NULL: not known
+    money REAL,                        -- that computing it cost, in US dollars; NULL: not known
     hits INTEGER NOT NULL DEFAULT 0,
     stored_at REAL NOT NULL,
     expires_at REAL NOT NULL,
@@ -54,14 +56,20 @@ CREATE TABLE answer (
 CREATE INDEX answer_by_digest ON answer (digest);
 CREATE INDEX answer_by_expiry ON answer (expires_at);
 
--- What all of them have together, so that nobody has to count them. Hits and the tokens that they
--- saved are those of all time.
+-- What all of them have together, so that nobody has to count them. How requests were answered, and
+-- what that saved, is of all time (`cache.uses`).
 CREATE TABLE total (
     blocks INTEGER NOT NULL DEFAULT 0,
     bytes INTEGER NOT NULL DEFAULT 0,
     answers INTEGER NOT NULL DEFAULT 0,
-    hits INTEGER NOT NULL DEFAULT 0,
-    tokens_saved INTEGER NOT NULL DEFAULT 0
+    hits_local INTEGER NOT NULL DEFAULT 0,
+    hits_mesh INTEGER NOT NULL DEFAULT 0,
+    coalesced INTEGER NOT NULL DEFAULT 0,
+    misses INTEGER NOT NULL DEFAULT 0,
+    bypassed INTEGER NOT NULL DEFAULT 0,
+    tokens_saved INTEGER NOT NULL DEFAULT 0,
+    seconds_saved REAL NOT NULL DEFAULT 0,
+    money_saved REAL NOT NULL DEFAULT 0
 );
 INSERT INTO total DEFAULT VALUES;
 CREATE TRIGGER block_added AFTER INSERT ON block BEGIN
@@ -72,10 +80,6 @@ CREATE TRIGGER block_deleted AFTER DELETE ON block BEGIN
 END;
 CREATE TRIGGER answer_added AFTER INSERT ON answer BEGIN
     UPDATE total SET answers = answers + 1;
-END;
-CREATE TRIGGER answer_hit AFTER UPDATE OF hits ON answer BEGIN
-    UPDATE total SET hits = hits + NEW.hits - OLD.hits,
-        tokens_saved = tokens_saved + (NEW.hits - OLD.hits) * NEW.tokens;
 END;
 CREATE TRIGGER answer_deleted AFTER DELETE ON answer BEGIN
     UPDATE total SET answers = answers - 1;

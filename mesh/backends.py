@@ -294,4 +294,5 @@ def _seen_from_here(origin: Origin, candidate: Candidate, policy: str, attempts:
         weights=origin.weights or offer.weights,
         engine=origin.engine or offer.engine,
         numerics=origin.numerics or offer.numerics,
+        price=offer.price,
     )

@@ -264,7 +264,7 @@ def _check_origin(origin: Origin) -> None:
         # They end in terminals and in HTTP headers.
         if name and (len(name) > MAX_NAME or not name.isprintable()):
             raise ValueError(f"not a name: {name:.40}")
-    _check_times((origin.age,))
+    _check_times((origin.age, origin.ttl))
 
 
 def _check_plain(value: Any) -> None:

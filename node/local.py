@@ -57,6 +57,7 @@ async def _ask(
     with open_parts(config, home, child_environment()) as parts:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(parts.providers.run)
+            nursery.start_soon(parts.answers.run)
             await _wait_for_models(parts.providers, config.deadlines.first_token)
             router = parts.router(config, nursery)
             async with router.open(request) as answering:

@@ -20,16 +20,20 @@ import trio
 from ..cache.answer_rows import StoredAnswer
 from ..cache.answers import AnswerCache
 from ..cache.keys import request_key
+from ..cache.uses import Kind
 from ..providers.base import (
     Answering,
     CacheControl,
     CacheOnlyMiss,
+    CacheStatus,
     Chunk,
     Completion,
     CompletionBuilder,
     DeadlineExceeded,
     GenerateRequest,
     Origin,
+    Price,
+    Usage,
 )
 from .flights import Flights
 
@@ -37,6 +41,14 @@ logger = logging.getLogger(__name__)
 
 Reuse = Literal["deterministic", "always", "never"]
 _BYPASS = CacheControl(mode="bypass")
+#: How an answer came, and what the statistics call that.
+_KINDS: dict[CacheStatus, Kind] = {
+    "hit-local": "hits_local",
+    "hit-mesh": "hits_mesh",
+    "coalesced": "coalesced",
+    "miss": "misses",
+    "bypass": "bypassed",
+}
 
 
 class Backends(Protocol):
@@ -112,9 +124,29 @@ class Router:
             else:
                 work = self._compute(key, request, local_only)
             async with work as answering:
+                if not local_only:  # a peer counts its own requests
+                    self._count(answering)
+                answering.key = key
                 yield answering
         if whole.cancelled_caught:
             raise DeadlineExceeded(f"there was no whole answer within {limit:g} s")
+
+    def _count(self, answering: Answering) -> None:
+        """Note how the request is answered, and what that saves."""
+        status = answering.origin.cache
+        replay = answering.chunks
+        if isinstance(replay, _Replay):
+            stored = replay.stored
+            self._answers.uses.count(
+                _KINDS[status],
+                tokens=stored.completion.usage.total_tokens,
+                seconds=stored.seconds,
+                money=stored.money,
+            )
+            return
+        self._answers.uses.count(_KINDS[status])
+        if status in ("hit-mesh", "coalesced"):  # somebody else's work, known at its end
+            answering.chunks = _Saving(self._answers, answering)
 
     def _may_reuse(self, request: GenerateRequest) -> bool:
         """May a stored answer be given, or an equal request's computation be shared?"""
@@ -136,6 +168,8 @@ class Router:
             yield stored
             return
         if request.cache.mode == "only":
+            if not local_only:
+                self._answers.uses.count("misses")
             raise CacheOnlyMiss("no stored answer to this request")
         # The work may outlive the first asker, so it must not end with that one's deadline.
         shared = msgspec.structs.replace(request, deadline=None)
@@ -155,17 +189,17 @@ class Router:
             key, now=now, max_age=request.cache.max_age, shared_only=local_only
         )
         if stored is not None:
-            return self._replay(stored, "hit-local", self._peer)
+            return self._replay(stored, "hit-local", self._peer, now)
         if local_only or request.cache.scope == "local" or request.privacy == "local":
             return None
         found = await self._shared.find(key, request)
         if found is None:
             return None
         stored, peer = found
-        return self._replay(stored, "hit-mesh", peer)
+        return self._replay(stored, "hit-mesh", peer, now)
 
     def _replay(
-        self, stored: StoredAnswer, status: Literal["hit-local", "hit-mesh"], peer: str
+        self, stored: StoredAnswer, status: CacheStatus, peer: str, now: float
     ) -> Answering:
         record = stored.record
         origin = Origin(
@@ -176,17 +210,19 @@ class Router:
             cache=status,
             cid=stored.cid_text,
             age=stored.age,
+            ttl=None if stored.expires_at is None else max(0.0, stored.expires_at - now),
             weights=record.weights,
             engine=record.engine,
             numerics=record.numerics,
         )
-        return Answering(origin, _Replay(stored.completion, stored.cid_text))
+        return Answering(origin, _Replay(stored))
 
     @asynccontextmanager
     async def _compute(
         self, key: bytes, request: GenerateRequest, local_only: bool
     ) -> AsyncIterator[Answering]:
-        left = trio.current_effective_deadline() - trio.current_time()
+        started = trio.current_time()
+        left = trio.current_effective_deadline() - started
         forwarded = msgspec.structs.replace(
             request,
             deadline=None if left == math.inf else max(left, 0.0),
@@ -196,17 +232,26 @@ class Router:
         async with self._backends.open(forwarded, local_only=local_only, key=key) as answering:
             answering.origin = _seen_from_here(answering.origin, request, self._peer)
             if request.cache.mode != "bypass":
-                answering.chunks = _Recording(self, key, request, answering)
+                answering.chunks = _Recording(self, key, request, answering, started)
             yield answering
 
     async def keep(
-        self, key: bytes, request: GenerateRequest, completion: Completion, origin: Origin
+        self,
+        key: bytes,
+        request: GenerateRequest,
+        completion: Completion,
+        origin: Origin,
+        seconds: float,
     ) -> str | None:
-        """Store a whole answer, tell the others, and return its CID; None if it may not be kept."""
+        """Store a whole answer, tell the others, and return its CID; None if it may not be kept.
+
+        `seconds`: how long it took to come.
+        """
         shared = request.cache.scope == "mesh" and request.privacy != "local"
         cut = completion.finish_reason == "length" and request.sampling.max_tokens is None
         if cut or completion.finish_reason == "content_filter":
             return None
+        computed = origin.cache == "miss"  # and not a peer's stored answer
         stored = await self._answers.store(
             key,
             completion,
@@ -215,10 +260,13 @@ class Router:
             engine=origin.engine,
             numerics=origin.numerics,
             now=time.time(),
-            ttl=request.cache.ttl,
+            age=origin.age or 0.0,
+            ttl=_least(request.cache.ttl, origin.ttl),
             source=origin.peer,
             namespace=request.cache.namespace,
             shared=shared,
+            seconds=seconds if computed else None,
+            money=_cost(origin.price, completion.usage) if computed else None,
         )
         if stored is None:
             return None
@@ -233,6 +281,20 @@ def _flight_key(key: bytes, request: GenerateRequest) -> bytes:
     return key + "\0".join(part or "" for part in who).encode()
 
 
+def _least(*seconds: float | None) -> float | None:
+    return min((s for s in seconds if s is not None), default=None)
+
+
+def _cost(price: Price | None, usage: Usage) -> float | None:
+    """US dollars; None where the price is not known, or is none that a peer may say."""
+    if price is None:
+        return None
+    cost = (
+        usage.prompt_tokens * price.prompt + usage.completion_tokens * price.completion
+    ) / 1_000_000
+    return cost if 0 <= cost < math.inf else None
+
+
 def _seen_from_here(origin: Origin, request: GenerateRequest, peer: str) -> Origin:
     """A peer's own stored answer is a hit of the mesh to this node."""
     if request.cache.mode == "bypass":
@@ -245,9 +307,9 @@ def _seen_from_here(origin: Origin, request: GenerateRequest, peer: str) -> Orig
 class _Replay:
     """A stored answer as a stream, at full speed."""
 
-    def __init__(self, completion: Completion, cid: str) -> None:
-        self._chunks = iter(completion.chunks())
-        self._cid = cid
+    def __init__(self, stored: StoredAnswer) -> None:
+        self.stored = stored
+        self._chunks = iter(stored.completion.chunks())
 
     def __aiter__(self) -> _Replay:
         return self
@@ -259,19 +321,44 @@ class _Replay:
         if chunk.finish_reason is None:
             return chunk
         usage = chunk.usage and msgspec.structs.replace(chunk.usage, cached=True)
-        return msgspec.structs.replace(chunk, usage=usage, cid=self._cid)
+        return msgspec.structs.replace(chunk, usage=usage, cid=self.stored.cid_text)
+
+
+class _Saving:
+    """Passes an answer on that others computed, and notes at its end what that saved."""
+
+    def __init__(self, answers: AnswerCache, answering: Answering) -> None:
+        self._answers = answers
+        self._price = answering.origin.price
+        self._chunks = aiter(answering.chunks)
+
+    def __aiter__(self) -> _Saving:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        chunk = await anext(self._chunks)
+        if chunk.usage is not None:
+            cost = _cost(self._price, chunk.usage)
+            self._answers.uses.saved(tokens=chunk.usage.total_tokens, money=cost)
+        return chunk
 
 
 class _Recording:
     """Passes an answer on, and stores it when it is whole: its last chunk gets the CID."""
 
     def __init__(
-        self, router: Router, key: bytes, request: GenerateRequest, answering: Answering
+        self,
+        router: Router,
+        key: bytes,
+        request: GenerateRequest,
+        answering: Answering,
+        started: float,
     ) -> None:
         self._router = router
         self._key = key
         self._request = request
         self._answering = answering
+        self._started = started
         self._chunks = aiter(answering.chunks)
         self._builder = CompletionBuilder()
 
@@ -284,7 +371,9 @@ class _Recording:
         if chunk.finish_reason is None:
             return chunk
         origin = chunk.origin or self._answering.origin
-        cid = await self._router.keep(self._key, self._request, self._builder.completion(), origin)
+        seconds = trio.current_time() - self._started
+        whole = self._builder.completion()
+        cid = await self._router.keep(self._key, self._request, whole, origin, seconds)
         if cid and chunk.cid and cid != chunk.cid:
             logger.warning("%s sent an answer that is not what its CID names", origin.peer)
         return msgspec.structs.replace(chunk, cid=cid)

@@ -187,6 +187,13 @@ class ToolCallDelta(Value, frozen=True, kw_only=True):
     arguments: str = ""
 
 
+class Price(Value, frozen=True, kw_only=True):
+    """What a provider charges, in US dollars for a million tokens."""
+
+    prompt: float = 0.0
+    completion: float = 0.0
+
+
 class Origin(Value, frozen=True, kw_only=True):
     """Who answers, and how it came to that."""
 
@@ -199,12 +206,15 @@ class Origin(Value, frozen=True, kw_only=True):
     attempts: int = 0
     #: The CID of the answer record, where it is known before the first chunk (a cache hit).
     cid: str | None = None
-    #: Seconds since a stored answer was made.
+    #: Seconds since a stored answer was made, and seconds until it expires.
     age: float | None = None
+    ttl: float | None = None
     #: What the answer record says of the engine, as in the `ModelOffer` that was used.
     weights: str | None = None
     engine: str | None = None
     numerics: str | None = None
+    #: What the offer charges for computing it, as the asking node knows it.
+    price: Price | None = None
 
 
 class Chunk(Value, frozen=True, kw_only=True):
@@ -310,13 +320,17 @@ class CompletionBuilder:
 
 
 class Answering:
-    """An answer under way. `origin` is known before the first chunk; `chunks` is read once."""
+    """An answer under way. `origin` is known before the first chunk; `chunks` is read once.
 
-    __slots__ = ("chunks", "origin")
+    `key` is the key of the question, where whoever answers knows it.
+    """
 
-    def __init__(self, origin: Origin, chunks: AsyncIterator[Chunk]) -> None:
+    __slots__ = ("chunks", "key", "origin")
+
+    def __init__(self, origin: Origin, chunks: AsyncIterator[Chunk], key: bytes = b"") -> None:
         self.origin = origin
         self.chunks = chunks
+        self.key = key
 
     async def completion(self) -> Completion:
         """Read to the end. Raises what the stream raises, or `StreamInterrupted`."""
@@ -327,13 +341,6 @@ class Answering:
 
 
 # --- the provider -------------------------------------------------------------------------------
-
-
-class Price(Value, frozen=True, kw_only=True):
-    """What a provider charges, in US dollars for a million tokens."""
-
-    prompt: float = 0.0
-    completion: float = 0.0
 
 
 class ModelOffer(Value, frozen=True, kw_only=True):

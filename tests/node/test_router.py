@@ -16,6 +16,7 @@ from promptmesh.cache.answer_rows import StoredAnswer
 from promptmesh.cache.answers import AnswerCache
 from promptmesh.cache.blocks import SqliteBlocks
 from promptmesh.cache.database import Database
+from promptmesh.cache.keys import request_key
 from promptmesh.node.router import Reuse, Router
 from promptmesh.providers.base import (
     Answering,
@@ -27,6 +28,7 @@ from promptmesh.providers.base import (
     GenerateRequest,
     Message,
     Origin,
+    Price,
     Sampling,
     StreamInterrupted,
     Text,
@@ -50,6 +52,7 @@ class Backends:
     """Answers with the prompt and a number that rises, from the peer given."""
 
     peer: str = HERE
+    origin: dict[str, Any] = field(default_factory=dict)
     finish: FinishReason | None = "stop"
     delay: float = 0
     asked: list[GenerateRequest] = field(default_factory=list)
@@ -61,7 +64,9 @@ class Backends:
     ) -> AsyncIterator[Answering]:
         self.asked.append(request)
         self.local_only.append(local_only)
-        origin = Origin(peer=self.peer, node="n", provider="p", model="m", attempts=1)
+        origin = Origin(
+            peer=self.peer, node="n", provider="p", model="m", attempts=1, **self.origin
+        )
         yield Answering(origin, self._chunks(request.messages[0].text, len(self.asked)))
 
     async def _chunks(self, prompt: str, number: int) -> AsyncIterator[Chunk]:
@@ -69,7 +74,8 @@ class Backends:
         await trio.sleep(self.delay)
         yield Chunk(text=str(number))
         if self.finish is not None:
-            yield Chunk(finish_reason=self.finish, usage=Usage(completion_tokens=2))
+            usage = Usage(prompt_tokens=5, completion_tokens=2)
+            yield Chunk(finish_reason=self.finish, usage=usage)
 
 
 @dataclass
@@ -204,7 +210,7 @@ async def test_a_hit_of_the_mesh_is_replayed_with_its_usage() -> None:
             chunks = [chunk async for chunk in answering.chunks]
         origin = answering.origin
         assert (origin.cache, origin.peer, origin.node) == ("hit-mesh", THERE, "there")
-        assert chunks[-1].usage == Usage(completion_tokens=2, cached=True)
+        assert chunks[-1].usage == Usage(prompt_tokens=5, completion_tokens=2, cached=True)
         assert chunks[-1].cid == row.cid.text
         assert s.backends.asked == []
 
@@ -282,3 +288,95 @@ async def test_a_fault_of_the_cache_is_a_miss() -> None:
     async with setup() as s:
         s.answers._database.close()
         assert await ask(s, asking()) == ("hi 1", "miss", None)
+
+
+# --- what is counted, and what a hit saves --------------------------------------------------------
+
+
+async def counted(s: Setup) -> dict[str, float]:
+    """What the statistics say, without zeros."""
+    stat = await s.answers.stat(now=time.time())
+    names = ("hits_local", "hits_mesh", "coalesced", "misses", "bypassed")
+    saved = ("tokens_saved", "seconds_saved", "money_saved")
+    return {name: getattr(stat, name) for name in (*names, *saved) if getattr(stat, name)}
+
+
+async def test_a_hit_saves_what_computing_took(autojump_clock: trio.testing.MockClock) -> None:
+    price = Price(prompt=2.0, completion=10.0)  # dollars for a million tokens
+    async with setup(Backends(delay=3, origin={"price": price})) as s:
+        await ask(s, asking())
+        assert await counted(s) == {"misses": 1}
+        for _ in range(2):
+            await ask(s, asking())
+        assert await counted(s) == {
+            "misses": 1,
+            "hits_local": 2,
+            "tokens_saved": 14,
+            "seconds_saved": pytest.approx(6),
+            "money_saved": pytest.approx(2 * 30 / 1e6),
+        }
+
+
+async def test_who_shares_a_computation_saves_its_tokens(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with setup(Backends(delay=3, origin={"price": Price(completion=10.0)})) as s:
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(ask, s, asking())
+        assert await counted(s) == {
+            "misses": 1,
+            "coalesced": 2,
+            "tokens_saved": 14,
+            "money_saved": pytest.approx(2 * 20 / 1e6),
+        }
+
+
+async def test_what_a_peer_had_stored_is_a_hit_of_the_mesh() -> None:
+    there = {"cache": "hit-local", "age": 100.0, "ttl": 50.0, "price": Price(completion=1.0)}
+    async with setup(Backends(peer=THERE, origin=there)) as s:
+        assert (await ask(s, asking()))[1] == "hit-mesh"
+        first = await counted(s)
+        assert (first["hits_mesh"], first["tokens_saved"]) == (1, 7)
+        # It is as old as it was there, it ends with it, and what it took is not known.
+        found = (await s.answers.listing(now=time.time()))[0]
+        assert time.time() - found.stored_at == pytest.approx(100, abs=10)
+        assert found.expires_at - time.time() == pytest.approx(50, abs=10)
+        assert (found.seconds, found.money) == (None, None)
+        assert (await ask(s, asking(cache=CacheControl(max_age=90))))[1] == "hit-mesh"
+        assert (await ask(s, asking(cache=CacheControl(max_age=200))))[1] == "hit-local"
+        assert len(s.backends.asked) == 2
+
+
+async def test_an_answer_found_in_the_mesh_counts_once() -> None:
+    async with setup() as there:
+        await ask(there, asking())
+        known = await there.answers.lookup(request_key(asking()), now=time.time())
+        assert known is not None
+        async with setup() as s:
+            s.shared.knows = (known, THERE)
+            await ask(s, asking())
+            count = await counted(s)
+    assert (count["hits_mesh"], count["tokens_saved"]) == (1, 7)
+    assert "misses" not in count
+
+
+async def test_each_kind_is_counted_and_a_peers_requests_are_not() -> None:
+    async with setup() as s:
+        await ask(s, asking(cache=CacheControl(mode="bypass")))
+        await ask(s, asking(cache=CacheControl(mode="refresh")))
+        await ask(s, asking(temperature=1.0))
+        with pytest.raises(CacheOnlyMiss):
+            await ask(s, asking("other", cache=CacheControl(mode="only")))
+        assert await counted(s) == {"bypassed": 1, "misses": 3}
+        await ask(s, asking("a peer's"), local_only=True)
+        await ask(s, asking("a peer's"), local_only=True)
+        assert await counted(s) == {"bypassed": 1, "misses": 3}
+
+
+@pytest.mark.parametrize("price", [-1.0, float("nan"), float("inf")])
+async def test_a_price_that_is_none_counts_as_nothing(price: float) -> None:
+    async with setup(Backends(origin={"price": Price(completion=price)})) as s:
+        await ask(s, asking())
+        await ask(s, asking())
+        assert "money_saved" not in await counted(s)
