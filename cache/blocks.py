@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from . import pins
 from .cid import cid_of, cid_text, split, verify
 from .database import Database
 from .uses import SAME_USE, Uses
@@ -24,12 +25,6 @@ logger = logging.getLogger(__name__)
 
 #: Bytes of the largest block that is taken, the same as in Kubo and bitswap.
 MAX_BLOCK = 2 * 1024 * 1024
-#: A leaf is pinned while one of its roots is, not counting the first parameter.
-_PIN_LEAVES = """
-    UPDATE block SET pinned = EXISTS (
-        SELECT 1 FROM link JOIN block AS root ON root.digest = link.root
-        WHERE link.leaf = block.digest AND root.pinned AND root.digest IS NOT ?)
-    WHERE digest IN (SELECT leaf FROM link WHERE root = ?)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,11 +138,16 @@ class SqliteBlocks:
 
         def pin() -> bool:
             with self._database.transaction() as connection:
-                found = connection.execute(
-                    "UPDATE block SET pinned = ? WHERE digest = ?", (pinned, digest)
-                ).rowcount
-                connection.execute(_PIN_LEAVES, (None, digest))
-            return found > 0
+                if not pinned:
+                    pins.erase(connection, digest)
+                found = connection.execute("SELECT 1 FROM block WHERE digest = ?", (digest,))
+                if found.fetchone() is None:
+                    return False
+                if pinned:
+                    leaves = connection.execute("SELECT leaf FROM link WHERE root = ?", (digest,))
+                    below = [leaf for (leaf,) in leaves]
+                    pins.write(connection, cid, recursive=True, below=below)
+                return True
 
         return self._database.attempt("pinning a block", pin, False)
 
@@ -194,7 +194,8 @@ class SqliteBlocks:
     def drop(self, digests: Sequence[bytes]) -> int:
         """Delete blocks, pinned or not, with what needs them; how many of these there were."""
         with self._database.transaction() as connection:
-            connection.executemany(_PIN_LEAVES, [(digest, digest) for digest in digests])
+            # Before the blocks: what is kept for the sake of one must not outlast it.
+            connection.executemany("DELETE FROM pin WHERE digest = ?", [(d,) for d in digests])
             return connection.executemany(
                 "DELETE FROM block WHERE digest = ?", [(digest,) for digest in digests]
             ).rowcount

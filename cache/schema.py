@@ -10,7 +10,7 @@ from __future__ import annotations
 #: "pmc1"; names the file's kind in its header.
 APPLICATION_ID = 0x706D6331
 #: Another version is not read but set aside: all of it can be computed again.
-VERSION = 3
+VERSION = 4
 
 TABLES = """
 -- IPFS blocks by their sha2-256, so that a block is found by its raw and its dag-cbor CID alike.
@@ -19,7 +19,7 @@ CREATE TABLE block (
     digest BLOB NOT NULL UNIQUE,
     size INTEGER NOT NULL,
     used_at INTEGER NOT NULL,          -- s; what was used longest ago is evicted first
-    pinned INTEGER NOT NULL DEFAULT 0,
+    pinned INTEGER NOT NULL DEFAULT 0, -- set from `pin` and `pinned_below`
     put INTEGER NOT NULL DEFAULT 0,    -- by a program, which may have it given to others
     data BLOB NOT NULL
 );
@@ -32,6 +32,35 @@ CREATE TABLE link (
     PRIMARY KEY (root, leaf)
 ) WITHOUT ROWID;
 CREATE INDEX link_by_leaf ON link (leaf);
+
+-- What is pinned: under which CID, and with all that is below it or alone.
+CREATE TABLE pin (
+    digest BLOB PRIMARY KEY REFERENCES block (digest) ON DELETE CASCADE,
+    cid BLOB NOT NULL,
+    recursive INTEGER NOT NULL
+) WITHOUT ROWID;
+-- The blocks that are kept for the sake of a pin.
+CREATE TABLE pinned_below (
+    root BLOB NOT NULL REFERENCES pin (digest) ON DELETE CASCADE,
+    leaf BLOB NOT NULL REFERENCES block (digest) ON DELETE CASCADE,
+    PRIMARY KEY (root, leaf)
+) WITHOUT ROWID;
+CREATE INDEX pinned_below_by_leaf ON pinned_below (leaf);
+CREATE TRIGGER pin_added AFTER INSERT ON pin BEGIN
+    UPDATE block SET pinned = 1 WHERE digest = NEW.digest;
+END;
+CREATE TRIGGER pinned_below_added AFTER INSERT ON pinned_below BEGIN
+    UPDATE block SET pinned = 1 WHERE digest = NEW.leaf;
+END;
+CREATE TRIGGER pin_deleted AFTER DELETE ON pin BEGIN
+    UPDATE block SET pinned = 0 WHERE digest = OLD.digest
+        AND NOT EXISTS (SELECT 1 FROM pinned_below WHERE leaf = OLD.digest);
+END;
+CREATE TRIGGER pinned_below_deleted AFTER DELETE ON pinned_below BEGIN
+    UPDATE block SET pinned = 0 WHERE digest = OLD.leaf
+        AND NOT EXISTS (SELECT 1 FROM pin WHERE digest = OLD.leaf)
+        AND NOT EXISTS (SELECT 1 FROM pinned_below WHERE leaf = OLD.leaf);
+END;
 
 -- Which answers there are to a key.
 CREATE TABLE answer (
