@@ -24,6 +24,7 @@ from .answer_rows import AnswerStat, NewRow, Reach, Row, StoredAnswer
 from .blocks import SqliteBlocks
 from .cid import Cid, cid_of, split, verify
 from .database import Database
+from .recent import Recent
 from .record_bounds import RecordError
 from .records import AnswerRecord, Blocks, decode, encode
 from .upkeep import Swept, sweep
@@ -62,6 +63,7 @@ class AnswerCache:
         self.uses = blocks.uses
         self._peer = peer
         self._limits = limits or Limits()
+        self._recent = Recent()
         self._noted_at = 0.0
 
     # --- reading --------------------------------------------------------------------------------
@@ -83,13 +85,24 @@ class AnswerCache:
         after = float("-inf") if max_age is None else now - max_age
 
         def lookup() -> StoredAnswer | None:
+            stamp = self._database.stamp()
+            recent = self._recent.get((key, weights, shared_only), stamp, now=now, after=after)
+            if recent is not None:
+                digest = split(recent.cid.raw)[1]
+                self.uses.block(digest)
+                self.uses.hit(key, digest)
+                return recent
             sql, wanted = answer_rows.LOOKUP, (key, now, after, weights, shared_only)
             for digest, stored_at, *known in self._database.rows(sql, wanted):
                 record = self._record(digest, used=True)
                 if record is not None:
                     self.uses.hit(key, digest)
                     age = max(0.0, now - stored_at)
-                    return StoredAnswer(Cid(cid_of(digest)), record, stored_at, age, *known)
+                    cid = Cid(cid_of(digest))
+                    stored = StoredAnswer(cid, record, stored_at, age, *known)
+                    if max_age is None:
+                        self._recent.put((key, weights, shared_only), stored, stamp)
+                    return stored
             return None
 
         return self._database.attempt("lookup", lookup, None)

@@ -7,6 +7,7 @@ writes what people see.
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import hmac
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ def verify(cid: bytes, block: bytes) -> bool:
 def cid_text(cid: bytes, base: str = "base32") -> str:
     """The CID as people write it, in any multibase. Raises `ValueError` for an unknown base."""
     if base == "base32":
-        return "b" + base64.b32encode(cid).decode().lower().rstrip("=")
+        return _base32(cid)
     from multiformats import multibase  # 70 ms to import, and seldom needed
 
     if base == "identity":
@@ -78,6 +79,11 @@ def cid_text(cid: bytes, base: str = "base32") -> str:
         return multibase.encode(cid, base)
     except Exception as error:  # the caller of this sees it, as one kind
         raise ValueError(f"no multibase we know is named {base!r}") from error
+
+
+@functools.lru_cache(maxsize=4096)  # 5 us, and an answer is named again and again
+def _base32(cid: bytes) -> str:
+    return "b" + base64.b32encode(cid).decode().lower().rstrip("=")
 
 
 def parse_cid(text: str) -> bytes:

@@ -26,6 +26,8 @@ from .schema import APPLICATION_ID, TABLES, VERSION
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+#: Equal as long as nothing has changed.
+Stamp = tuple[int, int, int]
 
 PAGE_SIZE = 8192
 #: Seconds that a commit waits for another process (a `promptmesh cache` command) to finish its own.
@@ -73,6 +75,11 @@ class Database:
     def row(self, sql: str, parameters: tuple[Any, ...] = ()) -> Any:
         """The first row, or None. Raises `sqlite3.Error`."""
         return self._connection.execute(sql, parameters).fetchone()
+
+    def stamp(self) -> Stamp:
+        """Another one after each change to the file, by whomever. Raises `sqlite3.Error`."""
+        (others,) = self._connection.execute("PRAGMA data_version").fetchone()
+        return self.generation, self._connection.total_changes, others
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:

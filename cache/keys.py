@@ -169,7 +169,7 @@ def _request(request: GenerateRequest) -> dict[str, Any]:
     plain: dict[str, Any] = {"v": VERSION, "kind": "llm-request"}
     for name, default in _REQUEST:
         value = getattr(request, name)
-        if value != default:
+        if value is not default and value != default:
             plain[name] = _plain(value)
     extra = {name: value for name, value in request.extra.items() if name not in TRANSPORT}
     if extra:
@@ -193,11 +193,11 @@ def _plain(value: Any) -> Any:
         }
     fields = _FIELDS.get(kind)
     if fields is not None:
-        plain = {
-            name: _plain(item)
-            for name, default in fields
-            if (item := getattr(value, name)) != default
-        }
+        plain = {}
+        for name, default in fields:
+            item = getattr(value, name)
+            if item is not default and item != default:
+                plain[name] = item if type(item) is str else _plain(item)
         tag = _TAGS.get(kind)
         if tag is not None:
             plain["type"] = tag

@@ -199,7 +199,9 @@ class Connection:
                 self._pipe = _SocketPipe(stream)
         self._reader = RequestReader(server.limits, host)
         self._nursery: trio.Nursery
-        #: Holds the deadline of what is being waited for from the client.
+        #: Until when what is being waited for from the client may take.
+        self._until = math.inf
+        #: Ends the reading by then or earlier: moving its deadline costs more than to look again.
         self._reading = trio.CancelScope()
         self._phase = ""
         self._answering = False
@@ -217,12 +219,10 @@ class Connection:
             self._nursery = nursery
             self._wait_for_client()
             while not self._gone:
-                with trio.CancelScope(deadline=self._reading.deadline) as self._reading:
+                with trio.CancelScope(deadline=self._until) as self._reading:
                     await self._read_to_end()
                     self.leave()
-                # An answer under way has no deadline here: then the last byte of its request and
-                # the deadline came at the same moment.
-                if self._reading.cancelled_caught and not self._answering:
+                if self._reading.cancelled_caught and self._until <= trio.current_time():
                     await self._expire()
 
     def stop(self) -> None:
@@ -255,7 +255,7 @@ class Connection:
             if request is not None:
                 self._answering = True
                 self._phase = ""
-                self._reading.deadline = math.inf
+                self._until = math.inf
                 self._nursery.start_soon(self._answer, request, name="http answer")
 
     def _read_on(self) -> None:
@@ -268,6 +268,7 @@ class Connection:
         try:
             request = self._reader.next_request()
             while request is None and self._reader.take_expectation():
+                self._reading.deadline = self._until  # this may not be broken off any earlier
                 await self.send(CONTINUE)
                 # More may have come meanwhile, and nobody but us would look at it.
                 request = self._reader.next_request()
@@ -286,7 +287,12 @@ class Connection:
         if phase != self._phase:
             self._phase = phase
             seconds: float = getattr(self._limits, f"{phase}_timeout")
-            self._reading.deadline = trio.current_time() + seconds
+            self._wait_until(trio.current_time() + seconds)
+
+    def _wait_until(self, deadline: float) -> None:
+        self._until = deadline
+        if deadline < self._reading.deadline:
+            self._reading.deadline = deadline
 
     async def _expire(self) -> None:
         if self._finished or self._phase == "idle":
@@ -344,7 +350,7 @@ class Connection:
             return
         self._finished = True
         self._answering = False
-        self._reading.deadline = trio.current_time() + self._limits.linger_timeout
+        self._wait_until(trio.current_time() + self._limits.linger_timeout)
         self._read_on()
         try:
             await self._stream.send_eof()

@@ -7,6 +7,7 @@ some things through that other servers read differently (request smuggling).
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import re
 from collections.abc import Sequence
@@ -245,22 +246,26 @@ def answer_head(
     """
     if not 200 <= status <= 599:
         raise ValueError(f"not the status of an answer: {status}")
-    lines = [_STATUS_LINES.get(status) or f"HTTP/1.1 {status} \r\n"]
+    head = _STATUS_LINES.get(status) or f"HTTP/1.1 {status} \r\n"
+    values = ""
     if content_type:
-        lines.append(_field_line("content-type", content_type))
+        values = content_type
+        head += f"content-type: {content_type}\r\n"
     for name, value in headers:
-        if not _FIELD_NAME.fullmatch(name) or name.lower() in _FRAMING:
+        if not _may_be_set(name):
             raise ValueError(f"not a header field for a handler to set: {name!r}")
-        lines.append(_field_line(name, value))
-    lines.append(framing)
-    lines.append("\r\n")
-    return "".join(lines).encode()
+        values += value
+        head += f"{name}: {value}\r\n"
+    if _UNSAFE_VALUE.search(values):
+        for name, value in (("content-type", content_type), *headers):
+            if _UNSAFE_VALUE.search(value):
+                raise ValueError(f"the header {name} would hold a control character")
+    return f"{head}{framing}\r\n".encode()
 
 
-def _field_line(name: str, value: str) -> str:
-    if _UNSAFE_VALUE.search(value):
-        raise ValueError(f"the header {name} would hold a control character")
-    return f"{name}: {value}\r\n"
+@functools.lru_cache(maxsize=256)  # they are always the same few
+def _may_be_set(name: str) -> bool:
+    return _FIELD_NAME.fullmatch(name) is not None and name.lower() not in _FRAMING
 
 
 def error_body(status: int, message: str) -> bytes:

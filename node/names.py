@@ -40,12 +40,12 @@ class Names:
         `ModelNotFound` for `auto` where there is no model at all.
         """
         name = request.model
-        sources = list(self._sources())
         if name == AUTO:
-            return msgspec.structs.replace(request, model=self._best(sources, request))
-        if any(source.offer.id == name for source in sources):
+            model = self._best(list(self._sources()), request)
+            return msgspec.structs.replace(request, model=model)
+        if any(source.offer.id == name for source in self._sources()):
             return request
-        for source in sources:
+        for source in self._sources():
             for pinned in _spellings(source):
                 if pinned.name == name:
                     return msgspec.structs.replace(

@@ -9,6 +9,14 @@ import msgspec
 from ..providers.base import Chunk, Completion, Origin, ToolCallDelta, Usage
 
 _encode = msgspec.json.Encoder().encode
+#: Field of the `promptmesh` object -> the header that says the same.
+_HEADERS = tuple(
+    (name, "x-promptmesh-" + name.replace("_", "-"))
+    for name in (
+        *("request_id", "peer", "node", "provider", "model"),
+        *("cache", "cid", "attempts", "policy"),
+    )
+)
 
 
 def origin_fields(origin: Origin, request_id: str, cid: str | None) -> dict[str, Any]:
@@ -33,21 +41,10 @@ def origin_headers(
 ) -> list[tuple[str, str]]:
     """The `x-promptmesh-*` headers of an answer."""
     fields = origin_fields(origin, request_id, cid or origin.cid)
-    names = (
-        "request_id",
-        "peer",
-        "node",
-        "provider",
-        "model",
-        "cache",
-        "cid",
-        "attempts",
-        "policy",
-    )
     headers = [
-        (f"x-promptmesh-{name.replace('_', '-')}", _header_value(str(fields[name])))
-        for name in names
-        if fields.get(name) not in (None, "")
+        (header, _header_value(str(value)))
+        for name, header in _HEADERS
+        if (value := fields.get(name)) not in (None, "")
     ]
     if origin.age is not None:
         headers.append(("age", str(int(origin.age))))
@@ -56,6 +53,8 @@ def origin_headers(
 
 def _header_value(text: str) -> str:
     """Header-safe: a model or node may be named in any script."""
+    if text.isascii() and text.isprintable():
+        return text
     return text.encode("ascii", "backslashreplace").decode().replace("\r", "").replace("\n", "")
 
 

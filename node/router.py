@@ -113,23 +113,31 @@ class Router:
         With `local_only` (a peer asks) only this node's cache and own providers are used: a request
         makes one hop, and there are no loops.
         """
+        request = self._names.resolve(request)
+        key = request_key(request)
+        reusing = self._may_reuse(request)
+        stored = await self._stored(key, request, local_only) if reusing else None
+        if stored is not None:
+            yield self._noted(stored, key, local_only)
+            return
         limit = self._deadline if request.deadline is None else request.deadline
         with trio.move_on_after(limit) as whole:
-            request = self._names.resolve(request)
-            key = request_key(request)
-            if self._may_reuse(request):
+            if reusing:
                 work = self._reuse_or_compute(key, request, local_only)
             elif request.cache.mode == "only":
                 raise CacheOnlyMiss("this node reuses no answers (cache.reuse is `never`)")
             else:
                 work = self._compute(key, request, local_only)
             async with work as answering:
-                if not local_only:  # a peer counts its own requests
-                    self._count(answering)
-                answering.key = key
-                yield answering
+                yield self._noted(answering, key, local_only)
         if whole.cancelled_caught:
             raise DeadlineExceeded(f"there was no whole answer within {limit:g} s")
+
+    def _noted(self, answering: Answering, key: bytes, local_only: bool) -> Answering:
+        if not local_only:  # a peer counts its own requests
+            self._count(answering)
+        answering.key = key
+        return answering
 
     def _count(self, answering: Answering) -> None:
         """Note how the request is answered, and what that saves."""
@@ -163,9 +171,9 @@ class Router:
     async def _reuse_or_compute(
         self, key: bytes, request: GenerateRequest, local_only: bool
     ) -> AsyncIterator[Answering]:
-        stored = await self._stored(key, request, local_only)
-        if stored is not None:
-            yield stored
+        found = await self._found(key, request, local_only)
+        if found is not None:
+            yield found
             return
         if request.cache.mode == "only":
             if not local_only:
@@ -184,19 +192,24 @@ class Router:
     async def _stored(
         self, key: bytes, request: GenerateRequest, local_only: bool
     ) -> Answering | None:
+        """An answer that is here: it takes no time worth a limit."""
         now = time.time()
         stored = await self._answers.lookup(
             key, now=now, max_age=request.cache.max_age, shared_only=local_only
         )
-        if stored is not None:
-            return self._replay(stored, "hit-local", self._peer, now)
+        return None if stored is None else self._replay(stored, "hit-local", self._peer, now)
+
+    async def _found(
+        self, key: bytes, request: GenerateRequest, local_only: bool
+    ) -> Answering | None:
+        """An answer that a peer has."""
         if local_only or request.cache.scope == "local" or request.privacy == "local":
             return None
         found = await self._shared.find(key, request)
         if found is None:
             return None
         stored, peer = found
-        return self._replay(stored, "hit-mesh", peer, now)
+        return self._replay(stored, "hit-mesh", peer, time.time())
 
     def _replay(
         self, stored: StoredAnswer, status: CacheStatus, peer: str, now: float
