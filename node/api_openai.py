@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from ..providers.base import Answering, Chunk, CompletionBuilder, GenerateError
+from ..providers.base import Answering, GenerateError
 from .api_errors import error_body, error_event, error_headers, status_of
 from .http_server import Request, Responder
 from .names import Names
@@ -84,12 +84,7 @@ async def send_error(responder: Responder, error: GenerateError, request_id: str
 
 
 async def _send_whole(responder: Responder, call: ChatCall, answering: Answering) -> None:
-    builder = CompletionBuilder()
-    closing = Chunk()
-    async for chunk in answering.chunks:
-        builder.add(chunk)
-        closing = chunk
-    completion = builder.completion()
+    completion, closing = await answering.whole()
     origin = closing.origin or answering.origin
     request_id = call.request.id
     await responder.send(

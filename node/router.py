@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Literal, Protocol
 
@@ -142,9 +142,8 @@ class Router:
     def _count(self, answering: Answering) -> None:
         """Note how the request is answered, and what that saves."""
         status = answering.origin.cache
-        replay = answering.chunks
-        if isinstance(replay, _Replay):
-            stored = replay.stored
+        if isinstance(answering, _Replayed):
+            stored = answering.stored
             self._answers.uses.count(
                 _KINDS[status],
                 tokens=stored.completion.usage.total_tokens,
@@ -228,7 +227,7 @@ class Router:
             engine=record.engine,
             numerics=record.numerics,
         )
-        return Answering(origin, _Replay(stored))
+        return _Replayed(origin, stored)
 
     @asynccontextmanager
     async def _compute(
@@ -317,24 +316,47 @@ def _seen_from_here(origin: Origin, request: GenerateRequest, peer: str) -> Orig
     return origin
 
 
-class _Replay:
-    """A stored answer as a stream, at full speed."""
+class _Replayed(Answering):
+    """A stored answer, whole or as a stream, at full speed."""
 
-    def __init__(self, stored: StoredAnswer) -> None:
+    __slots__ = ("_completion", "stored")
+
+    def __init__(self, origin: Origin, stored: StoredAnswer) -> None:
+        usage = msgspec.structs.replace(stored.completion.usage, cached=True)
         self.stored = stored
-        self._chunks = iter(stored.completion.chunks())
+        self._completion = msgspec.structs.replace(stored.completion, usage=usage)
+        super().__init__(origin, _Ready(self._stream()))
 
-    def __aiter__(self) -> _Replay:
+    async def whole(self) -> tuple[Completion, Chunk]:
+        return self._completion, self._closing()
+
+    def _closing(self) -> Chunk:
+        completion = self._completion
+        return Chunk(
+            finish_reason=completion.finish_reason,
+            usage=completion.usage,
+            cid=self.stored.cid_text,
+        )
+
+    def _stream(self) -> Iterator[Chunk]:
+        for chunk in self._completion.chunks():
+            yield chunk if chunk.finish_reason is None else self._closing()
+
+
+class _Ready:
+    """Chunks that need not be waited for."""
+
+    def __init__(self, chunks: Iterator[Chunk]) -> None:
+        self._chunks = chunks
+
+    def __aiter__(self) -> _Ready:
         return self
 
     async def __anext__(self) -> Chunk:
         chunk = next(self._chunks, None)
         if chunk is None:
             raise StopAsyncIteration
-        if chunk.finish_reason is None:
-            return chunk
-        usage = chunk.usage and msgspec.structs.replace(chunk.usage, cached=True)
-        return msgspec.structs.replace(chunk, usage=usage, cid=self.stored.cid_text)
+        return chunk
 
 
 class _Saving:

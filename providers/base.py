@@ -334,10 +334,16 @@ class Answering:
 
     async def completion(self) -> Completion:
         """Read to the end. Raises what the stream raises, or `StreamInterrupted`."""
-        builder = CompletionBuilder()
+        completion, _ = await self.whole()
+        return completion
+
+    async def whole(self) -> tuple[Completion, Chunk]:
+        """Read to the end: the answer, and its last chunk. Raises as `completion`."""
+        builder, closing = CompletionBuilder(), Chunk()
         async for chunk in self.chunks:
             builder.add(chunk)
-        return builder.completion()
+            closing = chunk
+        return builder.completion(), closing
 
 
 # --- the provider -------------------------------------------------------------------------------
