@@ -90,6 +90,7 @@ class AnswerStat:
     blocks: int
     bytes: int
     max_bytes: int
+    #: Answers that are pinned.
     pinned: int
     hits_local: int
     hits_mesh: int
@@ -129,16 +130,34 @@ _ROW = """
     SELECT a.key, a.digest, a.model, a.weights, a.source, a.own, a.claimed, a.namespace, a.shared,
         a.tokens, a.size, a.seconds, a.money, a.hits, a.stored_at, a.expires_at, b.used_at, b.pinned
     FROM block AS b JOIN answer AS a ON a.digest = b.digest"""
-#: (now, limit) -> the pinned, then the others that hold, the last used first.
+#: (now, limit, model or None, namespace or None) -> the pinned, then the others that hold, the last
+#: used first.
 LISTING = f"""{_ROW}
-    WHERE a.expires_at > ? OR b.pinned ORDER BY b.pinned DESC, b.used_at DESC LIMIT ?"""
+    WHERE (a.expires_at > ?1 OR b.pinned) AND (?3 IS NULL OR a.model = ?3)
+        AND (?4 IS NULL OR a.namespace = ?4)
+    ORDER BY b.pinned DESC, b.used_at DESC LIMIT ?2"""
+#: (now, digest, limit) -> the other answers to the questions that it answers, best first.
+ALTERNATIVES = f"""{_ROW}
+    WHERE (a.expires_at > ?1 OR b.pinned) AND a.digest != ?2
+        AND a.key IN (SELECT key FROM answer WHERE digest = ?2)
+    ORDER BY a.own DESC, a.claimed DESC, a.stored_at DESC LIMIT ?3"""
 #: (key, digest) -> one row.
 ONE = f"{_ROW} WHERE a.key = ? AND a.digest = ?"
 
 STAT = """
-    SELECT answers, blocks, bytes, (SELECT count(*) FROM block WHERE pinned = 1), hits_local,
-        hits_mesh, coalesced, misses, bypassed, tokens_saved, seconds_saved, money_saved
+    SELECT answers, blocks, bytes, (
+            SELECT count(*) FROM block AS b
+            WHERE pinned = 1 AND EXISTS (SELECT 1 FROM answer WHERE digest = b.digest)),
+        hits_local, hits_mesh, coalesced, misses, bypassed, tokens_saved, seconds_saved, money_saved
     FROM total"""
+
+#: (least digest, greatest) -> two of the answers between.
+BETWEEN = "SELECT DISTINCT digest FROM answer WHERE digest BETWEEN ? AND ? LIMIT 2"
+#: (key, digest, limit) -> the next rows after that one, for going through all of them.
+AFTER = """
+    SELECT a.key, a.digest, a.model, a.namespace, b.pinned
+    FROM answer AS a JOIN block AS b ON b.digest = a.digest
+    WHERE (a.key, a.digest) > (?, ?) ORDER BY a.key, a.digest LIMIT ?"""
 
 #: (now, limit) -> rows that expired; pinned answers do not.
 EXPIRED = """

@@ -22,12 +22,12 @@ from ..providers.base import Completion
 from . import answer_rows
 from .answer_rows import AnswerStat, NewRow, Reach, Row, StoredAnswer
 from .blocks import SqliteBlocks
-from .cid import Cid, cid_of, split, verify
+from .cid import Cid, cid_of, digests_from, split, verify
 from .database import Database
 from .recent import Recent
 from .record_bounds import RecordError
 from .records import AnswerRecord, Blocks, decode, encode
-from .upkeep import Swept, sweep
+from .upkeep import Purged, Swept, purge, sweep
 
 logger = logging.getLogger(__name__)
 
@@ -134,13 +134,37 @@ class AnswerCache:
         )
         return answer_rows.row(found) if found else None
 
-    async def listing(self, limit: int = 100, *, now: float) -> list[Row]:
-        """The pinned ones, then the others, the last used first."""
+    async def listing(
+        self,
+        limit: int = 100,
+        *,
+        now: float,
+        model: str | None = None,
+        namespace: str | None = None,
+    ) -> list[Row]:
+        """The pinned ones, then the others, the last used first; of a model or namespace only."""
         await self.uses.write(now)
+        return self._listed(answer_rows.LISTING, (now, limit, model, namespace))
+
+    async def alternatives(self, cid: bytes, *, now: float) -> list[Row]:
+        """The other answers to the questions that this one answers, the best first."""
+        wanted = (now, split(cid)[1], answer_rows.MAX_ALTERNATIVES)
+        return self._listed(answer_rows.ALTERNATIVES, wanted)
+
+    def _listed(self, sql: str, parameters: tuple[Any, ...]) -> list[Row]:
         found: list[Any] = self._database.attempt(
-            "listing", lambda: self._database.rows(answer_rows.LISTING, (now, limit)), []
+            "listing", lambda: self._database.rows(sql, parameters), []
         )
         return [answer_rows.row(values) for values in found]
+
+    async def beginning(self, start: str) -> list[Cid]:
+        """The answers whose CIDs begin with that text, two at most. Raises `ValueError` if none
+        could."""
+        between = digests_from(start)
+        found: list[Any] = self._database.attempt(
+            "looking for a CID", lambda: self._database.rows(answer_rows.BETWEEN, between), []
+        )
+        return [Cid(cid_of(digest)) for (digest,) in found]
 
     async def stat(self, *, now: float) -> AnswerStat:
         """What is held and what it saved."""
@@ -253,6 +277,13 @@ class AnswerCache:
     async def remove(self, cid: bytes) -> bool:
         """Forget it, pinned or not, for every key. Was it there?"""
         return await self._blocks.delete(cid)
+
+    async def purge(self, *, model: str | None = None, namespace: str | None = None) -> Purged:
+        """Forget the answers of a model, of a namespace, or of a model in a namespace.
+
+        What is pinned stays: whoever pinned it asked for just that.
+        """
+        return await purge(self._database, model=model, namespace=namespace)
 
     # --- upkeep ---------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ import base64
 import functools
 import hashlib
 import hmac
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,6 +28,8 @@ DIGEST_SIZE = 32
 #: Longest text that is looked at; a CID in base2 is 289 characters.
 MAX_TEXT = 300
 
+#: Characters of the usual text of a CID.
+_TEXT = 59
 _CODECS = {prefix: codec for codec, prefix in PREFIX.items()}
 
 
@@ -84,6 +87,28 @@ def cid_text(cid: bytes, base: str = "base32") -> str:
 @functools.lru_cache(maxsize=4096)  # 5 us, and an answer is named again and again
 def _base32(cid: bytes) -> str:
     return "b" + base64.b32encode(cid).decode().lower().rstrip("=")
+
+
+def digests_from(start: str) -> tuple[bytes, bytes]:
+    """The least and the greatest digest of the dag-cbor CIDs whose usual text begins so.
+
+    Raises `ValueError` if there is no such CID.
+    """
+    prefix = PREFIX["dag-cbor"]
+    least = most = b""
+    if re.fullmatch(f"b[a-z2-7]{{,{_TEXT - 1}}}", start):
+        least, most = _filled(start, "a"), _filled(start, "7")
+    if not least[: len(prefix)] <= prefix <= most[: len(prefix)]:
+        raise ValueError(f"no CID of an answer begins with {start[:MAX_TEXT]!r}")
+    return (
+        least[len(prefix) :] if least.startswith(prefix) else bytes(DIGEST_SIZE),
+        most[len(prefix) :] if most.startswith(prefix) else b"\xff" * DIGEST_SIZE,
+    )
+
+
+def _filled(start: str, fill: str) -> bytes:
+    """The bytes of the CID's text with that beginning and else one character."""
+    return base64.b32decode(start[1:].ljust(_TEXT - 1, fill).upper() + "======")
 
 
 def parse_cid(text: str) -> bytes:

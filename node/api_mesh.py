@@ -11,11 +11,7 @@ from typing import Any, Protocol
 import msgspec
 import trio
 
-from ..cache.answer_rows import StoredAnswer
 from ..cache.answers import AnswerCache
-from ..cache.blocks import BlockStore
-from ..cache.cid import parse_cid
-from ..cache.dag_json import block_as_json
 from ..mesh.peers import Machine, PeerState, PeerTable, ProviderAdvert
 from ..mesh.transport import TransportError
 from .http_server import Request, Responder
@@ -25,10 +21,6 @@ from .routes import send_problem
 logger = logging.getLogger(__name__)
 
 JSON = "application/json"
-#: Characters of an answer that a listing shows.
-PREVIEW = 80
-#: Answers of one listing.
-MAX_LISTED = 1000
 
 
 class MembershipControl(Protocol):
@@ -58,7 +50,6 @@ class MeshApi:
         providers: OwnProviders,
         machine: Callable[[], Machine],
         answers: AnswerCache,
-        blocks: BlockStore,
         claims: Callable[[float], int],
         membership: MembershipControl,
         ready: Callable[[], bool],
@@ -70,7 +61,6 @@ class MeshApi:
         self._providers = providers
         self._machine = machine
         self._answers = answers
-        self._blocks = blocks
         #: How many claims of other nodes hold at a time.
         self._claims = claims
         self._membership = membership
@@ -123,44 +113,6 @@ class MeshApi:
     async def providers(self, request: Request, responder: Responder) -> None:
         """`GET /mesh/v1/providers`: this node's own."""
         await _send(responder, [_own(p) for p in self._providers])
-
-    async def cache(self, request: Request, responder: Responder) -> None:
-        """`GET /mesh/v1/cache`."""
-        now = time.time()
-        rows = await self._answers.listing(MAX_LISTED, now=now)
-        found: dict[str, dict[str, Any]] = {}
-        for row in rows:
-            if row.cid.text in found:  # several questions with one answer
-                found[row.cid.text]["hits"] += row.hits
-                continue
-            stored = await self._answers.get(row.cid.raw, now=now)
-            found[row.cid.text] = {
-                "cid": row.cid.text,
-                "model": row.model,
-                "bytes": row.size,
-                "stored_at": int(row.stored_at),
-                "expires_at": int(row.expires_at),
-                "text": stored.completion.text[:PREVIEW] if stored else "",
-                "pinned": row.pinned,
-                "hits": row.hits,
-                "tokens": row.tokens,
-                "source": row.source,
-            }
-        await _send(responder, list(found.values()))
-
-    async def answer(self, request: Request, responder: Responder, name: str) -> None:
-        """`GET /mesh/v1/cache/CID`: the record as dag-json, its output whole."""
-        try:
-            cid = parse_cid(name)
-        except ValueError as error:
-            await send_problem(responder, 400, f"{name[:100]!r} is no CID: {error}")
-            return
-        stored = await self._answers.get(cid, now=time.time())
-        block = await self._blocks.get(cid) if stored else None
-        if stored is None or block is None:
-            await send_problem(responder, 404, f"this node holds no answer {name}")
-            return
-        await _send(responder, _record(block, stored))
 
     async def reload(self, request: Request, responder: Responder) -> None:
         """`POST /mesh/v1/reload`: be in the mesh that the home folder now names."""
@@ -241,19 +193,3 @@ def _peer(peer: PeerState, now: float) -> Mapping[str, Any]:
         "since": int(time.time() - (now - peer.since)),
         "reason": peer.reason,
     }
-
-
-def _record(block: bytes, stored: StoredAnswer) -> Mapping[str, Any]:
-    fields: dict[str, Any] = block_as_json(block)
-    if "output" not in fields:  # a long answer, whose output lies in leaves
-        completion = stored.completion
-        fields["output"] = [
-            {
-                "role": "assistant",
-                "text": completion.text,
-                "reasoning": completion.reasoning,
-                "tool_calls": completion.tool_calls,
-                "logprobs": completion.logprobs,
-            }
-        ]
-    return fields

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias, get_args
 
 from ..providers.base import Policy
-from . import cli_ask, cli_mesh, cli_tables
+from . import cli_ask, cli_cache, cli_mesh, cli_tables
 from .cli_output import fail, prepare_streams
 from .client import NodeError, NodeNotRunning
 from .config import ConfigError
@@ -212,11 +212,56 @@ def _add_tables(commands: _Commands) -> None:
 def _add_cache(commands: _Commands) -> None:
     cache = _command(commands, "cache", lambda args: _no_cache_command(cache), "the stored answers")
     actions = cache.add_subparsers(title="commands", metavar="COMMAND")
-    listing = _command(actions, "ls", cli_tables.cache_ls, "list the stored answers")
+    listing = _command(actions, "ls", cli_cache.ls, "list the stored answers")
+    _cache_filters(listing)
+    listing.add_argument(
+        "--limit",
+        metavar="N",
+        type=int,
+        default=cli_cache.LISTED,
+        help=f"how many at most ({cli_cache.LISTED}); those used last come first",
+    )
     _json_flag(listing)
-    get = _command(actions, "get", cli_tables.cache_get, "print a stored answer")
-    get.add_argument("cid", metavar="CID", help="as `ask` and `cache ls` show it")
-    _json_flag(get, "print the whole record as JSON")
+    get = _command(actions, "get", cli_cache.get, "print a stored answer")
+    _cid(get)
+    get.add_argument(
+        "--alternatives", action="store_true", help="list the other answers to the same question"
+    )
+    _json_flag(get, "print the record as `ipfs dag get` does")
+    _json_flag(_command(actions, "stat", cli_cache.stat, "show what is held and what it saved"))
+    simple: tuple[tuple[str, _Run, str], ...] = (
+        ("pin", cli_cache.pin, "keep an answer for ever"),
+        ("unpin", cli_cache.unpin, "let an answer expire again"),
+    )
+    for name, run, summary in simple:
+        command = _command(actions, name, run, summary)
+        _cid(command)
+        _json_flag(command)
+    remove = _command(
+        actions,
+        "rm",
+        cli_cache.rm,
+        "forget answers",
+        "One by its CID, pinned or not; or all of a model or a namespace but the pinned ones.",
+    )
+    _cid(remove, nargs="?")
+    _cache_filters(remove)
+    _json_flag(remove)
+    collect = _command(actions, "gc", cli_cache.gc, "remove what expired or is too much, now")
+    _json_flag(collect)
+
+
+def _cid(command: argparse.ArgumentParser, nargs: str | None = None) -> None:
+    command.add_argument(
+        "cid", metavar="CID", nargs=nargs, help="as `cache ls` shows it; its beginning is enough"
+    )
+
+
+def _cache_filters(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", metavar="M", help="those of this model")
+    command.add_argument(
+        "--namespace", metavar="N", help="those of this namespace ('': the default one)"
+    )
 
 
 def _no_cache_command(cache: argparse.ArgumentParser) -> int:

@@ -1,23 +1,18 @@
-"""The commands that show something: peers, models, providers, cache, config, version."""
+"""The commands that show something: peers, models, providers, config, version."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
-from urllib.parse import quote
 
 from .cli_mesh import home_of, typed
 from .cli_output import (
     Column,
     byte_size,
-    duration,
     print_json,
     print_table,
-    printable,
     say,
 )
 from .client import NodeClient, NodeNotRunning
@@ -164,60 +159,6 @@ def providers(args: argparse.Namespace) -> int:
 def _provider_row(row: Mapping[str, Any]) -> Sequence[str]:
     shared = "yes" if row.get("share") else "no"
     return (row["name"], row["kind"], row["state"], _load([row]), shared, _names(row["models"]))
-
-
-def cache_ls(args: argparse.Namespace) -> int:
-    """The stored answers."""
-    rows = _node(args).get("/mesh/v1/cache")
-    if args.json:
-        print_json(rows)
-        return 0
-    if not rows:
-        say("No answer is stored yet.")
-        return 0
-    columns = (
-        Column("CID"),
-        Column("MODEL", shrink=True),
-        Column("SIZE", right=True),
-        Column("AGE", right=True),
-        Column("HITS", right=True),
-        Column("TEXT", shrink=True),
-    )
-    now = time.time()
-    print_table(columns, [_answer_row(row, now) for row in rows])
-    return 0
-
-
-def _answer_row(row: Mapping[str, Any], now: float) -> Sequence[str]:
-    return (
-        row["cid"] + (" (pinned)" if row.get("pinned") else ""),
-        row["model"],
-        byte_size(row["bytes"]),
-        duration(now - row["stored_at"]),
-        str(row.get("hits", 0)),
-        row.get("text") or "",
-    )
-
-
-def cache_get(args: argparse.Namespace) -> int:
-    """A stored answer: its text, or the whole record."""
-    record = _node(args).get(f"/mesh/v1/cache/{quote(args.cid, safe='')}")
-    if args.json:
-        print_json(record)
-        return 0
-    text = answer_text(record)
-    if text:
-        print(printable(text) if sys.stdout.isatty() else text)
-    else:
-        say("The answer has no text; --json shows what it has.")
-    say(f"{record.get('model', '')} · {args.cid}", "dim")
-    return 0
-
-
-def answer_text(record: Mapping[str, Any]) -> str:
-    """The text of an answer record, whose output is a list of messages."""
-    messages = record.get("output") or [record]
-    return "".join(str(message.get("text") or "") for message in messages)
 
 
 def config(args: argparse.Namespace) -> int:

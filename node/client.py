@@ -44,12 +44,20 @@ class NodeClient:
         """The JSON of the answer. Raises `NodeError`."""
         return self._ask("POST", path, {} if body is None else body, timeout)
 
+    def ask(self, method: str, path: str, *, timeout: float = QUICK) -> bytes:
+        """The body of the answer as it came. Raises `NodeError`."""
+        return self._body(method, path, None, timeout)
+
     def stream(self, path: str, body: object, *, timeout: float) -> EventStream:
         """Begin a streamed answer. `timeout` (s) is for each piece. Raises `NodeError`."""
         connection, response = self._request("POST", path, body, timeout)
         return EventStream(connection, response, self.address)
 
     def _ask(self, method: str, path: str, body: object, timeout: float) -> Any:
+        data = self._body(method, path, body, timeout)
+        return _decoded(data, self.address) if data else None
+
+    def _body(self, method: str, path: str, body: object, timeout: float) -> bytes:
         connection, response = self._request(method, path, body, timeout)
         try:
             data = response.read(MAX_BODY + 1)
@@ -59,7 +67,7 @@ class NodeClient:
             connection.close()
         if len(data) > MAX_BODY:
             raise NodeError(f"the node's answer to {path} is larger than {MAX_BODY >> 20} MB")
-        return _decoded(data, self.address) if data else None
+        return data
 
     def _request(
         self, method: str, path: str, body: object, timeout: float
@@ -78,8 +86,9 @@ class NodeClient:
             connection.request(method, path, data, headers)
             response = connection.getresponse()
             if response.status >= 400:
-                message = _error_message(response.read(MAX_BODY), response)
-                raise NodeRefused(message, response.status)
+                message = error_message(response.read(MAX_BODY))
+                refused = f"the node answered {response.status} {response.reason}"
+                raise NodeRefused(message or refused, response.status)
         except TimeoutError:
             connection.close()
             raise NodeError(f"the node did not answer within {timeout:g} s") from None
@@ -156,13 +165,12 @@ def _decoded(data: bytes, address: str) -> Any:
         raise NodeError(f"what answers at {address} is not promptmesh") from None
 
 
-def _error_message(body: bytes, response: http.client.HTTPResponse) -> str:
-    """The sentence in an error's body, else its status."""
+def error_message(body: bytes) -> str:
+    """The sentence in an error's body; nothing if there is none."""
     try:
-        message = _message_in(json.loads(body))
+        return _message_in(json.loads(body))
     except (ValueError, RecursionError):
-        message = ""
-    return message or f"the node answered {response.status} {response.reason}"
+        return ""
 
 
 def _message_in(value: Any) -> str:

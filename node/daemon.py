@@ -17,6 +17,7 @@ from ..mesh.serving import Services
 from ..mesh.transport import TransportError
 from ..providers.base import Answering, GenerateRequest
 from ..providers.registry import SettingsError
+from .api_cache import CacheApi
 from .api_ipfs import IpfsApi
 from .api_mesh import MeshApi
 from .api_openai import OpenAIApi
@@ -193,7 +194,6 @@ class Node:
             providers=parts.providers,
             machine=lambda: self._machine,
             answers=parts.answers,
-            blocks=parts.blocks,
             claims=parts.claims.live,
             membership=self._membership,
             ready=lambda: bool(parts.backends.models()),
@@ -204,12 +204,11 @@ class Node:
         routes.add("GET", "/mesh/v1/status", mesh.status)
         routes.add("GET", "/mesh/v1/peers", mesh.peers)
         routes.add("GET", "/mesh/v1/providers", mesh.providers)
-        routes.add("GET", "/mesh/v1/cache", mesh.cache)
         routes.add("POST", "/mesh/v1/reload", mesh.reload)
         routes.add("POST", "/mesh/v1/leave", mesh.leave)
         routes.add("GET", "/healthz", mesh.healthz)
         routes.add("GET", "/readyz", mesh.readyz)
-        routes.add_below("GET", "/mesh/v1/cache/", mesh.answer)
+        CacheApi(parts.answers, parts.blocks).add_to(routes)
         routes.add_below("GET", "/ipfs/", ipfs.block)
         return routes
 

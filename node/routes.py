@@ -63,8 +63,13 @@ async def send_problem(
     responder: Responder, status: int, message: str, headers: list[tuple[str, str]] | None = None
 ) -> None:
     """An error that is not an answer's, in the form every dialect's clients can read."""
-    body = msgspec.json.encode({"error": {"message": message, "type": "invalid_request_error"}})
+    body = problem(message)
     await responder.send(status, body, content_type="application/json", headers=headers or [])
+
+
+def problem(message: str) -> bytes:
+    """The body of such an error."""
+    return msgspec.json.encode({"error": {"message": message, "type": "invalid_request_error"}})
 
 
 def foreign(host: str, origin: str | None) -> str | None:

@@ -81,6 +81,12 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self._answer()
 
+    def do_PUT(self) -> None:
+        self._answer()
+
+    def do_DELETE(self) -> None:
+        self._answer()
+
     def _answer(self) -> None:
         data = self.rfile.read(int(self.headers.get("content-length", 0)))
         self.fake.asked.append(Asked(self.command, self.path, json.loads(data) if data else None))

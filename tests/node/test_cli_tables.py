@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes_cli import FakeNode, Problem, made, run
+from fakes_cli import FakeNode, made, run
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -72,19 +72,10 @@ PROVIDERS = [
     {"name": "vllm", "kind": "openai_compatible", "state": "unavailable", "reason": "no answer",
      "hint": "start it", "models": ["big"], "slots": 4, "running": 1, "waiting": 0, "share": False},
 ]  # fmt: skip
-CID = "bafyreigh2akiscaildcqabsyg3dfr6chu3fgpregiymsck7e7aqa4s52zy"
-ANSWERS = [
-    {"cid": CID, "model": "smol", "bytes": 1234, "stored_at": 0, "text": "Two\nlines",
-     "pinned": True, "hits": 3, "tokens": 9}
-]  # fmt: skip
-RECORD = {"v": 1, "kind": "llm-response", "model": "smol",
-          "output": [{"role": "assistant", "text": "Two\nlines"}]}  # fmt: skip
 NODE = {
     "GET /mesh/v1/peers": PEERS,
     "GET /v1/models": MODELS,
     "GET /mesh/v1/providers": PROVIDERS,
-    "GET /mesh/v1/cache": ANSWERS,
-    f"GET /mesh/v1/cache/{CID}": RECORD,
 }
 
 
@@ -102,8 +93,6 @@ def shown(home: Path, *command: str) -> tuple[list[list[str]], str]:
         (("peers",), PEERS),
         (("models",), MODELS["data"]),
         (("providers",), PROVIDERS),
-        (("cache", "ls"), ANSWERS),
-        (("cache", "get", CID), RECORD),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -147,38 +136,14 @@ def test_providers(tmp_path: Path) -> None:
     assert said == "local_hf: loading the model\nvllm: no answer (start it)\n"
 
 
-def test_cache_ls(tmp_path: Path) -> None:
-    rows, _ = shown(tmp_path, "cache", "ls")
-    cells = [cell.strip() for cell in rows[1]]
-    assert cells[:3] == [f"{CID} (pinned)", "smol", "1.23 kB"]
-    assert cells[3].endswith(" d")
-    assert cells[4:] == ["3", "Two lines"]
-
-
-def test_cache_get(tmp_path: Path) -> None:
-    with FakeNode(NODE).running(made(tmp_path)):
-        ran = run(tmp_path, "cache", "get", CID)
-    assert (ran.code, ran.out) == (0, "Two\nlines\n")
-    assert ran.err == f"smol · {CID}\n"
-
-
-def test_cache_get_what_is_not_there(tmp_path: Path) -> None:
-    answers = {"GET /mesh/v1/cache/a%2F..%2Fb": Problem(404, "no such answer")}
-    with FakeNode(answers).running(made(tmp_path)):
-        ran = run(tmp_path, "cache", "get", "a/../b")
-    assert (ran.code, ran.out, ran.err) == (1, "", "promptmesh: no such answer\n")
-
-
 def test_an_empty_node_says_what_to_do(tmp_path: Path) -> None:
     nothing = {
         "GET /v1/models": {"data": []},
         "GET /mesh/v1/providers": [],
-        "GET /mesh/v1/cache": [],
     }
     said = {
         "models": "No model can be asked: set local_hf.model",
         "providers": "This node has no providers",
-        "cache ls": "No answer is stored yet.",
     }
     with FakeNode(nothing).running(made(tmp_path)):
         for command, sentence in said.items():
