@@ -3,7 +3,8 @@
 One task of a connection reads all the time, also while a request is being answered: it keeps what a
 client sends ahead, and when the input ends it cancels the handler at once. So the end of input
 means that the client left: a client that shuts down its sending side before it has its answer does
-not get one. Requests are answered one after another, each in a task of the connection's nursery.
+not get one. Requests are answered one after another. The task that has read one answers it, and as
+soon as it has to wait for anything a new task goes on reading: what needs no waiting needs no task.
 Whatever ends a connection early (the client, a stalled send, `HttpServer.stop`) cancels that
 nursery: a handler never sees a network error, only `trio.Cancelled`.
 """
@@ -17,8 +18,9 @@ import os
 import socket
 import struct
 import sys
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Protocol
+import types
+from collections.abc import Awaitable, Callable, Generator, Sequence
+from typing import Any, Protocol
 
 import trio
 
@@ -218,12 +220,7 @@ class Connection:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             self._wait_for_client()
-            while not self._gone:
-                with trio.CancelScope(deadline=self._until) as self._reading:
-                    await self._read_to_end()
-                    self.leave()
-                if self._reading.cancelled_caught and self._until <= trio.current_time():
-                    await self._expire()
+            await self._read()
 
     def stop(self) -> None:
         """Take no further request: leave at once if none is being answered."""
@@ -241,7 +238,19 @@ class Connection:
 
     # --- reading
 
-    async def _read_to_end(self) -> None:
+    async def _read(self) -> None:
+        """Read to the end of the input, or until another task does."""
+        while not self._gone:
+            with trio.CancelScope(deadline=self._until) as reading:
+                self._reading = reading
+                if not await self._read_to_end():
+                    return
+                self.leave()
+            if reading.cancelled_caught and self._until <= trio.current_time():
+                await self._expire()
+
+    async def _read_to_end(self) -> bool:
+        """Did this task see the end? False: another task reads on."""
         while data := await self._pipe.receive():
             if self._finished:
                 continue
@@ -256,7 +265,36 @@ class Connection:
                 self._answering = True
                 self._phase = ""
                 self._until = math.inf
-                self._nursery.start_soon(self._answer, request, name="http answer")
+                if self._reading.cancel_called:  # the last byte came as its time ended
+                    self._nursery.start_soon(self._answer, request, name="http answer")
+                elif not await self._answer_here(request):
+                    return False
+        return True
+
+    @types.coroutine
+    def _answer_here(self, request: Request) -> Generator[Any, Any, bool]:
+        """Answer in this task. Is it still the one that reads?
+
+        This does what `await` does, step by step, to see where the answer first waits: by then the
+        time limit of the reading must be gone, as it would end the answer.
+        """
+        answer = self._answer(request)
+        try:
+            trap = answer.send(None)
+        except StopIteration:
+            return True
+        self._reading.deadline = math.inf
+        self._nursery.start_soon(self._read, name="http reading")
+        try:
+            while True:
+                try:
+                    result = yield trap
+                except BaseException as error:  # goes where `await` would send it
+                    trap = answer.throw(error)
+                else:
+                    trap = answer.send(result)
+        except StopIteration:
+            return False
 
     def _read_on(self) -> None:
         if self._room is not None:
