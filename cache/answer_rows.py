@@ -6,6 +6,8 @@ import sqlite3
 from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
+
 from ..providers.base import Completion
 from .cid import Cid, cid_of
 from .records import AnswerRecord
@@ -14,8 +16,7 @@ from .records import AnswerRecord
 MAX_ALTERNATIVES = 64
 
 
-@dataclass(frozen=True, slots=True)
-class StoredAnswer:
+class StoredAnswer(msgspec.Struct, frozen=True):
     """An answer from the cache. Times in seconds of the wall clock."""
 
     cid: Cid

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 #: Equal as long as nothing has changed.
 Stamp = tuple[int, int, int]
+#: Seconds within which what other processes change is noticed: asking costs as much as all else.
+OTHERS = 0.05
 
 PAGE_SIZE = 8192
 #: Seconds that a commit waits for another process (a `promptmesh cache` command) to finish its own.
@@ -63,6 +66,8 @@ class Database:
         self.generation = 0
         self._faulty = False
         self._checkpointed = 0
+        #: How often other processes have changed the file, and when to look again.
+        self._others, self._ask_again = 0, 0.0
         self._limiter = trio.CapacityLimiter(1)
         self._connection = self._open()
 
@@ -77,9 +82,15 @@ class Database:
         return self._connection.execute(sql, parameters).fetchone()
 
     def stamp(self) -> Stamp:
-        """Another one after each change to the file, by whomever. Raises `sqlite3.Error`."""
-        (others,) = self._connection.execute("PRAGMA data_version").fetchone()
-        return self.generation, self._connection.total_changes, others
+        """Another one after each change to the file. Raises `sqlite3.Error`.
+
+        At once after one of this process, within `OTHERS` after one of another.
+        """
+        now = time.monotonic()
+        if now >= self._ask_again:
+            self._ask_again = now + OTHERS
+            (self._others,) = self._connection.execute("PRAGMA data_version").fetchone()
+        return self.generation, self._connection.total_changes, self._others
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:

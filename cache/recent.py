@@ -8,7 +8,7 @@ counts any more. So nobody who writes has to think of it.
 
 from __future__ import annotations
 
-from dataclasses import replace
+import msgspec
 
 from .answer_rows import StoredAnswer
 from .database import Stamp
@@ -41,7 +41,7 @@ class Recent:
         # Of one that is over, only the file knows if it is pinned.
         if stored.expires_at <= now or stored.stored_at < after:
             return None
-        return replace(stored, age=max(0.0, now - stored.stored_at))
+        return msgspec.structs.replace(stored, age=max(0.0, now - stored.stored_at))
 
     def put(self, wanted: Wanted, stored: StoredAnswer, stamp: Stamp) -> None:
         """Keep what a lookup of the best answer, however old, gave under that stamp."""

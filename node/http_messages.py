@@ -222,6 +222,7 @@ def _check_host(headers: dict[str, str], authority: str | None, *, required: boo
         headers["host"] = authority
 
 
+@functools.lru_cache(maxsize=64)
 def _is_host(text: str) -> bool:
     match = _HOST.fullmatch(text)
     if match is None or match[1] is None:

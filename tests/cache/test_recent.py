@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from promptmesh.cache import database as databases
 from promptmesh.cache import recent
 from promptmesh.cache.answers import AnswerCache
 from promptmesh.cache.blocks import SqliteBlocks
@@ -106,8 +107,9 @@ async def damage(answers: AnswerCache, database: Database, path: Path, cid: Cid)
 
 @pytest.mark.parametrize("change", [own_alternative, removal, other_process, another_node, damage])
 async def test_after_any_change_the_file_counts(
-    change: Change, database: Database, path: Path
+    change: Change, database: Database, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(databases, "OTHERS", 0)
     answers = cache(database)
     cid = await store(answers, "one")
     assert await answers.lookup(KEY, now=NOW)
