@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgspec
 
-from ..providers.base import Answering, GenerateError
+from ..providers.base import Answering, GenerateError, Origin
 from .api_errors import error_body, error_event, error_headers, status_of
+from .cache_headers import cache_headers
 from .http_server import Request, Responder
 from .names import Names
 from .openai_answers import StreamEncoder, encode_whole, origin_headers
@@ -33,9 +34,13 @@ def new_request_id() -> str:
 class OpenAIApi:
     """The handlers of `/v1/*`."""
 
-    def __init__(self, router: Router, names: Names) -> None:
+    def __init__(
+        self, router: Router, names: Names, key_text: Callable[[bytes], str] = bytes.hex
+    ) -> None:
+        """`key_text` writes the key of a question as the configuration says."""
         self._router = router
         self._names = names
+        self._key_text = key_text
 
     async def chat_completions(self, request: Request, responder: Responder) -> None:
         """`POST /v1/chat/completions`."""
@@ -45,12 +50,50 @@ class OpenAIApi:
             call = msgspec.structs.replace(call, request=with_headers(call.request, request))
             async with self._router.open(call.request) as answering:
                 if call.stream:
-                    await _send_stream(responder, call, answering)
+                    await self._send_stream(responder, call, answering)
                 else:
-                    await _send_whole(responder, call, answering)
+                    await self._send_whole(responder, call, answering)
         except GenerateError as error:
             logger.info("%s failed: %s", request_id, error)
             await send_error(responder, error, request_id)
+
+    async def _send_whole(self, responder: Responder, call: ChatCall, answering: Answering) -> None:
+        completion, closing = await answering.whole()
+        origin = closing.origin or answering.origin
+        request_id = call.request.id
+        await responder.send(
+            200,
+            encode_whole(completion, origin, request_id, int(time.time()), closing.cid),
+            content_type=JSON,
+            headers=self._headers(call, answering, origin, closing.cid),
+        )
+
+    async def _send_stream(
+        self, responder: Responder, call: ChatCall, answering: Answering
+    ) -> None:
+        request_id = call.request.id
+        encoder = StreamEncoder(
+            answering.origin, request_id, int(time.time()), include_usage=call.include_usage
+        )
+        headers = self._headers(call, answering, answering.origin)
+        await responder.start(
+            200, content_type=EVENTS, headers=[("cache-control", "no-cache"), *headers]
+        )
+        await responder.write(encoder.first())
+        async for chunk in answering.chunks:
+            events = encoder.chunk(chunk)
+            if events:
+                await responder.write(events)
+        await responder.end()
+
+    def _headers(
+        self, call: ChatCall, answering: Answering, origin: Origin, cid: str | None = None
+    ) -> list[tuple[str, str]]:
+        refresh = call.request.cache.mode == "refresh"
+        return [
+            *origin_headers(origin, call.request.id, cid),
+            *cache_headers(origin, self._key_text(answering.key), cid=cid, refresh=refresh),
+        ]
 
     async def models(self, request: Request, responder: Responder) -> None:
         """`GET /v1/models`: everything that can be asked, over all peers."""
@@ -81,30 +124,3 @@ async def send_error(responder: Responder, error: GenerateError, request_id: str
         return
     headers = [("x-promptmesh-request-id", request_id), *error_headers(error)]
     await responder.send(status_of(error), error_body(error), content_type=JSON, headers=headers)
-
-
-async def _send_whole(responder: Responder, call: ChatCall, answering: Answering) -> None:
-    completion, closing = await answering.whole()
-    origin = closing.origin or answering.origin
-    request_id = call.request.id
-    await responder.send(
-        200,
-        encode_whole(completion, origin, request_id, int(time.time()), closing.cid),
-        content_type=JSON,
-        headers=origin_headers(origin, request_id, closing.cid),
-    )
-
-
-async def _send_stream(responder: Responder, call: ChatCall, answering: Answering) -> None:
-    request_id = call.request.id
-    encoder = StreamEncoder(
-        answering.origin, request_id, int(time.time()), include_usage=call.include_usage
-    )
-    headers = [("cache-control", "no-cache"), *origin_headers(answering.origin, request_id)]
-    await responder.start(200, content_type=EVENTS, headers=headers)
-    await responder.write(encoder.first())
-    async for chunk in answering.chunks:
-        events = encoder.chunk(chunk)
-        if events:
-            await responder.write(events)
-    await responder.end()

@@ -98,6 +98,8 @@ SEED_VARIABLES = {
     "LLM_LOAD_BALANCING": "mesh.policy",
     "LLM_MODEL": "local_hf.model",
     "ROUTER_RESPONSE_CACHE": "cache.reuse",
+    "ROUTER_CACHE_KEY": "cache.key",
+    "ROUTER_CACHE_CID_BASE": "cache.cid_base",
 }
 PREFIX = "PROMPTMESH_"
 SEED_PREFIX = "IPFS_ACCELERATE_PY_"

@@ -57,6 +57,14 @@ def check_http_listen(text: str) -> str:
     return text
 
 
+def check_multibase(text: str) -> str:
+    """A base that CIDs can be written in. Raises `ValueError`."""
+    from ..cache.cid import cid_of, cid_text
+
+    cid_text(cid_of(bytes(32)), text)
+    return text
+
+
 @dataclass(frozen=True, kw_only=True)
 class NodeConfig:
     """This node."""
@@ -127,6 +135,14 @@ class CacheConfig:
         "(temperature 0 or a seed), all, or none. The two variables take 0 for `never`.",
     )
     ttl: float = setting(30 * 24 * 3600.0, "How long an answer is kept.", unit="seconds", low=1)
+    key: Literal["sha256", "cid"] = setting(
+        "sha256",
+        "How the key of a question is written where it is shown (`Cache-Status`): its hash in "
+        "hexadecimal, or the CID of the canonical request.",
+    )
+    cid_base: str = setting(
+        "base32", "The multibase of such a CID, such as `base58btc`.", check=check_multibase
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

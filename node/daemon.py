@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
 import resource
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from ..cache.keys import key_text
 from ..mesh.peers import Advert
 from ..mesh.serving import Services
 from ..mesh.transport import TransportError
@@ -184,7 +186,9 @@ class Node:
 
     def _routes(self) -> Routes:
         parts = self._parts
-        openai = OpenAIApi(self._router, parts.names)
+        cache = self._config.cache
+        written = functools.partial(key_text, form=cache.key, base=cache.cid_base)
+        openai = OpenAIApi(self._router, parts.names, written)
         ipfs = IpfsApi(parts.blocks)
         mesh = MeshApi(
             peer=parts.peer,

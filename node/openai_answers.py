@@ -41,14 +41,11 @@ def origin_headers(
 ) -> list[tuple[str, str]]:
     """The `x-promptmesh-*` headers of an answer."""
     fields = origin_fields(origin, request_id, cid or origin.cid)
-    headers = [
+    return [
         (header, _header_value(str(value)))
         for name, header in _HEADERS
         if (value := fields.get(name)) not in (None, "")
     ]
-    if origin.age is not None:
-        headers.append(("age", str(int(origin.age))))
-    return headers
 
 
 def _header_value(text: str) -> str:

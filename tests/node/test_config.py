@@ -93,13 +93,27 @@ def test_the_seeds_variables(tmp_path: Path, prefix: str) -> None:
         prefix + "LLM_LOAD_BALANCING": "least_loaded",
         prefix + "LLM_MODEL": "gpt2",
         prefix + "ROUTER_RESPONSE_CACHE": "0",
+        prefix + "ROUTER_CACHE_KEY": "cid",
+        prefix + "ROUTER_CACHE_CID_BASE": "base58btc",
         prefix + "LLM_PROVIDER": "is read elsewhere",
     }
     config = load(tmp_path, "", environ)
     assert config.mesh.policy == "least_loaded"
     assert config.local_hf.model == "gpt2"
     assert config.cache.reuse == "never"
+    assert (config.cache.key, config.cache.cid_base) == ("cid", "base58btc")
     assert config.warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("KEY", "md5"), ("CID_BASE", "base7"), ("CID_BASE", "identity"), ("CID_BASE", "BASE32")],
+)
+def test_a_form_of_key_that_cannot_be_made_is_an_error(
+    tmp_path: Path, name: str, value: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"ROUTER_CACHE_{name}"):
+        load(tmp_path, "", {f"IPFS_ACCELERATE_PY_ROUTER_CACHE_{name}": value})
 
 
 def test_the_seeds_cache_switched_on_changes_nothing(tmp_path: Path) -> None:

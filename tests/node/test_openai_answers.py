@@ -76,9 +76,8 @@ def test_tool_calls_alone_have_no_content() -> None:
 
 
 def test_headers_say_who_answered_and_are_safe() -> None:
-    headers = dict(origin_headers(Origin(node="žluť\r\nx: y", attempts=2, age=3.9), "r", "baf"))
+    headers = dict(origin_headers(Origin(node="žluť\r\nx: y", attempts=2), "r", "baf"))
     assert headers["x-promptmesh-attempts"] == "2"
     assert headers["x-promptmesh-cid"] == "baf"
-    assert headers["age"] == "3"
     assert headers["x-promptmesh-node"].isascii()
     assert not {"\r", "\n"} & set(headers["x-promptmesh-node"])
