@@ -206,16 +206,17 @@ class Libp2pTransport:
 
     # --- streams ----------------------------------------------------------------------------------
 
-    async def open_stream(self, peer: PeerId, protocol: str) -> Stream:
-        link = self.network.link(_peer_id(peer))
-        stream, _ = await patches.open_stream(link, [protocol])
-        return stream
+    async def open_stream(self, peer: PeerId, *protocols: str) -> Stream:
+        return await patches.open_stream(self.network.link(_peer_id(peer)), protocols)
 
     def handle(self, protocol: str, handler: StreamHandler) -> None:
         async def serve(shown: INetStream) -> None:
             await handler(_stream_of(shown))
 
         self._library.set_stream_handler(TProtocol(protocol), serve)
+
+    async def agent(self, peer: PeerId) -> str:
+        return await patches.read_agent(self.network.link(_peer_id(peer)))
 
     async def ping(self, peer: PeerId) -> float:
         """By a yamux ping, on the connection that new streams use."""

@@ -42,6 +42,7 @@ from importlib.metadata import version
 from typing import Any, cast
 
 import trio
+from google.protobuf.message import DecodeError
 from libp2p.abc import IHost, INetConn, INetStream
 from libp2p.crypto.keys import KeyPair
 from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
@@ -53,6 +54,7 @@ from libp2p.identity.identify.identify import (
     _mk_identify_protobuf,
     _remote_address_to_multiaddr,
 )
+from libp2p.identity.identify.pb.identify_pb2 import Identify
 from libp2p.io.exceptions import IOException
 from libp2p.network.config import ConnectionConfig
 from libp2p.network.connection import swarm_connection
@@ -66,6 +68,7 @@ from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport as NoiseTransport
 from libp2p.transport.upgrader import TransportUpgrader
 from libp2p.utils import encode_varint_prefixed
+from libp2p.utils.varint import decode_varint_with_size
 from multiaddr import Multiaddr  # type: ignore[import-untyped]
 
 from .pnet import Wire
@@ -83,6 +86,8 @@ HANDSHAKE_TIMEOUT = 5.0
 NEGOTIATE_TIMEOUT = 10.0
 #: Inbound connections that have not shown who they are. One more, and the oldest is closed.
 MAX_HANDSHAKES = 128
+#: Bytes of what a peer says of itself, and characters of the name of its program.
+MAX_IDENTIFY, MAX_AGENT = 65536, 128
 #: Connections in all. The limit of open files is 1024 on most systems.
 MAX_CONNECTIONS = 768
 #: Connections to one peer: both may dial at once, and each may come back before it is missed.
@@ -153,8 +158,8 @@ class Link(swarm_connection.SwarmConn):
         try:
             handlers = self.swarm.handlers
             with trio.fail_after(NEGOTIATE_TIMEOUT):
-                protocol = await negotiate(stream, handlers)
-            await handlers[protocol](self.library_stream(stream, protocol))
+                stream.protocol = await negotiate(stream, handlers)
+            await handlers[stream.protocol](self.library_stream(stream))
             finished = True
         except (TransportError, IOException) as error:  # the peer changed its mind: its right
             log.debug("a stream of %s ended: %s", self.peer, error)
@@ -163,11 +168,11 @@ class Link(swarm_connection.SwarmConn):
         finally:
             await (stream.aclose() if finished else stream.reset())
 
-    def library_stream(self, stream: YamuxStream, protocol: str) -> NetStream:
+    def library_stream(self, stream: YamuxStream) -> NetStream:
         """The stream as the library's protocols use it."""
         shown = NetStream(LibraryStream(stream, self.muxed_conn), None, None)
         shown._state = StreamState.OPEN
-        shown.set_protocol(TProtocol(protocol))
+        shown.set_protocol(TProtocol(stream.protocol))
         return shown
 
 
@@ -302,7 +307,7 @@ class Network(Swarm):
     async def new_stream(self, peer_id: ID) -> INetStream:
         try:
             link = self.link(peer_id)
-            return link.library_stream(link.muxed_conn.session.open(), "")
+            return link.library_stream(link.muxed_conn.session.open())
         except TransportError as error:
             raise SwarmException(str(error)) from error
 
@@ -341,10 +346,10 @@ class LibraryHost(BasicHost):
     async def new_stream(self, peer_id: ID, protocol_ids: Sequence[TProtocol]) -> INetStream:
         try:
             link = self._network.link(peer_id)
-            stream, protocol = await open_stream(link, [str(p) for p in protocol_ids])
+            stream = await open_stream(link, [str(p) for p in protocol_ids])
         except TransportError as error:
             raise StreamFailure(str(error)) from error
-        return link.library_stream(stream, protocol)
+        return link.library_stream(stream)
 
     def _schedule_identify(self, peer_id: ID, *, reason: str) -> None:
         if peer_id not in self._identify_inflight and peer_id not in self._identified_peers:
@@ -358,18 +363,42 @@ class LibraryHost(BasicHost):
             log.debug("%s could not be identified: %r", peer_id, error)
 
 
-async def open_stream(link: Link, protocols: Sequence[str]) -> tuple[YamuxStream, str]:
-    """A new stream, and which of the protocols the peer speaks on it. Raises `TransportError`."""
+async def open_stream(link: Link, protocols: Sequence[str]) -> YamuxStream:
+    """A new stream with the first of the protocols that the peer speaks. Raises `TransportError`,
+    `NotSpoken` where it speaks none."""
     stream = link.muxed_conn.session.open()
     try:
         with trio.fail_after(NEGOTIATE_TIMEOUT):
-            return stream, await select(stream, protocols)
+            stream.protocol = await select(stream, protocols)
+            return stream
     except trio.TooSlowError:
         await stream.reset()
         raise TransportError(f"{link.peer} did not open a stream in time") from None
     except BaseException:
         await stream.reset()
         raise
+
+
+async def read_agent(link: Link) -> str:
+    """Which program the peer says it is, in printable characters. Raises `TransportError`."""
+    stream = await open_stream(link, [IDENTIFY])
+    said = bytearray()
+    try:
+        with trio.move_on_after(NEGOTIATE_TIMEOUT):
+            while len(said) <= MAX_IDENTIFY and (data := await stream.receive_some()):
+                said += data
+    finally:
+        await stream.aclose()
+    identified = Identify()
+    start = 0
+    try:
+        while start < len(said):  # one message or more, each behind a varint of its length
+            length, size = decode_varint_with_size(bytes(said[start : start + 10]))
+            start += size + length
+            identified.MergeFromString(bytes(said[start - length : start]))
+        return "".join(filter(str.isprintable, identified.agent_version))[:MAX_AGENT]
+    except (DecodeError, ValueError) as error:
+        raise TransportError(f"{link.peer} says nonsense of itself") from error
 
 
 def _identify_handler(host: IHost, agent: str) -> Callable[[INetStream], Any]:

@@ -23,7 +23,7 @@ from multiaddr import Multiaddr  # type: ignore[import-untyped]
 from noise.exceptions import NoiseInvalidMessage  # type: ignore[import-untyped]
 
 from .pnet import HIGH_WATER, Wire
-from .transport import Stream, TransportError
+from .transport import NotSpoken, Stream, TransportError
 from .yamux import YamuxSession, YamuxStream, YamuxViolation
 
 log = logging.getLogger(__name__)
@@ -217,7 +217,8 @@ class LibraryStream(IMuxedStream):
 
 
 async def select(stream: Stream, protocols: Sequence[str]) -> str:
-    """Ask for the first of the protocols that the peer speaks. Raises `TransportError`."""
+    """Ask for the first of the protocols that the peer speaks. Raises `TransportError`, `NotSpoken`
+    where it speaks none."""
     await stream.send_all(_line(_MULTISTREAM) + _line(protocols[0]))
     if await _read_line(stream) != _MULTISTREAM:
         raise TransportError(f"{stream.peer} does not speak multistream-select")
@@ -226,7 +227,7 @@ async def select(stream: Stream, protocols: Sequence[str]) -> str:
             await stream.send_all(_line(protocol))
         if await _read_line(stream) == protocol:
             return protocol
-    raise TransportError(f"{stream.peer} does not speak {' or '.join(protocols)}")
+    raise NotSpoken(f"{stream.peer} does not speak {' or '.join(protocols)}")
 
 
 async def negotiate(stream: Stream, protocols: Collection[str]) -> str:

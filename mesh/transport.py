@@ -18,11 +18,20 @@ class TransportError(Exception):
     """The network failed: not reachable, refused, reset, closed. The message says how."""
 
 
+class NotSpoken(TransportError):
+    """The peer is there, and speaks none of the protocols that were asked for."""
+
+
 class Stream(Protocol):
     """An ordered byte stream to one authenticated peer. One reader and one writer at a time."""
 
     @property
     def peer(self) -> PeerId: ...
+
+    @property
+    def protocol(self) -> str:
+        """What is spoken on it."""
+        ...
 
     async def send_all(self, data: bytes) -> None:
         """Send it all. Raises `TransportError` if the peer is gone, reset the stream, or took
@@ -89,8 +98,11 @@ class Transport(Protocol):
         """Close every connection to that peer. Never raises."""
         ...
 
-    async def open_stream(self, peer: PeerId, protocol: str) -> Stream:
-        """A new stream to a connected peer. Raises `TransportError`."""
+    async def open_stream(self, peer: PeerId, *protocols: str) -> Stream:
+        """A new stream to a connected peer, with the first of the protocols that it speaks.
+
+        Raises `TransportError`; `NotSpoken` if it speaks none of them.
+        """
         ...
 
     def handle(self, protocol: str, handler: StreamHandler) -> None:
@@ -98,6 +110,11 @@ class Transport(Protocol):
 
         The handler is cancelled when its connection is lost.
         """
+        ...
+
+    async def agent(self, peer: PeerId) -> str:
+        """Which program a connected peer says it is: `promptmesh`, `kubo/0.22.0`; `""`: it says
+        nothing. Raises `TransportError`."""
         ...
 
     async def ping(self, peer: PeerId) -> float:

@@ -71,6 +71,8 @@ class YamuxStream:
     def __init__(self, session: YamuxSession, number: int) -> None:
         self.number = number
         self.session = session
+        #: What is spoken on it, once that is agreed on.
+        self.protocol = ""
         self._in = bytearray()
         #: Bytes the peer may still send.
         self._room = INITIAL_WINDOW

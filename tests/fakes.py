@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from promptmesh.mesh.transport import (
     ConnectionHandler,
     GossipHandler,
+    NotSpoken,
     PeerId,
     StreamHandler,
     TransportError,
@@ -106,6 +107,8 @@ class MemoryTransport:
         self.network = network
         self.name = name
         self.closed = False
+        #: Which program it says it is.
+        self.program = "promptmesh"
         #: How often this node was dialled.
         self.dialled = 0
         self._key = Ed25519PrivateKey.from_private_bytes(hashlib.sha256(name.encode()).digest())
@@ -195,16 +198,18 @@ class MemoryTransport:
                 return end
         raise TransportError(f"not connected to {peer}")
 
-    async def open_stream(self, peer: PeerId, protocol: str) -> MemoryStream:
+    async def open_stream(self, peer: PeerId, *protocols: str) -> MemoryStream:
         await trio.lowlevel.checkpoint()
         end = self._end(peer)
         with trio.move_on_after(OPEN_TIMEOUT):
             await self.network._wait_passes(self.peer_id, peer, lambda: end.up)
             end.check()
             remote = end.other.owner
-            if protocol not in remote._handlers:
-                raise TransportError(f"{peer} does not speak {protocol}")
+            protocol = next((p for p in protocols if p in remote._handlers), None)
+            if protocol is None:
+                raise NotSpoken(f"{peer} does not speak {' or '.join(protocols)}")
             mine, theirs = end.link.stream(end)
+            mine.protocol = theirs.protocol = protocol
             self.network.nursery.start_soon(remote._serve, protocol, theirs)
             return mine
         raise TransportError(f"{peer} did not open a stream within {OPEN_TIMEOUT:g} s")
@@ -224,6 +229,10 @@ class MemoryTransport:
         finally:
             self._handling.pop(scope, None)
             await (stream.aclose() if finished else stream.reset())
+
+    async def agent(self, peer: PeerId) -> str:
+        await trio.lowlevel.checkpoint()
+        return self._end(peer).other.owner.program
 
     async def ping(self, peer: PeerId) -> float:
         started = trio.current_time()
@@ -288,6 +297,7 @@ class MemoryStream:
         self._outgoing = outgoing
         self._incoming = incoming
         self._sending = self._receiving = False
+        self.protocol = ""
         #: Why this end may not be used any more.
         self._over = ""
 

@@ -76,9 +76,9 @@ def count_streams(node: Node) -> list[str]:
     opened: list[str] = []
     open_stream = node.transport.open_stream
 
-    async def counting(peer: str, protocol: str) -> object:
+    async def counting(peer: str, *protocols: str) -> object:
         opened.append(peer)
-        return await open_stream(peer, protocol)
+        return await open_stream(peer, *protocols)
 
     node.transport.open_stream = counting  # type: ignore[method-assign, assignment]
     return opened

@@ -13,7 +13,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from promptmesh.mesh import yamux
 from promptmesh.mesh.host import HostSettings, open_host
-from promptmesh.mesh.transport import PeerId, Stream, Transport, TransportError
+from promptmesh.mesh.transport import NotSpoken, PeerId, Stream, Transport, TransportError
 
 ECHO = "/test/echo/1"
 TOPIC = "/test/topic"
@@ -278,11 +278,34 @@ async def test_a_handler_that_fails_resets_its_stream_and_nothing_else(node: Mak
 
 async def test_opening_a_stream_can_fail(node: MakeNode) -> None:
     a, b = await pair(node)
-    with pytest.raises(TransportError):
-        await a.open_stream(b.peer_id, "/test/unknown/1")
+    with pytest.raises(NotSpoken):
+        await a.open_stream(b.peer_id, "/test/unknown/1", "/test/unknown/2")
     await a.disconnect(b.peer_id)
     with pytest.raises(TransportError):
         await a.open_stream(b.peer_id, ECHO)
+
+
+async def test_a_stream_is_of_the_first_protocol_that_the_peer_speaks(node: MakeNode) -> None:
+    a, b = await pair(node)
+    heard: list[str] = []
+
+    async def hear(stream: Stream) -> None:
+        heard.append(stream.protocol)
+
+    b.handle("/test/old/1", hear)
+    b.handle("/test/older/1", hear)
+    stream = await a.open_stream(b.peer_id, "/test/new/1", "/test/old/1", "/test/older/1")
+    assert stream.protocol == "/test/old/1"
+    assert await stream.receive_some() == b""
+    assert heard == ["/test/old/1"]
+
+
+async def test_a_peer_says_which_program_it_is(node: MakeNode) -> None:
+    a, b = await pair(node)
+    assert await a.agent(b.peer_id) == "promptmesh"
+    await a.disconnect(b.peer_id)
+    with pytest.raises(TransportError):
+        await a.agent(b.peer_id)
 
 
 async def test_who_sends_to_a_closed_stream_is_told(node: MakeNode) -> None:
