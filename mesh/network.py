@@ -31,7 +31,7 @@ from .peers import Advert, PeerTable
 from .pool import CONNECT, PeerAnswer, StreamPool
 from .protocol import PROTOCOL
 from .serving import Services, Serving
-from .transport import PeerId, Transport, TransportError
+from .transport import NotSpoken, PeerId, Transport, TransportError
 
 logger = logging.getLogger(__name__)
 
@@ -128,12 +128,16 @@ class Network:
             self._nursery = self._pool = None
 
     def connected(self) -> Sequence[PeerId]:
-        """The peers that are connected now."""
-        return list(self._transport.connected())
+        """The members that are connected now."""
+        return [peer for peer in self._transport.connected() if not self._is_foreign(peer)]
 
     def members(self) -> int:
         """How many nodes the mesh has, as far as this one knows."""
-        return len(self.table) + 1
+        return self.table.members() + 1
+
+    def _is_foreign(self, peer: PeerId) -> bool:
+        state = self.table.get(peer)
+        return state is not None and state.foreign
 
     # --- asking
 
@@ -230,6 +234,7 @@ class Network:
 
     async def _greet(self, peer: PeerId) -> None:
         """Learn what a peer knows that has just connected."""
+        failure: TransportError | None = None
         for _ in range(GREETINGS):
             try:
                 await self._take_items(peer, AskTable(), self._gossip.take_relayed)
@@ -242,9 +247,22 @@ class Network:
                 return
             except TransportError as error:
                 logger.debug("peer %s did not tell its table: %s", peer, error)
+                failure = error
             await trio.sleep(GREETING_PAUSE)
             if peer not in self._transport.connected():
                 return
+        if isinstance(failure, NotSpoken):
+            await self._meet_foreign(peer)
+
+    async def _meet_foreign(self, peer: PeerId) -> None:
+        """A peer with the mesh secret that is no member, such as a Kubo."""
+        try:
+            with trio.move_on_after(CONNECT):
+                self.table.is_foreign(peer, await self._transport.agent(peer))
+                state = self.table.get(peer)
+                logger.info("an IPFS peer is here: %s (%s)", (state and state.agent) or "", peer)
+        except TransportError as error:
+            logger.debug("peer %s did not say what it is: %s", peer, error)
 
     async def _expire(self) -> None:
         while True:

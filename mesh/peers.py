@@ -183,6 +183,13 @@ class PeerState:
     failed: float = 0.0
     #: It said that it goes.
     left: bool = False
+    #: The program of a peer that does not speak the mesh's protocol, such as `kubo/0.22.0`.
+    agent: str = ""
+
+    @property
+    def foreign(self) -> bool:
+        """Is it in the private network and no member of the mesh, as a Kubo is?"""
+        return bool(self.agent) and self.advert is None
 
     @property
     def state(self) -> Literal["connected", "known", "unreachable"]:
@@ -264,7 +271,7 @@ class PeerTable:
             self._leave(advert.peer)
             return True
         peer = self._peers.get(advert.peer) or self._add(advert.peer, now)
-        peer.advert, peer.sealed, peer.left = advert, sealed, False
+        peer.advert, peer.sealed, peer.left, peer.agent = advert, sealed, False, ""
         peer.made, peer.expires = now - age, now - age + ttl
         self.version += 1
         return True
@@ -339,6 +346,21 @@ class PeerTable:
             state.connected, state.since, state.rtt, state.left = True, now, None, False
         state.address, state.reason = address, ""
         self.version += 1
+
+    def is_foreign(self, peer: PeerId, agent: str) -> None:
+        """A connected peer does not speak the mesh's protocol, and says it is that program."""
+        state = self._peers.get(peer)
+        if state is not None and state.advert is None:
+            state.agent = agent.rstrip("/") or "unknown"
+
+    def is_member(self, peer: PeerId) -> bool:
+        """Is it known to be a member of the mesh?"""
+        state = self._peers.get(peer)
+        return state is not None and state.advert is not None
+
+    def members(self) -> int:
+        """How many peers are no foreign ones."""
+        return sum(not peer.foreign for peer in self._peers.values())
 
     def disconnected(self, peer: PeerId, reason: str, now: float) -> None:
         """The last connection is gone."""

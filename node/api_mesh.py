@@ -101,6 +101,7 @@ class MeshApi:
             "node": self._node,
             "state": "connected",
             "address": next(iter(self._membership.addresses), ""),
+            "ipfs": "",
             "providers": [_advert(p.advert()) for p in self._providers],
             "gpus": machine["gpus"],
             "machine": machine,
@@ -185,6 +186,8 @@ def _peer(peer: PeerState, now: float) -> Mapping[str, Any]:
         "node": peer.node,
         "state": peer.state,
         "address": peer.address,
+        # A peer that is no member is one of IPFS: it has the mesh secret, and exchanges blocks.
+        "ipfs": peer.agent if peer.foreign else "",
         "providers": [_advert(p) for p in peer.providers],
         "gpus": machine["gpus"],
         "machine": machine,

@@ -59,7 +59,7 @@ def _peer_row(row: Mapping[str, Any], *, first: bool) -> Sequence[str]:
     providers = row.get("providers") or []
     rtt = row.get("rtt_ms")
     return (
-        (row["node"] or NOTHING) + (" (this)" if first else ""),
+        _node_name(row) + (" (this)" if first else ""),
         short_peer(row["peer"]),
         row["state"],
         _load(providers),
@@ -68,6 +68,11 @@ def _peer_row(row: Mapping[str, Any], *, first: bool) -> Sequence[str]:
         NOTHING if rtt is None else f"{rtt:.1f} ms",
         row.get("address") or NOTHING,
     )
+
+
+def _node_name(row: Mapping[str, Any]) -> str:
+    """Its name; of a peer that is no member the program, such as `kubo/0.22.0 (ipfs)`."""
+    return row["node"] or (f"{row['ipfs']} (ipfs)" if row.get("ipfs") else NOTHING)
 
 
 def short_peer(peer: str) -> str:

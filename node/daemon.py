@@ -117,6 +117,7 @@ class Node:
             table=parts.peers,
             backends=parts.backends,
             sharing=self._sharing,
+            reading=parts.reading,
             services=self._services(),
             describe=self._describe,
             rng=Random(),

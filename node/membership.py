@@ -19,6 +19,7 @@ import trio
 
 from ..mesh import mdns
 from ..mesh.backends import BackendManager
+from ..mesh.bitswap import Bitswap
 from ..mesh.gossip import ADVERTS, CLAIMS
 from ..mesh.host import HostSettings, open_host
 from ..mesh.network import Network
@@ -27,6 +28,7 @@ from ..mesh.serving import Services
 from ..mesh.transport import PeerId, Transport, TransportError
 from .config import MeshConfig
 from .home import Home, HomeError, KnownPeers
+from .reading import Reading
 from .sharing import Sharing
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ class Membership:
         table: PeerTable,
         backends: BackendManager,
         sharing: Sharing,
+        reading: Reading,
         services: Services,
         describe: Callable[[], Advert],
         rng: Random,
@@ -59,6 +62,7 @@ class Membership:
         self._table = table
         self._backends = backends
         self._sharing = sharing
+        self._reading = reading
         self._services = services
         self._describe = describe
         self._rng = rng
@@ -144,8 +148,13 @@ class Membership:
             )
             try:
                 async with open_host(settings) as transport, trio.open_nursery() as nursery:
+                    # First: a Kubo asks at once what is spoken here.
+                    bitswap = Bitswap(
+                        transport, get=self._reading.give, is_member=self._table.is_member
+                    )
+                    await nursery.start(bitswap.run)
                     network = await self._open_network(transport, nursery)
-                    self._enter(transport, network, key)
+                    self._enter(transport, network, bitswap, key)
                     if self._config.mdns:
                         nursery.start_soon(self._discover, transport, network, key)
                     nursery.start_soon(self._saver.run)
@@ -179,14 +188,16 @@ class Membership:
         await nursery.start(network.run)
         return network
 
-    def _enter(self, transport: Transport, network: Network, key: bytes) -> None:
+    def _enter(self, transport: Transport, network: Network, bitswap: Bitswap, key: bytes) -> None:
         self._transport, self._network = transport, network
         self._backends.attach(network)
         self._sharing.attach(network, key)
+        self._reading.attach(bitswap)
 
     def _leave(self) -> None:
         self._backends.detach()
         self._sharing.detach()
+        self._reading.detach()
         self._transport = self._network = None
         # The next mesh may be another one, with other peers.
         self._table.clear()

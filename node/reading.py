@@ -62,13 +62,13 @@ class Reading:
         A block that is here and withheld is asked of nobody.
         """
         if await self._blocks.has(cid):
-            return await self.read_local(cid)
+            return await self.give(None, cid)
         block = await self._fetch(cid, timeout)
         if block is not None:
             await self.put(cid, block)
         return block
 
-    async def read_local(self, cid: bytes, *, peer: PeerId | None = None) -> bytes | None:
+    async def give(self, peer: PeerId | None, cid: bytes) -> bytes | None:
         """The block, if it is here and that peer, or a program (None), may have it."""
         if not await self._permissions.may_serve(peer, cid):
             return None

@@ -17,7 +17,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ class Kubo:
 
     async def connect(self, address: str) -> bool:
         """Dial a peer. Did it work?"""
-        return await self._call("connect", address) == 0
+        return bool(await self._call("connect", address) == 0)
 
     async def peers(self) -> list[str]:
         """The ids of the connected peers."""
@@ -81,7 +81,7 @@ class Kubo:
 
     async def pin(self, cid: str) -> bool:
         """Get a block with all that it links to, and keep it. Waits for a peer that has it."""
-        return await self._call("pin", cid) == 0
+        return bool(await self._call("pin", cid) == 0)
 
     def _file(self) -> Path:
         self._files += 1
@@ -167,18 +167,18 @@ def _main(repo: str, swarm_key: str) -> None:
     if swarm_key:
         with open(f"{repo}/swarm.key", "w") as file:
             file.write(swarm_key)
-    name = repo.encode()
-    assert library.RunNode(name) == 1
-    calls = {
+    node = repo.encode()
+    assert library.RunNode(node) == 1
+    calls: dict[str, Callable[..., Any]] = {
         "who": lambda: [
-            library.GetNodeID(name).decode(),
-            *json.loads(library.GetNodeMultiAddrs(name)),
+            library.GetNodeID(node).decode(),
+            *json.loads(library.GetNodeMultiAddrs(node)),
         ],
-        "connect": lambda address: library.ConnectToPeer(name, address.encode()),
-        "peers": lambda: json.loads(library.ListPeersIDs(name)),
-        "add": lambda path: library.AddFile(name, path.encode(), ctypes.c_bool(False)).decode(),
-        "download": lambda cid, path: library.Download(name, cid.encode(), path.encode()),
-        "pin": lambda cid: library.PinCID(name, cid.encode()),
+        "connect": lambda address: library.ConnectToPeer(node, address.encode()),
+        "peers": lambda: json.loads(library.ListPeersIDs(node)),
+        "add": lambda path: library.AddFile(node, path.encode(), ctypes.c_bool(False)).decode(),
+        "download": lambda cid, path: library.Download(node, cid.encode(), path.encode()),
+        "pin": lambda cid: library.PinCID(node, cid.encode()),
     }
     for line in sys.stdin:
         call, *arguments = json.loads(line)

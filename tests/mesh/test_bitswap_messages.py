@@ -74,7 +74,7 @@ def test_the_library_reads_what_we_write(message: Message) -> None:
             want.priority,
             want.cancel,
         )
-        assert (entry.wantType, entry.sendDontHave) == (want.have, want.send_dont_have)
+        assert (int(entry.wantType), entry.sendDontHave) == (int(want.have), want.send_dont_have)
     for payload, (cid, block) in zip(read.payload, message.blocks, strict=True):
         assert payload.data == block
         # A CIDv0 leaves out what its prefix says.

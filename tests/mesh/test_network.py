@@ -1,5 +1,6 @@
 """Nodes over a network in memory: what one has, all can ask."""
 
+import logging
 from collections import Counter
 
 import pytest
@@ -9,6 +10,7 @@ from fakes import MemoryNetwork
 from fakes_mesh import FakeProvider, Node, asking, mesh_of, wait_until
 
 from promptmesh.mesh.asking import Deadlines
+from promptmesh.mesh.network import GREETINGS
 from promptmesh.mesh.pool import MAX_IDLE
 from promptmesh.mesh.transport import TransportError
 from promptmesh.providers.base import (
@@ -610,6 +612,60 @@ async def test_whoever_connects_is_met_after_its_table_was_read(
     await mesh_of(nursery, a, b)
     await wait_until(lambda: bool(met))
     assert met == [(b.peer_id, 1)]
+
+
+async def test_a_foreign_peer_is_known_as_one_and_left_alone(
+    autojump_clock: Clock,
+    nursery: trio.Nursery,
+    network: MemoryNetwork,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As a Kubo with the mesh secret: it speaks nothing of the mesh, for an hour."""
+    caplog.set_level(logging.INFO)
+    kubo = network.transport("kubo")
+    kubo.program = "kubo/0.22.0/"
+    a, b = Node(network, "a", bootstrap=kubo.addresses), Node(network, "b", FakeProvider())
+    await mesh_of(nursery, a, b)
+    opened = count_streams(a)
+    await kubo.connect(b.peer_id, b.transport.addresses)
+    await wait_until(lambda: all(is_ipfs(node, kubo.peer_id) for node in (a, b)))
+    await trio.sleep(3600)
+    assert a.table.get(kubo.peer_id).state == "connected"  # type: ignore[union-attr]
+    assert (await a.ask())[1].node == "b"
+    assert kubo.dialled == 1
+    assert opened.count(kubo.peer_id) <= GREETINGS
+    assert len([record for record in caplog.records if "kubo" in record.getMessage()]) == 2
+    # It is no member: it is neither counted nor asked for claims.
+    assert a.network.members() == b.network.members() == 2
+    assert list(a.network.connected()) == [b.peer_id]
+
+    await kubo.aclose()
+    await trio.sleep(600)
+    assert b.table.get(kubo.peer_id) is None
+    assert (await a.ask())[1].node == "b"
+
+
+def is_ipfs(node: Node, peer: str) -> bool:
+    state = node.table.get(peer)
+    return state is not None and state.foreign and state.agent == "kubo/0.22.0"
+
+
+async def test_a_node_that_starts_slowly_is_no_foreign_peer(
+    autojump_clock: Clock, nursery: trio.Nursery, network: MemoryNetwork
+) -> None:
+    a, b = Node(network, "a"), Node(network, "b", FakeProvider())
+    nursery.start_soon(a.run)
+    await trio.testing.wait_all_tasks_blocked()
+    await a.transport.connect(b.peer_id, b.transport.addresses)
+    await trio.sleep(60)
+    state = a.table.get(b.peer_id)
+    assert state is not None
+    assert state.agent == "promptmesh"
+    nursery.start_soon(b.run)
+    await wait_until(lambda: a.table.is_member(b.peer_id))
+    assert not state.foreign
+    assert list(a.network.connected()) == [b.peer_id]
+    assert (await a.ask())[1].node == "b"
 
 
 async def test_after_it_ended_the_network_asks_nobody(

@@ -52,6 +52,19 @@ PEERS: list[dict[str, Any]] = [
         "since": 3.0,
         "reason": "connection refused",
     },
+    {
+        "peer": "QmaYNYophAJjSGkA4e6KZizTUw3DsEg7jbjpm4bXnwNmeZ",
+        "node": "",
+        "state": "connected",
+        "address": "/ip4/10.0.0.3/tcp/4001",
+        "ipfs": "kubo/0.22.0",
+        "providers": [],
+        "gpus": [],
+        "machine": {"cpus": 0, "memory_total": 0, "memory_free": 0},
+        "rtt_ms": 0.3,
+        "since": 3.0,
+        "reason": "",
+    },
 ]  # fmt: skip
 MODELS = {
     "object": "list",
@@ -114,6 +127,8 @@ def test_peers(tmp_path: Path) -> None:
          "RTX 4090 24 GB 42%", "-", "-"],
         ["b\N{REPLACEMENT CHARACTER}[31mta", "…" + PEERS[1]["peer"][-8:], "unreachable", "-", "-",
          "4 CPUs 8 GB", "1.2 ms", "-"],
+        ["kubo/0.22.0 (ipfs)", "…bXnwNmeZ", "connected", "-", "-", "-", "0.3 ms",
+         "/ip4/10.0.0.3/tcp/4001"],
     ]  # fmt: skip
     assert "connection refused" in said
     assert "\x1b" not in said

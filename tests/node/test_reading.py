@@ -84,7 +84,7 @@ async def test_what_is_withheld_is_neither_given_nor_asked_for(
     await reading.put(CID, BLOCK)
     guard.allows = False
     assert await reading.read(CID) is None
-    assert await reading.read_local(CID, peer="bob") is None
+    assert await reading.give("bob", CID) is None
     assert guard.asked == [None, "bob"]
     assert not source.asked
 
