@@ -62,11 +62,15 @@ class Reading:
         A block that is here and withheld is asked of nobody.
         """
         if await self._blocks.has(cid):
-            return await self.give(None, cid)
+            return await self.read_local(cid)
         block = await self._fetch(cid, timeout)
         if block is not None:
             await self.put(cid, block)
         return block
+
+    async def read_local(self, cid: bytes) -> bytes | None:
+        """The block, if it is here and a program may have it."""
+        return await self.give(None, cid)
 
     async def give(self, peer: PeerId | None, cid: bytes) -> bytes | None:
         """The block, if it is here and that peer, or a program (None), may have it."""
