@@ -12,8 +12,9 @@ from __future__ import annotations
 import logging
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from . import pins
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 #: Bytes of the largest block that is taken, the same as in Kubo and bitswap.
 MAX_BLOCK = 2 * 1024 * 1024
+#: Blocks that are listed at a time.
+LISTED = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +160,19 @@ class SqliteBlocks:
             "counting blocks", lambda: self._database.row(sql), (0, 0, 0)
         )
         return StoreSize(*found)
+
+    async def digests(self) -> AsyncGenerator[list[bytes], None]:
+        """The digests of all blocks, some at a time."""
+        sql = f"SELECT digest FROM block WHERE digest > ? ORDER BY digest LIMIT {LISTED}"
+        last = b""
+        while True:
+            some: list[tuple[bytes]] = self._database.attempt(
+                "listing blocks", partial(self._database.rows, sql, (last,)), []
+            )
+            if not some:
+                return
+            (last,) = some[-1]
+            yield [digest for (digest,) in some]
 
     # --- inside: these raise sqlite3.Error ------------------------------------------------------
 

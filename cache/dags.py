@@ -7,7 +7,7 @@ numbers into lists, and a link leads into the next block.
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,9 @@ MAX_PATH = 4096
 #: Links of a block that are followed; an index of an answer's leaves has 64.
 MAX_LINKS = 8192
 
+#: Blocks of a whole that is walked through; 65,536 leaves of a file hold 16 GiB.
+MAX_BLOCKS = 65_536
+
 #: A place in a list.
 _INDEX = re.compile("[0-9]{1,9}")
 
@@ -36,10 +39,16 @@ class PathError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Path:
-    """A CID (of version 1) and the names behind it."""
+    """A CID and the names behind it."""
 
-    root: bytes
+    #: As it was written, of version 0 or 1.
+    named: bytes
     segments: tuple[str, ...] = ()
+
+    @property
+    def root(self) -> bytes:
+        """The CID as this node keeps it."""
+        return stored(self.named)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +121,9 @@ def parse_path(text: str) -> Path:
     if len(segments) > MAX_SEGMENTS:
         raise PathError(f"a path of more than {MAX_SEGMENTS} names")
     try:
-        return Path(stored(parse_link(name)), tuple(segments))
+        named = parse_link(name)
+        stored(named)
+        return Path(named, tuple(segments))
     except ValueError as error:
         raise PathError(f"invalid path {text[:200]!r}: {error}") from error
 
@@ -125,14 +136,46 @@ async def resolve(fetch: Fetch, path: Path) -> Found:
         value = _step(cid, value, segment, at == inside)
         # A path that ends at a link means what is behind it, as in Kubo.
         if isinstance(value, cbrrr.CID):
-            cid, inside = _followed(value), at + 1
+            cid, inside = _followed(value.cid_bytes), at + 1
             value = _decoded(cid, await fetch(cid))
     return Found(cid, path.segments[inside:], value)
 
 
-def _followed(link: cbrrr.CID) -> bytes:
+async def walk(
+    fetch: Fetch, root: bytes, *, deep: bool = True
+) -> AsyncGenerator[tuple[bytes, bytes], None]:
+    """A block and all that is below it, each once, by its CID as the link to it says.
+
+    A block comes before those it links to, and they in their order. Raises `PathError` for a block
+    that is not what its codec says or a link that cannot be followed, and what `fetch` raises.
+    """
+    seen: set[bytes] = set()
+    waiting = [root]
+    while waiting:
+        named = waiting.pop()
+        cid = _followed(named)
+        if cid in seen:
+            continue
+        seen.add(cid)
+        if len(seen) > MAX_BLOCKS:
+            raise PathError(f"more than {MAX_BLOCKS} blocks")
+        block = await fetch(cid)
+        yield named, block
+        if deep:
+            waiting += reversed(_links(cid, block))
+
+
+def _links(cid: bytes, block: bytes) -> list[bytes]:
+    codec, _ = split(cid)
     try:
-        return stored(link.cid_bytes)
+        return links(codec, block)
+    except (ValueError, RecursionError) as error:
+        raise PathError(f"{cid_text(cid)} is not {codec}: {error}") from error
+
+
+def _followed(link: bytes) -> bytes:
+    try:
+        return stored(link)
     except ValueError as error:
         raise PathError(str(error)) from error
 

@@ -24,6 +24,10 @@ _LISTING = """
         WHERE (?1 IS NULL OR leaf = ?1) AND leaf NOT IN (SELECT digest FROM pin)"""
 
 
+class PinsFull(Exception):
+    """What is pinned would take more room than the cache has. Nothing was pinned."""
+
+
 @dataclass(frozen=True, slots=True)
 class Pin:
     """One block that is kept, and why."""
@@ -43,7 +47,7 @@ class Pins:
     async def add(self, named: bytes, *, recursive: bool, below: Sequence[bytes] = ()) -> bool:
         """Keep a block, and those `below` it, by their CIDs. Are they all here?
 
-        `named` is its CID as the program wrote it.
+        `named` is its CID as the program wrote it. Raises `PinsFull`.
         """
 
         def add() -> bool:
@@ -51,6 +55,9 @@ class Pins:
                 with self._database.transaction() as connection:
                     digests = [cid[-DIGEST_SIZE:] for cid in below]
                     write(connection, named, recursive=recursive, below=digests)
+                    (held,) = connection.execute("SELECT pinned_bytes FROM total").fetchone()
+                    if held > self._max_bytes:
+                        raise PinsFull(f"more than {self._max_bytes} bytes would be pinned")
             except sqlite3.IntegrityError:  # one of them was evicted in the meantime
                 return False
             return True
@@ -75,12 +82,6 @@ class Pins:
         return [
             Pin(cid_of(name, "raw") if kind == "indirect" else name, kind) for name, kind in rows
         ]
-
-    async def room(self) -> int:
-        """Bytes that can still be pinned: what is pinned is never evicted."""
-        sql = "SELECT coalesce(sum(size), 0) FROM block WHERE pinned = 1"
-        (held,) = self._database.attempt("counting pins", lambda: self._database.row(sql), (0,))
-        return max(0, self._max_bytes - int(held))
 
 
 # --- inside a transaction: these raise sqlite3.Error --------------------------------------------

@@ -10,7 +10,7 @@ from __future__ import annotations
 #: "pmc1"; names the file's kind in its header.
 APPLICATION_ID = 0x706D6331
 #: Another version is not read but set aside: all of it can be computed again.
-VERSION = 4
+VERSION = 5
 
 TABLES = """
 -- IPFS blocks by their sha2-256, so that a block is found by its raw and its dag-cbor CID alike.
@@ -90,6 +90,7 @@ CREATE INDEX answer_by_expiry ON answer (expires_at);
 CREATE TABLE total (
     blocks INTEGER NOT NULL DEFAULT 0,
     bytes INTEGER NOT NULL DEFAULT 0,
+    pinned_bytes INTEGER NOT NULL DEFAULT 0,
     answers INTEGER NOT NULL DEFAULT 0,
     hits_local INTEGER NOT NULL DEFAULT 0,
     hits_mesh INTEGER NOT NULL DEFAULT 0,
@@ -105,7 +106,11 @@ CREATE TRIGGER block_added AFTER INSERT ON block BEGIN
     UPDATE total SET blocks = blocks + 1, bytes = bytes + NEW.size;
 END;
 CREATE TRIGGER block_deleted AFTER DELETE ON block BEGIN
-    UPDATE total SET blocks = blocks - 1, bytes = bytes - OLD.size;
+    UPDATE total SET blocks = blocks - 1, bytes = bytes - OLD.size,
+        pinned_bytes = pinned_bytes - OLD.pinned * OLD.size;
+END;
+CREATE TRIGGER block_pinned AFTER UPDATE OF pinned ON block BEGIN
+    UPDATE total SET pinned_bytes = pinned_bytes + (NEW.pinned - OLD.pinned) * NEW.size;
 END;
 CREATE TRIGGER answer_added AFTER INSERT ON answer BEGIN
     UPDATE total SET answers = answers + 1;

@@ -7,7 +7,7 @@ each. With CID version 1 leaves are raw blocks, with version 0 they are dag-pb n
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 
 from . import dag_pb
@@ -65,7 +65,7 @@ def build(data: bytes, *, version: int = 1, raw_leaves: bool | None = None) -> I
 
 async def read(
     fetch: Fetch, cid: bytes, *, offset: int = 0, length: int | None = None
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     """The bytes of a file, or some of them, a leaf at a time.
 
     Raises `NotAFile`, and what `fetch` raises.

@@ -21,6 +21,7 @@ from ..providers.base import Answering, GenerateRequest
 from ..providers.registry import SettingsError
 from .api_cache import CacheApi
 from .api_ipfs import IpfsApi
+from .api_kubo_commands import kubo_api
 from .api_mesh import MeshApi
 from .api_openai import OpenAIApi
 from .config import Config, child_environment, home_path
@@ -190,7 +191,14 @@ class Node:
         cache = self._config.cache
         written = functools.partial(key_text, form=cache.key, base=cache.cid_base)
         openai = OpenAIApi(self._router, parts.names, written)
-        ipfs = IpfsApi(parts.blocks)
+        ipfs = IpfsApi(parts.reading)
+        kubo = kubo_api(
+            parts,
+            self._membership,
+            cache_path=self._home.cache_path,
+            max_bytes=cache.max_bytes,
+            max_body=self._config.limits.max_body,
+        )
         mesh = MeshApi(
             peer=parts.peer,
             node=parts.node,
@@ -214,7 +222,8 @@ class Node:
         routes.add("GET", "/healthz", mesh.healthz)
         routes.add("GET", "/readyz", mesh.readyz)
         CacheApi(parts.answers, parts.blocks).add_to(routes)
-        routes.add_below("GET", "/ipfs/", ipfs.block)
+        routes.add_below("GET", "/ipfs/", ipfs.content)
+        kubo.add_to(routes)
         return routes
 
     def _say_hello(self, address: str) -> None:

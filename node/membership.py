@@ -20,6 +20,7 @@ import trio
 from ..mesh import mdns
 from ..mesh.backends import BackendManager
 from ..mesh.bitswap import Bitswap
+from ..mesh.dialing import peer_of
 from ..mesh.gossip import ADVERTS, CLAIMS
 from ..mesh.host import HostSettings, open_host
 from ..mesh.network import Network
@@ -80,6 +81,21 @@ class Membership:
     def addresses(self) -> list[str]:
         """Where peers can dial this node now, each with its peer id."""
         return list(self._transport.addresses) if self._transport else []
+
+    @property
+    def connections(self) -> Mapping[PeerId, str]:
+        """The connected peers, members or not, each with the address of the connection."""
+        return self._transport.connected() if self._transport else {}
+
+    async def connect(self, address: str) -> None:
+        """Be connected to the peer at that multiaddr, which ends in `/p2p/PEERID`.
+
+        Raises `ValueError` for another address, and `TransportError`.
+        """
+        peer = peer_of(address)
+        if self._transport is None:
+            raise TransportError(self.problem or "this node is in no mesh")
+        await self._transport.connect(peer, [address])
 
     def changed(self) -> None:
         """What this node offers has changed."""

@@ -12,7 +12,7 @@ from promptmesh.cache.blocks import SqliteBlocks
 from promptmesh.cache.cid import cid_bytes
 from promptmesh.cache.database import Database
 from promptmesh.cache.links import version_0
-from promptmesh.cache.pins import Pin, Pins
+from promptmesh.cache.pins import Pin, Pins, PinsFull
 from promptmesh.cache.upkeep import sweep
 
 NAMES = [b"one", b"two", b"three", b"four"]
@@ -108,10 +108,22 @@ async def test_deleting_a_block_ends_its_pin(blocks: SqliteBlocks, pins: Pins) -
     assert (await blocks.size()).pinned == 0
 
 
-async def test_the_room_that_is_left(blocks: SqliteBlocks, pins: Pins) -> None:
-    assert await pins.room() == 1000
-    await pins.add(A, recursive=True, below=[B])
-    assert await pins.room() == 1000 - len(b"one" + b"two")
+async def test_no_more_is_pinned_than_there_is_room_for(
+    database: Database, blocks: SqliteBlocks
+) -> None:
+    pins = Pins(database, max_bytes=len(b"onetwo"))
+    assert await pins.add(A, recursive=True, below=[B])
+    assert await pins.add(B, recursive=False)
+    with pytest.raises(PinsFull):
+        await pins.add(C, recursive=False)
+    assert await pins.listing(C) == []
+    await pins.remove(A)
+    assert await pins.add(A, recursive=False)
+    await blocks.delete(B)
+    with pytest.raises(PinsFull):
+        await pins.add(C, recursive=False)
+    await blocks.delete(A)
+    assert await pins.add(C, recursive=False)
 
 
 @given(
