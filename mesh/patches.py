@@ -73,7 +73,7 @@ from multiaddr import Multiaddr  # type: ignore[import-untyped]
 
 from .pnet import Wire
 from .streams import LibraryStream, SecureYamux, negotiate, select
-from .transport import PeerId, TransportError
+from .transport import PeerId, Stream, TransportError
 from .yamux import PROTOCOL_ID as YAMUX
 from .yamux import YamuxStream
 
@@ -380,25 +380,38 @@ async def open_stream(link: Link, protocols: Sequence[str]) -> YamuxStream:
 
 
 async def read_agent(link: Link) -> str:
-    """Which program the peer says it is, in printable characters. Raises `TransportError`."""
+    """Which program the peer says it is, in printable characters. Raises `TransportError`.
+
+    A Kubo may send a second message, in which the program is not named again; Helia resets the
+    stream when it has spoken. So the first message is all that is read.
+    """
     stream = await open_stream(link, [IDENTIFY])
     said = bytearray()
     try:
-        with trio.move_on_after(NEGOTIATE_TIMEOUT):
-            while len(said) <= MAX_IDENTIFY and (data := await stream.receive_some()):
-                said += data
+        with trio.fail_after(NEGOTIATE_TIMEOUT):
+            while (message := _first_message(said)) is None and len(said) <= MAX_IDENTIFY:
+                said += await _receive_more(stream)
+        agent: str = Identify.FromString(message or b"").agent_version
+    except (DecodeError, ValueError, trio.TooSlowError) as error:
+        raise TransportError(f"{link.peer} does not say what it is: {error}") from error
     finally:
         await stream.aclose()
-    identified = Identify()
-    start = 0
-    try:
-        while start < len(said):  # one message or more, each behind a varint of its length
-            length, size = decode_varint_with_size(bytes(said[start : start + 10]))
-            start += size + length
-            identified.MergeFromString(bytes(said[start - length : start]))
-        return "".join(filter(str.isprintable, identified.agent_version))[:MAX_AGENT]
-    except (DecodeError, ValueError) as error:
-        raise TransportError(f"{link.peer} says nonsense of itself") from error
+    return "".join(filter(str.isprintable, agent))[:MAX_AGENT]
+
+
+def _first_message(said: bytearray) -> bytes | None:
+    """What stands behind the varint of its length, if it is whole. Raises `ValueError`."""
+    if not said or not any(byte < 128 for byte in said[:10]):
+        return None
+    length, start = decode_varint_with_size(bytes(said[:10]))
+    return bytes(said[start : start + length]) if len(said) >= start + length else None
+
+
+async def _receive_more(stream: Stream) -> bytes:
+    data = await stream.receive_some()
+    if not data:
+        raise TransportError(f"{stream.peer} closed the stream")
+    return data
 
 
 def _identify_handler(host: IHost, agent: str) -> Callable[[INetStream], Any]:
