@@ -98,6 +98,7 @@ class _Cache(msgspec.Struct, forbid_unknown_fields=True):
     max_age: _Seconds | None = None
     scope: Literal["local", "mesh"] = "mesh"
     namespace: str = ""
+    min_agreement: Annotated[int, msgspec.Meta(ge=1, le=1000)] | None = None
     any_sample: bool = False
 
 
@@ -229,6 +230,7 @@ def _request(chat: _ChatBody, extra: dict[str, Any]) -> GenerateRequest:
             max_age=mesh.cache.max_age,
             scope=mesh.cache.scope,
             namespace=mesh.cache.namespace,
+            min_agreement=mesh.cache.min_agreement,
             any_sample=mesh.cache.any_sample,
         ),
         deadline=mesh.deadline_s,

@@ -42,7 +42,7 @@ WRITER = textwrap.dedent(
                     finish_reason="stop",
                 )
                 cid = (await answers.store(key, completion, model="m", now=1000.0)).cid
-                entry = Entry(key=key, cid=cid.raw, size=size, made_at=1000, expires_at=2000)
+                entry = Entry(key, cid.raw, size, made_at=1000, expires_at=2000, held=False)
                 envelope = log.seal([entry], namespace=bytes(8), now=1000.0)
                 print(number, cid.raw.hex(), envelope.hex(), flush=True)
                 await trio.sleep(0)

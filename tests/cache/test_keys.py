@@ -196,6 +196,7 @@ NO_PART: dict[type[msgspec.Struct], dict[str, Any]] = {
         "ttl": 1.0,
         "max_age": 1.0,
         "scope": "local",
+        "min_agreement": 2,
         "any_sample": True,
     },
 }
