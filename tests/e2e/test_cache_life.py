@@ -19,15 +19,18 @@ ACKNOWLEDGED = 30
 LONG = "0123456789" * 15_000  # one word, which `echo` gives at once
 
 
-def ask_once(url: str, prompt: str) -> str | None:
+def question(prompt: str) -> dict[str, object]:
+    messages = [{"role": "user", "content": prompt}]
+    return {"model": "echo", "temperature": 0, "messages": messages}
+
+
+def ask_once(client: httpx.Client, prompt: str) -> str | None:
     """The CID of the answer; None if the node was killed, and nothing acknowledged.
 
     In a thread: the asynchronous client complains of what a broken connection leaves behind.
     """
-    messages = [{"role": "user", "content": prompt}]
-    body = {"model": "echo", "temperature": 0, "messages": messages}
     try:
-        answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+        answer = client.post("/v1/chat/completions", json=question(prompt))
     except httpx.HTTPError:
         return None
     cid: str = answer.json()["promptmesh"]["cid"]
@@ -38,12 +41,11 @@ async def asked_until_killed(daemon: Daemon, first: int) -> dict[str, str]:
     """Ask new questions from several tasks, kill the node meanwhile: prompt -> CID of what came."""
     came: dict[str, str] = {}
     enough = trio.Event()
-    url = daemon.url
 
     async def ask(number: int) -> None:
         while True:
             prompt = f"{number} {LONG if number % 7 == 0 else ''}"
-            cid = await trio.to_thread.run_sync(ask_once, url, prompt)
+            cid = await trio.to_thread.run_sync(ask_once, client, prompt)
             if cid is None:
                 return
             came[prompt] = cid
@@ -51,7 +53,7 @@ async def asked_until_killed(daemon: Daemon, first: int) -> dict[str, str]:
                 enough.set()
             number += 4
 
-    with trio.fail_after(60):
+    with httpx.Client(base_url=daemon.url, timeout=60) as client, trio.fail_after(60):
         async with trio.open_nursery() as nursery:
             for number in range(4):
                 nursery.start_soon(ask, first + number)
@@ -68,13 +70,14 @@ async def test_nothing_that_was_answered_is_lost(tmp_path: Path) -> None:
             await daemon.start()
             acknowledged |= await asked_until_killed(daemon, 1 + round_ * 1000)
         await daemon.start()
-        for prompt, cid in acknowledged.items():
-            answer = await daemon.chat(prompt, "echo", temperature=0)
-            assert answer.headers["x-promptmesh-cache"] == "hit-local"
-            assert answer.headers["x-promptmesh-cid"] == cid
-            assert answer.json()["choices"][0]["message"]["content"] == prompt
-            block = await daemon.get(f"/ipfs/{cid}?format=raw")
-            assert cid_text(cid_bytes(block.content)) == cid
+        async with httpx.AsyncClient(base_url=daemon.url, timeout=60) as client:
+            for prompt, cid in acknowledged.items():
+                answer = await client.post("/v1/chat/completions", json=question(prompt))
+                assert answer.headers["x-promptmesh-cache"] == "hit-local"
+                assert answer.headers["x-promptmesh-cid"] == cid
+                assert answer.json()["choices"][0]["message"]["content"] == prompt
+                block = await client.get(f"/ipfs/{cid}?format=raw")
+                assert cid_text(cid_bytes(block.content)) == cid
         assert len(acknowledged) >= ROUNDS * ACKNOWLEDGED
         assert "set aside" not in daemon.log.read_text()
     finally:
