@@ -79,7 +79,9 @@ async def test_a_block_that_only_helia_has_is_read(tmp_path: Path, size: int) ->
 async def test_helia_pins_a_block_with_leaves(tmp_path: Path) -> None:
     async with connected(tmp_path) as (node, peer):
         leaves = [os.urandom(60_000) for _ in range(8)]
-        links = [cbrrr.CID.decode(await node.put(leaf)) for leaf in leaves]
+        links: list[cbrrr.DagCborTypes] = [
+            cbrrr.CID.decode(await node.put(leaf)) for leaf in leaves
+        ]
         root = cbrrr.encode_dag_cbor({"leaves": links})
         await node.blocks.put(cid_bytes(root), root)
         await peer.pin(cid_text(cid_bytes(root)))
