@@ -22,7 +22,7 @@ def test_settings(tmp_path: Path) -> None:
     path = tmp_path / "cache.sqlite"
     database = Database(path)
     pragmas = ("journal_mode", "synchronous", "page_size", "auto_vacuum", "foreign_keys")
-    assert [database.row(f"PRAGMA {name}")[0] for name in pragmas] == ["wal", 1, 8192, 2, 1]
+    assert [database.row(f"PRAGMA {name}")[0] for name in pragmas] == ["wal", 1, 4096, 2, 1]
     put(database, b"a")
     for file in tmp_path.iterdir():
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
