@@ -15,7 +15,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Literal, Protocol
 
 from . import pins
 from .cid import cid_of, cid_text, split, verify
@@ -28,6 +28,11 @@ logger = logging.getLogger(__name__)
 MAX_BLOCK = 2 * 1024 * 1024
 #: Blocks that are listed at a time.
 LISTED = 256
+
+
+#: What can happen to a block that a program, a person or an answer brings about. (Eviction and
+#: expiry do not count: they are this store's own affair.)
+Change = Literal["put", "pin", "unpin", "delete"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +116,8 @@ class SqliteBlocks:
         self._clock = clock
         #: What was read; `AnswerCache` writes it down.
         self.uses = Uses(database)
+        #: Told of each change, before it is certain: what it finds here later is what holds.
+        self.on_change: Callable[[Change, bytes], None] | None = None
 
     async def put(self, cid: bytes, block: bytes) -> bool:
         check(cid, block)
@@ -121,6 +128,17 @@ class SqliteBlocks:
             return True
 
         return self._database.attempt("putting a block", put, False)
+
+    async def keep(self, cid: bytes, block: bytes) -> bool:
+        """Keep it like `put`, but only for this node: nobody outside means others to have it."""
+        check(cid, block)
+
+        def keep() -> bool:
+            with self._database.transaction() as connection:
+                self._insert(connection, [(cid, block)], self._clock(), put=False)
+            return True
+
+        return self._database.attempt("keeping a block", keep, False)
 
     async def get(self, cid: bytes) -> bytes | None:
         return self._database.attempt("getting a block", lambda: self.read(_digest(cid)), None)
@@ -134,6 +152,7 @@ class SqliteBlocks:
 
     async def delete(self, cid: bytes) -> bool:
         digest = _digest(cid)
+        self._tell("delete", cid)
         return self._database.attempt("deleting a block", lambda: self.drop([digest]) > 0, False)
 
     async def pin(self, cid: bytes, pinned: bool = True) -> bool:
@@ -152,6 +171,7 @@ class SqliteBlocks:
                     pins.write(connection, cid, recursive=True, below=below)
                 return True
 
+        self._tell("pin" if pinned else "unpin", cid)
         return self._database.attempt("pinning a block", pin, False)
 
     async def size(self) -> StoreSize:
@@ -193,12 +213,24 @@ class SqliteBlocks:
     def write(
         self,
         connection: sqlite3.Connection,
-        blocks: Iterable[tuple[bytes, bytes]],
+        blocks: Sequence[tuple[bytes, bytes]],
         now: float,
         *,
         put: bool = False,
     ) -> None:
         """Keep blocks that are known to be what their CIDs name; `put`: for a program."""
+        self._insert(connection, blocks, now, put=put)
+        for cid, _ in blocks:
+            self._tell("put", cid)
+
+    def _insert(
+        self,
+        connection: sqlite3.Connection,
+        blocks: Iterable[tuple[bytes, bytes]],
+        now: float,
+        *,
+        put: bool,
+    ) -> None:
         connection.executemany(
             "INSERT INTO block (digest, size, used_at, put, data) VALUES (?, ?, ?, ?, ?)"
             " ON CONFLICT DO UPDATE SET used_at = max(used_at, excluded.used_at),"
@@ -206,6 +238,10 @@ class SqliteBlocks:
             f" WHERE used_at < excluded.used_at - {SAME_USE} OR put < excluded.put",
             [(_digest(cid), len(block), int(now), put, block) for cid, block in blocks],
         )
+
+    def _tell(self, change: Change, cid: bytes) -> None:
+        if self.on_change is not None:
+            self.on_change(change, cid)
 
     def drop(self, digests: Sequence[bytes]) -> int:
         """Delete blocks, pinned or not, with what needs them; how many of these there were."""

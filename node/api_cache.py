@@ -59,9 +59,16 @@ class Refusal(Exception):
 class CacheApi:
     """Answers `METHOD /mesh/v1/cache/...`, by HTTP or without."""
 
-    def __init__(self, answers: AnswerCache, blocks: SqliteBlocks) -> None:
+    def __init__(
+        self,
+        answers: AnswerCache,
+        blocks: SqliteBlocks,
+        bring: Callable[[bytes], Awaitable[bool]] | None = None,
+    ) -> None:
+        """`bring` gets an answer that is not here from a further store."""
         self._answers = answers
         self._blocks = blocks
+        self._bring = bring
         self._whole: dict[str, Callable[[Query], Awaitable[Any]]] = {
             "GET": self._list,
             "DELETE": self._purge,
@@ -214,6 +221,8 @@ class CacheApi:
 
     async def _stored(self, cid: bytes) -> StoredAnswer:
         stored = await self._answers.get(cid, now=time.time())
+        if stored is None and self._bring is not None and await self._bring(cid):
+            stored = await self._answers.get(cid, now=time.time())
         if stored is None:
             raise _missing(cid)
         return stored

@@ -12,6 +12,7 @@ import msgspec
 import trio
 
 from ..cache.answers import AnswerCache
+from ..cache.layers import FurtherState
 from ..mesh.peers import Machine, PeerState, PeerTable, ProviderAdvert
 from ..mesh.transport import TransportError
 from .http_server import Request, Responder
@@ -51,6 +52,7 @@ class MeshApi:
         machine: Callable[[], Machine],
         answers: AnswerCache,
         claims: Callable[[float], int],
+        kubo: Callable[[], FurtherState] | None = None,
         membership: MembershipControl,
         ready: Callable[[], bool],
     ) -> None:
@@ -63,6 +65,7 @@ class MeshApi:
         self._answers = answers
         #: How many claims of other nodes hold at a time.
         self._claims = claims
+        self._kubo = kubo
         self._membership = membership
         self._ready = ready
         self._started = time.time()
@@ -90,6 +93,7 @@ class MeshApi:
                 "tokens_saved": stat.tokens_saved,
                 "claims": self._claims(now),
             },
+            "kubo": self._kubo() if self._kubo else None,
         }
         await _send(responder, fields)
 

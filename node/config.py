@@ -19,6 +19,7 @@ from .config_sections import (
     CacheConfig,
     DeadlinesConfig,
     HttpConfig,
+    KuboConfig,
     LimitsConfig,
     LocalHFConfig,
     MeshConfig,
@@ -35,6 +36,7 @@ __all__ = [
     "DeadlinesConfig",
     "Flag",
     "HttpConfig",
+    "KuboConfig",
     "LimitsConfig",
     "LocalHFConfig",
     "MeshConfig",
@@ -62,6 +64,7 @@ class Config:
     http: HttpConfig = field(default_factory=HttpConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
+    kubo: KuboConfig = field(default_factory=KuboConfig)
     local_hf: LocalHFConfig = field(default_factory=LocalHFConfig)
     deadlines: DeadlinesConfig = field(default_factory=DeadlinesConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ..cache.kubo_address import endpoint
 from ..providers.base import Policy
 from .addresses import check_dialable, check_listen
 from .config_values import Secret, setting
@@ -29,11 +30,6 @@ def check_name(text: str) -> str:
     if not 0 < len(text) <= MAX_NAME or re.search(r"[\s:/]", text):
         raise ValueError(f"expected 1 to {MAX_NAME} characters without spaces, ':' and '/'")
     return text
-
-
-def check_trusted(text: str) -> str:
-    """`all`, `me`, a peer id or a node's name. Raises `ValueError`."""
-    return check_name(text)
 
 
 def split_host_port(text: str) -> tuple[str, int]:
@@ -67,6 +63,13 @@ def check_multibase(text: str) -> str:
     from ..cache.cid import cid_of, cid_text
 
     cid_text(cid_of(bytes(32)), text)
+    return text
+
+
+def check_kubo_api(text: str) -> str:
+    """The address of a Kubo's RPC, or nothing. Raises `ValueError`."""
+    if text:
+        endpoint(text)
     return text
 
 
@@ -148,19 +151,27 @@ class CacheConfig:
     cid_base: str = setting(
         "base32", "The multibase of such a CID, such as `base58btc`.", check=check_multibase
     )
-    trust: tuple[str, ...] = setting(
-        ("all",),
-        "Whose stored answers are used: `all` members', only those of the peers that are listed "
-        "by id or by their node's name, or with `me` only this node's own. An id is surer than a "
-        "name, which every member chooses for itself.",
-        check=check_trusted,
+
+
+@dataclass(frozen=True, kw_only=True)
+class KuboConfig:
+    """A Kubo daemon as a further store of answers, by its RPC."""
+
+    api: str = setting(
+        "",
+        "Its address, as in Kubo's `Addresses.API` (`/ip4/127.0.0.1/tcp/5001`) or as a URL; empty "
+        "for none. Needs the extra `promptmesh[kubo]`.",
+        left_out="none is used",
+        check=check_kubo_api,
     )
-    min_agreement: int = setting(
-        1,
-        "So many trusted nodes must have computed the same answer before one that is stored at "
-        "another node is used.",
-        low=1,
-        high=1000,
+    timeout: float = setting(
+        2.0, "The longest that a question to it may take.", unit="seconds", low=0.1, high=60
+    )
+    pin: bool = setting(False, "Pin there each answer that goes there, so that it stays.")
+    publish: bool = setting(
+        False,
+        "Use it although it may be on the public network. Whatever goes there, all the world can "
+        "read, and nobody can take it back.",
     )
 
 
@@ -253,6 +264,7 @@ SECTIONS: dict[str, Any] = {
     "http": HttpConfig,
     "mesh": MeshConfig,
     "cache": CacheConfig,
+    "kubo": KuboConfig,
     "local_hf": LocalHFConfig,
     "deadlines": DeadlinesConfig,
     "limits": LimitsConfig,

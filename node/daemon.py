@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from ..cache.keys import key_text
+from ..cache.layers import PublicStore
 from ..mesh.peers import Advert
 from ..mesh.serving import Services
 from ..mesh.transport import TransportError
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+#: What keeps a node from starting and says so in a sentence.
+_REFUSALS = (SettingsError, HomeError, TransportError, PublicStore, OSError)
 #: Seconds that answers in progress get when the node is told to stop.
 GRACE = 1.0
 #: Seconds between two looks at the machine: NVML takes a few milliseconds a card.
@@ -57,11 +60,11 @@ def run(config: Config, home: Home) -> int:
     try:
         trio.run(_main, config, home)
     except BaseExceptionGroup as group:
-        known, rest = group.split((SettingsError, HomeError, TransportError, OSError))
+        known, rest = group.split(_REFUSALS)
         if known is None or rest is not None:
             raise
         return _refuse(_first(known))
-    except (SettingsError, HomeError, TransportError, OSError) as error:
+    except _REFUSALS as error:
         return _refuse(error)
     return 0
 
@@ -127,6 +130,8 @@ class Node:
 
     async def run(self) -> None:
         """Serve until `stopping` is set, then close in order."""
+        if self._parts.layers is not None:
+            await self._parts.layers.start()
         server = HttpServer(
             self._routes(),
             Limits(
@@ -142,6 +147,8 @@ class Node:
         with self._home.announced(address):
             self._nursery.start_soon(self._parts.providers.run)
             self._nursery.start_soon(self._parts.answers.run)
+            if self._parts.layers is not None:
+                self._nursery.start_soon(self._parts.layers.run)
             self._nursery.start_soon(self._sharing.run)
             self._nursery.start_soon(self._watch_machine)
             await self._nursery.start(self._membership.run)
@@ -175,8 +182,6 @@ class Node:
             answer=self._answer_peer,
             block=self._sharing.block,
             claims=self._sharing.since,
-            put_claims=self._sharing.put_claims,
-            find_claims=self._sharing.find_claims,
             loads=self._parts.backends.loads,
             claim_for=self._sharing.claim_for,
         )
@@ -210,6 +215,7 @@ class Node:
             machine=lambda: self._machine,
             answers=parts.answers,
             claims=parts.claims.live,
+            kubo=parts.layers.state if parts.layers else None,
             membership=self._membership,
             ready=lambda: bool(parts.backends.models()),
         )
@@ -223,7 +229,8 @@ class Node:
         routes.add("POST", "/mesh/v1/leave", mesh.leave)
         routes.add("GET", "/healthz", mesh.healthz)
         routes.add("GET", "/readyz", mesh.readyz)
-        CacheApi(parts.answers, parts.blocks).add_to(routes)
+        bring = parts.layers.bring if parts.layers else None
+        CacheApi(parts.answers, parts.blocks, bring).add_to(routes)
         routes.add_below("GET", "/ipfs/", ipfs.content)
         kubo.add_to(routes)
         return routes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,10 +15,10 @@ from ..cache.answers import AnswerCache, Limits
 from ..cache.blocks import SqliteBlocks
 from ..cache.claim_index import ClaimIndex
 from ..cache.claims import ClaimLog
-from ..cache.conduct import Conduct
 from ..cache.database import Database
+from ..cache.kubo import KuboBlocks
+from ..cache.layers import LayeredBlocks
 from ..cache.namespaces import Namespaces
-from ..cache.trust import Trust
 from ..mesh.asking import Deadlines
 from ..mesh.backends import BackendManager
 from ..mesh.identity import Identity, verify
@@ -46,6 +47,8 @@ class Parts:
     providers: OwnProviders
     database: Database
     blocks: SqliteBlocks
+    #: With the Kubo behind them; None: there is none.
+    layers: LayeredBlocks | None
     answers: AnswerCache
     permissions: Permissions
     reading: Reading
@@ -53,7 +56,6 @@ class Parts:
     backends: BackendManager
     names: Names
     claims: ClaimIndex
-    trust: Trust
     sharing: Sharing
 
     def router(self, config: Config, nursery: trio.Nursery) -> Router:
@@ -68,7 +70,6 @@ class Parts:
             node_of=self._node_of,
             reuse=config.cache.reuse,
             deadline=config.deadlines.whole,
-            min_agreement=config.cache.min_agreement,
         )
 
     def _node_of(self, peer: str) -> str:
@@ -93,30 +94,21 @@ def open_parts(config: Config, home: Home, environment: Mapping[str, str]) -> It
             max_ttl=config.cache.ttl,
         )
         answers = AnswerCache(database, blocks, peer=peer, limits=limits)
-        conduct = Conduct(database)
-        claims = ClaimIndex(database, peer=peer, verify=verify, conduct=conduct)
+        claims = ClaimIndex(database, peer=peer, verify=verify)
         namespaces = Namespaces()
         permissions = Permissions(answers=answers, namespaces=namespaces)
-        peers = PeerTable(peer)
-        trust = Trust(
-            conduct,
-            own=peer,
-            trusted=config.cache.trust,
-            min_agreement=config.cache.min_agreement,
-            name_of=peers.name_of,
-        )
+        layers = _layers(config, blocks, permissions)
         sharing = Sharing(
             answers=answers,
             blocks=blocks,
             log=ClaimLog(database, peer=peer, sign=identity.sign),
             index=claims,
-            conduct=conduct,
-            trust=trust,
             namespaces=namespaces,
             permissions=permissions,
             peer=peer,
             rng=Random(),
         )
+        peers = PeerTable(peer)
         backends = BackendManager(
             local=providers.backends,
             peers=peers,
@@ -137,15 +129,31 @@ def open_parts(config: Config, home: Home, environment: Mapping[str, str]) -> It
             providers=providers,
             database=database,
             blocks=blocks,
+            layers=layers,
             answers=answers,
             permissions=permissions,
-            reading=Reading(blocks=blocks, permissions=permissions),
+            reading=Reading(
+                blocks=blocks, permissions=permissions, beyond=layers.beyond if layers else None
+            ),
             peers=peers,
             backends=backends,
             names=Names(backends.sources),
             claims=claims,
-            trust=trust,
             sharing=sharing,
         )
     finally:
         database.close()
+
+
+def _layers(config: Config, blocks: SqliteBlocks, permissions: Permissions) -> LayeredBlocks | None:
+    kubo = config.kubo
+    if not kubo.api:
+        return None
+    return LayeredBlocks(
+        blocks,
+        KuboBlocks(kubo.api, timeout=kubo.timeout),
+        # A Kubo is a program like any other, and gives what it has to whoever reaches it.
+        may_leave=functools.partial(permissions.may_serve, None),
+        publish=kubo.publish,
+        pin=kubo.pin,
+    )

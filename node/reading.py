@@ -1,12 +1,14 @@
 """Blocks by CID for programs of this machine, from wherever they are: what gateway and RPC read.
 
-First this node's own store, then the mesh, while this node is in one. A block that was fetched is
-kept like one that a program put, so that the next read is local, and inside the budget of bytes.
+First this node's own store, then the one behind it (`cache.layers`) where there is one, then the
+mesh, while this node is in one. A block that was fetched is kept like one that a program put, so
+that the next read is local, and inside the budget of bytes.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 from ..cache.blocks import BlockStore
@@ -39,8 +41,16 @@ class Guard(Protocol):
 class Reading:
     """Reads and keeps blocks for programs. See the module."""
 
-    def __init__(self, *, blocks: BlockStore, permissions: Guard) -> None:
+    def __init__(
+        self,
+        *,
+        blocks: BlockStore,
+        permissions: Guard,
+        beyond: Callable[[bytes], Awaitable[bytes | None]] | None = None,
+    ) -> None:
+        """`beyond` looks into a further store, without a fault."""
         self._blocks = blocks
+        self._beyond = beyond
         self._permissions = permissions
         self._source: Source | None = None
 
@@ -63,7 +73,9 @@ class Reading:
         """
         if await self._blocks.has(cid):
             return await self.read_local(cid)
-        block = await self._fetch(cid, timeout)
+        block = await self._beyond(cid) if self._beyond else None
+        if block is None:
+            block = await self._fetch(cid, timeout)
         if block is not None:
             await self.put(cid, block)
         return block

@@ -1,13 +1,20 @@
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import cbrrr
 import pytest
+from fakes_ipfs import ipfs_node
+from fakes_kubo import FakeKubo
+from js_ipfs import JsIpfs
 
 from promptmesh.cache.blocks import MAX_BLOCK, BlockStore, MemoryBlocks, SqliteBlocks, StoreSize
 from promptmesh.cache.cid import cid_bytes, cid_of, split
 from promptmesh.cache.database import Database
+from promptmesh.cache.kubo import KuboBlocks
+from promptmesh.cache.layers import LayeredBlocks
 
-BLOCK = b"some block"
+#: dag-cbor, since a daemon looks into what it pins.
+BLOCK = cbrrr.encode_dag_cbor("some block")
 RAW = cid_bytes(BLOCK, "raw")
 CBOR = cid_bytes(BLOCK)
 OTHER = cid_bytes(b"other")
@@ -29,19 +36,71 @@ def database(tmp_path: Path) -> Iterator[Database]:
     database.close()
 
 
-@pytest.fixture(params=["memory", "sqlite"])
-def store(request: pytest.FixtureRequest, database: Database) -> BlockStore:
-    makers: dict[str, Callable[[], BlockStore]] = {
-        "memory": MemoryBlocks,
-        "sqlite": lambda: SqliteBlocks(database),
-    }
-    return makers[request.param]()
+@pytest.fixture(scope="module")
+def js_ipfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JsIpfs]:
+    with JsIpfs(tmp_path_factory.mktemp("js-ipfs")) as daemon:
+        yield daemon
+
+
+async def always(cid: bytes) -> bool:
+    return True
+
+
+@pytest.fixture(
+    params=[
+        "memory",
+        "sqlite",
+        "layered",
+        "rpc",
+        pytest.param("js-ipfs", marks=pytest.mark.interop),
+    ]
+)
+async def store(
+    request: pytest.FixtureRequest, database: Database, tmp_path: Path
+) -> AsyncIterator[BlockStore]:
+    blocks = SqliteBlocks(database)
+    if request.param == "memory":
+        yield MemoryBlocks()
+    elif request.param == "sqlite":
+        yield blocks
+    elif request.param == "layered":
+        yield LayeredBlocks(blocks, FakeKubo(), may_leave=always)
+    elif request.param == "rpc":
+        async with ipfs_node(tmp_path / "node") as node:
+            yield KuboBlocks(node.url, timeout=20)
+    else:
+        # It waits for half of this time for what it does not have.
+        yield KuboBlocks(request.getfixturevalue("js_ipfs").api, timeout=2)
+
+
+@pytest.fixture(autouse=True)
+async def nothing_of_ours(store: BlockStore) -> None:
+    """A daemon outlives a test."""
+    for block in (BLOCK, b"other", b"", bytes(MAX_BLOCK)):
+        await store.delete(cid_bytes(block, "raw"))
+
+
+class Growth:
+    """How a store grew, in blocks and pins: a daemon's own lie beside ours."""
+
+    def __init__(self, store: BlockStore, before: StoreSize) -> None:
+        self._store = store
+        self._before = before
+
+    async def now(self) -> tuple[int, int]:
+        after = await self._store.size()
+        return after.blocks - self._before.blocks, after.pinned - self._before.pinned
+
+
+@pytest.fixture
+async def growth(store: BlockStore, nothing_of_ours: None) -> Growth:
+    return Growth(store, await store.size())
 
 
 # --- the contract -------------------------------------------------------------------------------
 
 
-async def test_a_block_is_found_by_any_codec(store: BlockStore) -> None:
+async def test_a_block_is_found_by_any_codec(store: BlockStore, growth: Growth) -> None:
     assert await store.get(RAW) is None
     assert not await store.has(RAW)
     assert await store.put(RAW, BLOCK)
@@ -49,29 +108,29 @@ async def test_a_block_is_found_by_any_codec(store: BlockStore) -> None:
     assert await store.get(RAW) == await store.get(CBOR) == BLOCK
     assert await store.has(CBOR)
     assert await store.get(OTHER) is None
-    assert await store.size() == StoreSize(1, len(BLOCK), 0)
+    assert await growth.now() == (1, 0)
 
 
-async def test_delete(store: BlockStore) -> None:
+async def test_delete(store: BlockStore, growth: Growth) -> None:
     await store.put(RAW, BLOCK)
     assert not await store.delete(OTHER)
     assert await store.delete(CBOR)
     assert not await store.delete(RAW)
     assert await store.get(RAW) is None
-    assert await store.size() == StoreSize(0, 0, 0)
+    assert await growth.now() == (0, 0)
 
 
-async def test_pin(store: BlockStore) -> None:
+async def test_pin(store: BlockStore, growth: Growth) -> None:
     assert not await store.pin(RAW)
     await store.put(RAW, BLOCK)
     assert await store.pin(CBOR)
-    assert await store.pin(RAW)
-    assert (await store.size()).pinned == 1
+    assert await store.pin(CBOR)
+    assert await growth.now() == (1, 1)
     assert await store.pin(RAW, False)
-    assert (await store.size()).pinned == 0
+    assert await growth.now() == (1, 0)
     await store.pin(RAW)
     assert await store.delete(RAW)
-    assert await store.size() == StoreSize(0, 0, 0)
+    assert await growth.now() == (0, 0)
 
 
 async def test_empty_and_largest_blocks(store: BlockStore) -> None:
@@ -80,13 +139,13 @@ async def test_empty_and_largest_blocks(store: BlockStore) -> None:
         assert await store.get(cid_bytes(block, "raw")) == block
 
 
-async def test_other_bytes_and_larger_blocks_are_refused(store: BlockStore) -> None:
+async def test_other_bytes_and_larger_blocks_are_refused(store: BlockStore, growth: Growth) -> None:
     with pytest.raises(ValueError, match="is not what"):
         await store.put(OTHER, BLOCK)
     large = bytes(MAX_BLOCK + 1)
     with pytest.raises(ValueError, match="is the most"):
         await store.put(cid_bytes(large), large)
-    assert await store.size() == StoreSize(0, 0, 0)
+    assert await growth.now() == (0, 0)
 
 
 @pytest.mark.parametrize("cid", FOREIGN)
@@ -97,6 +156,17 @@ async def test_foreign_cids_have_no_block(store: BlockStore, cid: bytes) -> None
     assert not await store.has(cid)
     assert not await store.delete(cid)
     assert not await store.pin(cid)
+
+
+# --- in this process ----------------------------------------------------------------------------
+
+
+async def test_size_counts_bytes(database: Database) -> None:
+    for store in (MemoryBlocks(), SqliteBlocks(database)):
+        await store.put(RAW, BLOCK)
+        await store.put(cid_bytes(b"other", "raw"), b"other")
+        await store.pin(RAW)
+        assert await store.size() == StoreSize(2, len(BLOCK) + 5, 1)
 
 
 # --- over SQLite --------------------------------------------------------------------------------
