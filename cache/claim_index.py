@@ -56,8 +56,8 @@ class ClaimIndex:
         return sorted(claims, key=lambda claim: (-claimed[claim.cid], claim.cid, -claim.made_at))
 
     def live(self, now: float) -> int:
-        """How many claims of others hold."""
-        sql = "SELECT count(*) FROM claim WHERE expires_at > ?"
+        """How many claims of others hold, not counting those to have a copy."""
+        sql = "SELECT count(*) FROM claim WHERE expires_at > ? AND NOT held"
         found = self._database.attempt("claims", lambda: self._database.row(sql, (now,)), (0,))
         return int(found[0])
 

@@ -63,7 +63,7 @@ class MeshApi:
         self._providers = providers
         self._machine = machine
         self._answers = answers
-        #: How many claims of other nodes hold at a time.
+        #: How many claims of other nodes to have computed an answer hold at a time.
         self._claims = claims
         self._kubo = kubo
         self._membership = membership
