@@ -9,13 +9,17 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import cbrrr
+import trio
 
 from . import dag_json, dag_pb
 from .cid import Codec, cid_text, split
 from .links import parse_link, stored
+
+T = TypeVar("T")
 
 #: Names of a path, and characters of all of it.
 MAX_SEGMENTS = 64
@@ -26,6 +30,10 @@ MAX_LINKS = 8192
 #: Blocks of a whole that is walked through; 65,536 leaves of a file hold 16 GiB.
 MAX_BLOCKS = 65_536
 
+#: Bytes that are taken apart where they are asked for: 20 ms at most.
+INLINE = 64 * 1024
+
+_limiter = trio.CapacityLimiter(2)
 #: A place in a list.
 _INDEX = re.compile("[0-9]{1,9}")
 
@@ -128,16 +136,23 @@ def parse_path(text: str) -> Path:
         raise PathError(f"invalid path {text[:200]!r}: {error}") from error
 
 
+async def aside(work: Callable[[], T], size: int) -> T:
+    """Take so many bytes apart, where they are many in a thread: 2 MiB can take a second."""
+    if size <= INLINE:
+        return work()
+    return await trio.to_thread.run_sync(work, limiter=_limiter)
+
+
 async def resolve(fetch: Fetch, path: Path) -> Found:
     """Follow a path. Raises `PathError`, and what `fetch` raises."""
     cid, inside = path.root, 0
-    value = _decoded(cid, await fetch(cid))
+    value = await _fetched(fetch, cid)
     for at, segment in enumerate(path.segments):
         value = _step(cid, value, segment, at == inside)
         # A path that ends at a link means what is behind it, as in Kubo.
         if isinstance(value, cbrrr.CID):
             cid, inside = _followed(value.cid_bytes), at + 1
-            value = _decoded(cid, await fetch(cid))
+            value = await _fetched(fetch, cid)
     return Found(cid, path.segments[inside:], value)
 
 
@@ -162,7 +177,7 @@ async def walk(
         block = await fetch(cid)
         yield named, block
         if deep:
-            waiting += reversed(_links(cid, block))
+            waiting += reversed(await aside(partial(_links, cid, block), len(block)))
 
 
 def _links(cid: bytes, block: bytes) -> list[bytes]:
@@ -178,6 +193,11 @@ def _followed(link: bytes) -> bytes:
         return stored(link)
     except ValueError as error:
         raise PathError(str(error)) from error
+
+
+async def _fetched(fetch: Fetch, cid: bytes) -> Any:
+    block = await fetch(cid)
+    return await aside(partial(_decoded, cid, block), len(block))
 
 
 def _decoded(cid: bytes, block: bytes) -> Any:

@@ -12,10 +12,11 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Protocol, cast, get_args
 
 from ..cache import dag_json, dags, unixfs
-from ..cache.cid import split
+from ..cache.cid import cid_text, split
 from ..cache.dags import PathError
 from ..cache.links import link_text, parse_link, stored
 from ..cache.unixfs import NotAFile
@@ -126,7 +127,9 @@ class IpfsApi:
         elif asked.form == "car":
             await self._give_car(request, responder, asked, _is_deep(asked, block))
         else:
-            body = block if asked.form == "raw" else _as_json(asked, block)
+            body = block
+            if asked.form == "dag-json":
+                body = await dags.aside(partial(_as_json, asked.cid, block), len(block))
             await responder.send(200, body, content_type=_FORMS[asked.form], headers=headers)
 
     async def _root(self, request: Request, asked: _Asked) -> bytes:
@@ -230,14 +233,14 @@ def _is_deep(asked: _Asked, block: bytes) -> bool:
     return True
 
 
-def _as_json(asked: _Asked, block: bytes) -> bytes:
-    codec, _ = split(asked.cid)
+def _as_json(cid: bytes, block: bytes) -> bytes:
+    codec, _ = split(cid)
     if codec not in ("dag-cbor", "dag-json"):
         raise _Problem(406, f"a {codec} block has no dag-json here: ask with ?format=raw or car")
     try:
         return block if codec == "dag-json" else dag_json.encode(dags.decode(codec, block))
     except (ValueError, RecursionError) as error:
-        raise _Problem(406, f"{asked.text} has no dag-json: {error}") from error
+        raise _Problem(406, f"{cid_text(cid)} has no dag-json: {error}") from error
 
 
 def _parameter(accept: str, name: str) -> str:

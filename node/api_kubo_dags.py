@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 import trio
 
 from ..cache import car, dags
+from ..cache.blocks import MAX_BLOCK
 from ..cache.cid import Codec, cid_bytes
 from ..cache.dags import PathError, resolve, walk
 from ..cache.links import link_text
@@ -17,6 +19,8 @@ from .api_kubo_call import Call, Command, Failed, path_of
 from .api_kubo_pins import PinCommands
 
 CAR = "application/vnd.ipld.car"
+#: Bytes of a value that are read: dag-json is longer than the block that it makes.
+MAX_SENT = 2 * MAX_BLOCK
 
 
 class DagCommands:
@@ -42,7 +46,10 @@ class DagCommands:
         check_hash(call, "hash")
         emitted = []
         for part in call.files("object data"):
-            block = _converted(sent_as, part.data, stored_as)
+            if len(part.data) > MAX_SENT:
+                raise Failed(f"{len(part.data)} bytes of {sent_as}; {MAX_SENT} is the most")
+            convert = partial(_converted, sent_as, part.data, stored_as)
+            block = await dags.aside(convert, len(part.data))
             check_size(block)
             cid = cid_bytes(block, stored_as)
             await call.keep(cid, block)

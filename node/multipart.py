@@ -14,12 +14,15 @@ from urllib.parse import unquote_plus
 #: Parts of a body, and bytes of the head of one.
 MAX_PARTS = 64
 MAX_HEAD = 8 * 1024
+#: Lines of the data that begin like the boundary.
+MAX_MISSES = 1000
 
 #: RFC 2046, 5.1.1; the last character is no space.
 _BOUNDARY = re.compile(r"[0-9A-Za-z'()+_,\-./:=? ]{0,69}[0-9A-Za-z'()+_,\-./:=?]")
 _PARAMETER = re.compile(
     r";[ \t]*([\w*\-]+)[ \t]*=[ \t]*(?:\"((?:[^\"\\\r\n]|\\.)*)\"|([^\s;\"]*))[ \t]*"
 )
+_REST_OF_LINE = re.compile(rb"(--[ \t]{0,64}(?:\r\n|\Z))|[ \t]{0,64}\r\n")
 _FIELD = re.compile(r"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
 #: Encodings that leave the bytes as they are.
 _PLAIN = ("", "binary", "8bit", "7bit")
@@ -52,19 +55,34 @@ def parse(content_type: str, body: bytes) -> list[Part]:
 
 def _places(boundary: bytes, body: bytes) -> Iterator[tuple[int, int]]:
     """Where each part begins and ends."""
-    line = re.compile(
-        rb"(?:\A|\r\n)--" + re.escape(boundary) + rb"(?:--[ \t]*(?:\r\n|\Z)|[ \t]*\r\n)"
-    )
     begun: int | None = None
-    for count, found in enumerate(line.finditer(body)):
+    for count, (start, end, closing) in enumerate(_lines(b"--" + boundary, body)):
         if begun is not None:
-            yield begun, found.start()
-        if b"--" in found[0].strip()[len(boundary) + 2 :]:
+            yield begun, start
+        if closing:
             return
         if count == MAX_PARTS:
             raise MultipartError(f"more than {MAX_PARTS} parts")
-        begun = found.end()
+        begun = end
     raise MultipartError("the body ends before its closing boundary")
+
+
+def _lines(mark: bytes, body: bytes) -> Iterator[tuple[int, int, bool]]:
+    """The lines between parts: where the break before them begins, where they end, is it the last.
+
+    By `find`: a pattern over the whole takes 100 times as long.
+    """
+    at = -2 if body.startswith(mark) else body.find(b"\r\n" + mark)
+    misses = 0
+    while at != -1:
+        found = _REST_OF_LINE.match(body, at + 2 + len(mark))
+        if found:
+            yield max(at, 0), found.end(), found[1] is not None
+        else:
+            misses += 1
+            if misses > MAX_MISSES:
+                raise MultipartError("the boundary is no good: lines of the data begin like it")
+        at = body.find(b"\r\n" + mark, max(at, -1) + 1)
 
 
 def _part(body: bytes, start: int, end: int) -> Part:

@@ -354,6 +354,15 @@ async def test_what_is_no_dag(node: IpfsNode, data: bytes, options: dict[str, An
     is_error(await node.rpc("dag/put", files=[data], **options), "")
 
 
+async def test_large_dags(node: IpfsNode) -> None:
+    many = b"[" + b",".join([b'"a text of some length"'] * 20_000) + b"]"
+    put = await node.ok("dag/put", files=[many])
+    assert (await node.rpc("dag/get", put["Cid"]["/"])).content == many
+    assert (await node.rpc("dag/get", put["Cid"]["/"] + "/19999")).content == many[-24:-1]
+    is_error(await node.rpc("dag/put", files=[b'"' + b"x" * 2 * 1024 * 1024 + b'"']), "over 2MiB")
+    is_error(await node.rpc("dag/put", files=[b" " * 5 * 1024 * 1024 + b"1"]), "is the most")
+
+
 async def test_a_dag_goes_out_and_comes_in(node: IpfsNode, tmp_path: Path) -> None:
     leaf = (await node.ok("dag/put", files=[b'"leaf"']))["Cid"]["/"]
     both = b'[{"/":"%b"},{"/":"%b"}]' % (leaf.encode(), leaf.encode())

@@ -113,6 +113,7 @@ def test_a_line_that_only_begins_like_the_boundary_is_data() -> None:
         (TYPE, b"--b\r\na: " + b"x" * MAX_HEAD + b"\r\n\r\nx\r\n--b--", "too long"),
         (TYPE, b"--b\r\nContent-Transfer-Encoding: base64\r\n\r\nx\r\n--b--", "encoding"),
         (TYPE, b"--b\r\n\r\n\r\n" * (MAX_PARTS + 1) + b"--b--", "parts"),
+        (TYPE, b"--b\r\n\r\n" + b"\r\n--bb" * 2000 + b"\r\n--b--", "begin like it"),
     ],
 )
 def test_what_is_refused(content_type: str, body: bytes, says: str) -> None:
