@@ -12,8 +12,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from daemons import ROOT
-from doc_blocks import all_blocks, anchors, blocks, code_spans, commands, links
+from daemons import ECHO, ROOT
+from doc_blocks import Command, all_blocks, anchors, blocks, code_spans, commands, links
 from doc_shown import Ids
 from doc_terminals import person
 
@@ -22,6 +22,7 @@ from promptmesh.node.config import load_config
 
 README = ROOT / "README.md"
 TUTORIAL = ROOT / "docs" / "tutorial.md"
+IPFS = ROOT / "docs" / "ipfs.md"
 DOCUMENTS = [README, *sorted(ROOT.glob("docs/**/*.md"))]
 
 
@@ -44,6 +45,27 @@ async def test_each_command_works(document: Path, tmp_path: Path) -> None:
                     await somebody.types(command)
                     typed += 1
     assert typed > 8
+
+
+@pytest.mark.e2e
+@pytest.mark.skipif(shutil.which("curl") is None, reason="the document uses curl")
+async def test_what_programs_do_with_ipfs(tmp_path: Path) -> None:
+    """The console and Python blocks of docs/ipfs.md, typed at a node with a model that echoes."""
+    to_do = list(all_blocks(IPFS.read_text()))
+    typed = 0
+    async with person(tmp_path) as somebody:
+        home = tmp_path / "home" / ".local" / "share" / "promptmesh"
+        home.mkdir(parents=True)
+        (home / "config.toml").write_text(ECHO)
+        await somebody.types(Command(".venv/bin/promptmesh up", (), "", 0))
+        for block in to_do:
+            if block.language == "python":
+                await somebody.runs_python(block.text)
+            elif block.language == "console":
+                for command in commands(block):
+                    await somebody.types(command)
+                    typed += 1
+    assert typed > 5
 
 
 def test_the_settings_of_the_readme_are_settings(tmp_path: Path) -> None:
