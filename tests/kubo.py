@@ -114,6 +114,7 @@ async def kubo(folder: Path, *, swarm_key: str | None) -> AsyncIterator[Kubo]:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
+            cwd=folder,  # the library writes a log there
         )
     node = Kubo(process, folder)
     try:
