@@ -175,6 +175,7 @@ class Bitswap:
 
     async def _serve(self, stream: Stream) -> None:
         """Read a stream that a peer opened, to its end."""
+        self._silent.discard(stream.peer)  # it speaks it by now
         async with self._reading(stream) as reader:
             try:
                 while True:
@@ -198,9 +199,9 @@ class Bitswap:
     async def _reading(self, stream: Stream) -> AsyncIterator[Reader]:
         streams = self._inbound.setdefault(stream.peer, {})
         reader = streams[stream] = Reader()
-        if len(streams) > MAX_STREAMS:
-            await next(iter(streams)).reset()
         try:
+            if len(streams) > MAX_STREAMS:
+                await next(iter(streams)).reset()
             yield reader
         finally:
             streams.pop(stream, None)
@@ -234,8 +235,8 @@ class Bitswap:
     def _correspondent(self, peer: PeerId) -> Correspondent:
         correspondent = self._correspondents.get(peer)
         if correspondent is None:
-            if self._nursery is None:
-                raise TransportError("this node is in no network")
+            if self._nursery is None or peer not in self._transport.connected():
+                raise TransportError(f"{peer} is not connected any more")
             correspondent = self._correspondents[peer] = Correspondent(
                 peer,
                 self._transport,

@@ -406,6 +406,19 @@ async def test_who_does_not_speak_it_is_asked_once_for_each_connection(
         await node.transport.connect(other.peer_id, other.addresses)
 
 
+async def test_who_speaks_it_after_all_is_asked(nursery: trio.Nursery, make: MakeTransport) -> None:
+    """A node that was still starting when it was asked first."""
+    other = await make("other")
+    node = await start(nursery, await make("node"), other)
+    with pytest.raises(TransportError, match="no connected peer"):
+        await node.fetch(CID)
+    late = Node(other)
+    await nursery.start(late.bitswap.run)
+    with pytest.raises(TransportError, match="no connected peer"):
+        await late.fetch(cid_bytes(b"unknown"))
+    assert await node.fetch(late.put(BLOCK)) == BLOCK
+
+
 # --- giving blocks --------------------------------------------------------------------------------
 
 
