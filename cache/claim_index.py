@@ -3,11 +3,13 @@
 It is fed with envelopes from gossip and from neighbours, in any order and any number of times, and
 answers without asking anybody. What it lacks it gets from a neighbour: `versions` says what is
 here, `since` gives what somebody else lacks, page by page.
+
+What an envelope costs is bounded: everything that needs no signature is looked at before it.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+import sqlite3
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,16 +17,29 @@ import trio
 
 from . import claim_rows, ranges
 from .claim_rows import (
+    MAX_ALL_CLAIMS,
     MAX_CLAIMS,
     MAX_FOUND,
+    MAX_FOUND_OF_PEER,
     MAX_PEERS,
     MAX_RANGES,
+    NEVER,
     Claim,
     Held,
     Ingested,
     Version,
 )
-from .claims import Batch, ClaimError, Opened, Verify, keep_batch, publisher_id, unseal
+from .claims import (
+    Batch,
+    ClaimError,
+    Opened,
+    Verify,
+    begin_epoch,
+    keep_batch,
+    publisher_id,
+    unseal,
+)
+from .conduct import Conduct
 from .database import Database
 from .ranges import Range
 
@@ -35,25 +50,44 @@ ROWS = 256
 class ClaimIndex:
     """The claims of all others. Its faults are misses; what strangers send raises nothing."""
 
-    def __init__(self, database: Database, *, peer: str, verify: Verify) -> None:
+    def __init__(
+        self, database: Database, *, peer: str, verify: Verify, conduct: Conduct | None = None
+    ) -> None:
         """`peer` is this node."""
         self._database = database
         self._peer = peer
         self._verify = verify
+        self._conduct = conduct or Conduct(database)
         self._held: dict[str, Held] = {}
+        #: Claims in all batches of others; None: not counted.
+        self._total: int | None = None
         self._generation = database.generation
 
     # --- asking ---------------------------------------------------------------------------------
 
     def lookup(self, mesh_key: bytes, now: float) -> list[Claim]:
-        """Who claims that key: the CID that most peers claim first, then the newest."""
-        wanted = (mesh_key, now, MAX_FOUND)
+        """What peers claim of that key, trusted or not; of each peer the newest few."""
+        wanted = (mesh_key, now, MAX_FOUND_OF_PEER, MAX_FOUND)
         found: list[Any] = self._database.attempt(
             "claims", lambda: self._database.rows(claim_rows.LOOKUP, wanted), []
         )
-        claims = [Claim(*row) for row in found]
-        claimed = Counter(claim.cid for claim in claims)
-        return sorted(claims, key=lambda claim: (-claimed[claim.cid], claim.cid, -claim.made_at))
+        return [Claim._make((*row[:5], bool(row[5]))) for row in found]
+
+    def sources(self, mesh_key: bytes, cid: bytes, now: float) -> int:
+        """How many others claim to have that answer to that key."""
+        wanted = (mesh_key, cid, now)
+        found = self._database.attempt(
+            "claims", lambda: self._database.row(claim_rows.SOURCES, wanted), (0,)
+        )
+        return int(found[0])
+
+    def envelopes(self, mesh_key: bytes, limit: int, now: float) -> list[bytes]:
+        """The signed batches that claim that key."""
+        wanted = (mesh_key, now, limit)
+        found: list[Any] = self._database.attempt(
+            "claims", lambda: self._database.rows(claim_rows.ENVELOPES, wanted), []
+        )
+        return [envelope for (envelope,) in found]
 
     def live(self, now: float) -> int:
         """How many claims of others hold, not counting those to have a copy."""
@@ -63,12 +97,22 @@ class ClaimIndex:
 
     # --- taking ---------------------------------------------------------------------------------
 
-    def ingest(self, envelope: bytes, now: float) -> Ingested:
-        """Take an envelope, whoever brought it."""
+    def ingest(self, envelope: bytes, now: float, *, told_by: str = "") -> Ingested:
+        """Take an envelope, whoever brought it.
+
+        `told_by` is who told it unasked, by gossip or to a home: it may tell only what it says
+        itself, and only so fast.
+        """
         try:
             opened = unseal(envelope)
         except ClaimError as error:
             return Ingested("refused", reason=str(error))
+        if told_by and opened.peer != told_by:
+            return Ingested("refused", opened.peer, reason="told by another peer")
+        if self._conduct.silence(opened.peer, now) is not None:
+            return Ingested("silenced", opened.peer)
+        if told_by and not self._conduct.admits(told_by, len(opened.batch.entries), now):
+            return Ingested("fast", opened.peer, reason="it tells more than it may")
         failed = Ingested("full", opened.peer, reason="the cache failed")
         try:
             return self._database.attempt(
@@ -93,33 +137,48 @@ class ClaimIndex:
             return Ingested("full", peer, reason=f"claims of {MAX_PEERS} peers are here")
         if batch.expires_at <= now:
             return Ingested("stale", peer, reason="its claims are over")
+        if self._count() + len(batch.entries) > MAX_ALL_CLAIMS:
+            return Ingested("full", peer, reason=f"{MAX_ALL_CLAIMS} claims are here")
         wrong = claim_rows.untimely(batch, now)
         if wrong is None and not opened.signed(self._verify):
             wrong = "not signed"
         if wrong is not None:
             return Ingested("refused", peer, reason=wrong)
-        if held.claims + len(batch.entries) > MAX_CLAIMS:
-            ranges.add(held.numbers, batch.number)  # so that it is not sent again and again
-            return Ingested("full", peer, reason=f"{MAX_CLAIMS} claims of it are here")
         return self._take(peer, batch, envelope, now)
 
     def _full(self) -> bool:
         count: int = self._database.row("SELECT count(*) FROM publisher")[0]
         return count >= MAX_PEERS
 
+    def _count(self) -> int:
+        if self._total is None or self._generation != self._database.generation:
+            sql = """
+                SELECT coalesce(sum(entries), 0) FROM batch AS b JOIN publisher AS p
+                ON p.id = b.publisher WHERE p.peer <> ?"""
+            self._total = int(self._database.row(sql, (self._peer,))[0])
+        return self._total
+
     def _take(self, peer: str, batch: Batch, envelope: bytes, now: float) -> Ingested:
         live = [entry for entry in batch.entries if entry.expires_at > now]
+        known = self._held.get(peer)
+        if known is None or known.epoch != batch.epoch:
+            self._total = None  # what it said in an older epoch goes
         with self._database.transaction() as connection:
             publisher = publisher_id(connection, peer, batch.epoch)
-            keep_batch(connection, publisher, batch, envelope)
-            connection.executemany(
-                claim_rows.CLAIM,
-                [(e.key, publisher, e.cid, e.size, e.made_at, e.expires_at) for e in live],
-            )
-        held = self._held_of(publisher, batch.epoch, peer)
-        if not ranges.contains(held.numbers, batch.number):
-            ranges.add(held.numbers, batch.number)
-            held.claims += len(batch.entries)
+            held = self._held_of(publisher, batch.epoch, peer)
+            dropped = _make_room(connection, publisher, batch, held)
+            if dropped is not None:
+                keep_batch(connection, publisher, batch, envelope)
+                connection.executemany(
+                    claim_rows.CLAIM,
+                    [(e[0], publisher, *e[1:], batch.number) for e in live],
+                )
+        # So that it is not sent again and again, also if there is no room for it.
+        ranges.add(held.numbers, batch.number)
+        if dropped is None:
+            return Ingested("full", peer, reason=f"{MAX_CLAIMS} newer claims of it are here")
+        held.claims += len(batch.entries) - dropped
+        self._total = None if self._total is None else self._total + len(batch.entries) - dropped
         return Ingested("new", peer, claims=len(live))
 
     def _again(self, publisher: int, opened: Opened, envelope: bytes) -> Ingested:
@@ -151,16 +210,18 @@ class ClaimIndex:
         if lost and opened.signed(self._verify):
             # Both numbers were used by another file of this node: go past them.
             with self._database.transaction() as connection:
-                connection.execute("DELETE FROM numbering")
-                connection.execute("INSERT INTO numbering VALUES (?, 0)", (epoch + 1,))
-                connection.execute("DELETE FROM publisher WHERE peer = ?", (self._peer,))
+                begin_epoch(connection, self._peer, epoch + 1)
         return Ingested("own", opened.peer)
 
     # --- repair ---------------------------------------------------------------------------------
 
-    def versions(self) -> dict[str, Version]:
-        """Which batches are here, by peer, this node's own among them."""
-        return self._database.attempt("claims", self._versions, {})
+    def versions(self, now: float) -> dict[str, Version]:
+        """Which batches are here, by peer, this node's own among them.
+
+        Of who has no say all is said to be here, so that it is not sent.
+        """
+        known: dict[str, Version] = self._database.attempt("claims", self._versions, {})
+        return known | dict.fromkeys(self._conduct.silenced(now), Version(NEVER, ()))
 
     def _versions(self) -> dict[str, Version]:
         versions = {
@@ -198,7 +259,10 @@ class ClaimIndex:
         max_bytes: int,
     ) -> list[bytes]:
         lacking: list[tuple[int, list[Range]]] = []
+        silenced = set(self._conduct.silenced(now))
         for publisher, peer, epoch in self._database.rows(claim_rows.PUBLISHERS):
+            if peer in silenced:
+                continue
             theirs, numbers = versions.get(peer, (0, ()))
             if theirs <= epoch:
                 here = self._numbers(publisher, epoch, peer)
@@ -237,6 +301,7 @@ class ClaimIndex:
         if self._generation != self._database.generation:
             self._generation = self._database.generation
             self._held.clear()
+            self._total = None
         held = self._held.get(peer)
         if held is None or held.epoch != epoch:
             held = self._held[peer] = claim_rows.held(self._database, publisher, epoch)
@@ -252,6 +317,7 @@ class ClaimIndex:
                 connection.execute("DELETE FROM publisher WHERE peer = ?", (peer,))
 
         self._held.pop(peer, None)
+        self._total = None
         self._database.attempt("claims", forget, None)
 
     async def expire(self, now: float) -> int:
@@ -269,8 +335,32 @@ class ClaimIndex:
             gone = sum(connection.execute(sql, (now, ROWS)).rowcount for sql in claim_rows.EXPIRE)
         if gone:
             self._held.clear()
+            self._total = None
         return gone
 
     def _drop_silent(self) -> None:
         with self._database.transaction() as connection:
             connection.execute(claim_rows.SILENT)
+
+
+def _make_room(
+    connection: sqlite3.Connection, publisher: int, batch: Batch, held: Held
+) -> int | None:
+    """Drop the oldest batches of that peer until this one has room; how many claims that were.
+
+    None if there are newer ones only.
+    """
+    excess = held.claims + len(batch.entries) - MAX_CLAIMS
+    oldest: list[tuple[int, int]] = []
+    rows = connection.execute(claim_rows.OLDEST, (publisher, batch.number)) if excess > 0 else ()
+    for row in rows:
+        oldest.append(row)
+        excess -= row[1]
+        if excess <= 0:
+            break
+    if excess > 0:
+        return None
+    for number, _ in oldest:
+        for sql in claim_rows.DROP:
+            connection.execute(sql, (publisher, number))
+    return sum(entries for _, entries in oldest)

@@ -10,14 +10,18 @@ from .claims import MAX_LIFE, MAX_SKEW, Batch
 from .database import Database
 from .ranges import Range
 
-#: Claims in the live batches of one peer; what it says beyond that is not kept.
+#: Claims in the batches of one peer that are kept: the newest.
 MAX_CLAIMS = 5000
+#: Claims of all peers that are kept: 250 MB.
+MAX_ALL_CLAIMS = 1_000_000
 #: Peers whose claims are kept.
 MAX_PEERS = 1024
 #: Ranges of numbers told of one peer. Of more, those are sent once again that are left out.
 MAX_RANGES = 16
-#: Claims to one key that are looked at.
-MAX_FOUND = 256
+#: Claims to one key that are looked at, and of those the newest of each peer.
+MAX_FOUND, MAX_FOUND_OF_PEER = 256, 4
+#: An epoch after all others: of who has no say, nothing is wanted.
+NEVER = 2**53
 
 
 class Claim(NamedTuple):
@@ -28,6 +32,8 @@ class Claim(NamedTuple):
     size: int
     made_at: int
     expires_at: int
+    #: A copy of somebody else's answer.
+    held: bool
 
 
 class Version(NamedTuple):
@@ -43,17 +49,20 @@ class Ingested:
     """What became of an envelope.
 
     `new` was taken; `known` was here already; `own` is this node's; `stale` is of an older epoch or
-    over; `full` could be sound, but there is no room for it here; `refused` is malformed, not
-    signed or of another time; `equivocation` is the second of two batches with one number, and
-    `evidence` holds both envelopes.
+    over; `full` could be sound, but there is no room for it here; `fast` came faster than a peer
+    may tell; `silenced` is of a peer that has no say; `refused` is malformed, not signed, of
+    another time or told by another peer than its own; `equivocation` is the second of two batches
+    with one number, and `evidence` holds both envelopes.
     """
 
-    status: Literal["new", "known", "own", "stale", "full", "refused", "equivocation"]
+    status: Literal[
+        "new", "known", "own", "stale", "full", "fast", "silenced", "refused", "equivocation"
+    ]
     peer: str = ""
     #: Claims that were taken.
     claims: int = 0
     reason: str = ""
-    evidence: tuple[bytes, ...] = ()
+    evidence: tuple[bytes, bytes] | None = None
 
 
 @dataclass(slots=True)
@@ -65,17 +74,38 @@ class Held:
     claims: int = 0
 
 
-#: (key, now, limit) -> `Claim`s.
+#: (key, now, of each peer, limit) -> `Claim`s; of what a peer says of a key, the newest.
 LOOKUP = """
-    SELECT p.peer, c.cid, c.size, c.made_at, c.expires_at
-    FROM claim AS c JOIN publisher AS p ON p.id = c.publisher
-    WHERE c.key = ? AND c.expires_at > ? LIMIT ?"""
-#: Of two claims of a peer that say the same, the one that holds longer stays.
+    SELECT peer, cid, size, made_at, expires_at, held FROM (
+        SELECT p.peer, c.cid, c.size, c.made_at, c.expires_at, c.held,
+            row_number() OVER (PARTITION BY c.publisher ORDER BY c.made_at DESC, c.cid) AS nth
+        FROM claim AS c JOIN publisher AS p ON p.id = c.publisher
+        WHERE c.key = ? AND c.expires_at > ?)
+    WHERE nth <= ? LIMIT ?"""
+#: (key, CID, now) -> how many peers claim that.
+SOURCES = "SELECT count(*) FROM claim WHERE key = ? AND cid = ? AND expires_at > ?"
+#: (key, now, limit) -> the envelopes that say so, the newest claims first.
+ENVELOPES = """
+    SELECT DISTINCT b.envelope FROM (
+        SELECT publisher, number, made_at FROM claim
+        WHERE key = ? AND expires_at > ? ORDER BY held, made_at DESC LIMIT ?) AS c
+    JOIN batch AS b ON b.publisher = c.publisher AND b.number = c.number"""
+#: That somebody computed an answer stays, whatever else it says of it; of two claims that say the
+#: same, the one that holds longer.
 CLAIM = """
-    INSERT INTO claim (key, publisher, cid, size, made_at, expires_at) VALUES (?, ?, ?, ?, ?, ?)
+    INSERT INTO claim (key, publisher, cid, size, made_at, expires_at, held, number)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?)
     ON CONFLICT DO UPDATE SET
-        size = excluded.size, made_at = excluded.made_at, expires_at = excluded.expires_at
-        WHERE excluded.expires_at > expires_at"""
+        size = excluded.size, made_at = excluded.made_at, expires_at = excluded.expires_at,
+        held = excluded.held, number = excluded.number
+        WHERE excluded.held < held OR (excluded.held = held AND excluded.expires_at > expires_at)"""
+#: (publisher, before) -> its batches before that number, the oldest first.
+OLDEST = "SELECT number, entries FROM batch WHERE publisher = ? AND number < ? ORDER BY number"
+#: (publisher, number): forget one batch.
+DROP = (
+    "DELETE FROM claim WHERE publisher = ? AND number = ?",
+    "DELETE FROM batch WHERE publisher = ? AND number = ?",
+)
 #: The epoch of this node's own batches and the number of the last.
 NUMBERING = "SELECT epoch, number FROM numbering"
 PUBLISHERS = "SELECT id, peer, epoch FROM publisher"

@@ -3,12 +3,14 @@
 A batch of claims, in dag-cbor, and the envelope it travels in::
 
     {"namespace": <8 B>, "epoch": 1795461567043, "number": 17,
-     "entries": [[<key, 32 B>, <cid, 36 B>, size, made at, expires at], ...]}
+     "entries": [[<key, 32 B>, <cid, 36 B>, size, made at, expires at, held], ...]}
     {"batch": <the bytes above>, "peer": "12D3Koo...",
      "signature": <Ed25519 over "promptmesh-claims-1" and those bytes>}
 
-A key is the keyed one (`keys.mesh_key`), sizes are in bytes, times in whole seconds since 1970. A
-peer numbers its batches from 1 without gaps, so that others can see which they lack. A node that
+A key is the keyed one (`keys.mesh_key`), sizes are in bytes, times in whole seconds since 1970.
+`held` is false where the signer computed the answer, which makes it one to that key; true where it
+holds a copy of somebody else's, which adds a source for the bytes and no word on the answer. A
+peer numbers its batches from 1 upwards, so that others can see which they lack. A node that
 lost its numbers begins a new epoch, which voids what it said in older ones; two batches with one
 epoch and one number are a lie, proven by their signatures.
 """
@@ -40,6 +42,9 @@ MAX_ENVELOPE = 16 * 1024
 MAX_LIFE = 7 * 86400
 #: Seconds that another node's clock may be ahead.
 MAX_SKEW = 120
+#: Numbers left out at each start: a power cut may have taken the last seconds from the file, and to
+#: use a number again would be a lie.
+SKIPPED = 100_000
 
 _Count = Annotated[int, Meta(ge=0, le=2**53)]
 _Number = Annotated[int, Meta(ge=1, le=2**53)]
@@ -55,8 +60,11 @@ class Entry(NamedTuple):
     key: Annotated[bytes, Meta(min_length=32, max_length=32)]
     cid: Annotated[bytes, Meta(min_length=36, max_length=36)]
     size: _Number
+    #: When the answer was computed, also where the signer only holds it.
     made_at: _Count
     expires_at: _Count
+    #: The signer holds it; if not, it computed it.
+    held: bool
 
 
 class Batch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -132,6 +140,7 @@ class ClaimLog:
         self._database = database
         self._peer = peer
         self._sign = sign
+        self._started = False
 
     def seal(self, entries: Sequence[Entry], *, namespace: bytes, now: float) -> bytes | None:
         """The envelope of a new batch, kept before it is returned.
@@ -148,13 +157,62 @@ class ClaimLog:
 
         def sealed() -> bytes:
             with self._database.transaction() as connection:
-                epoch, number = next_number(connection, now)
-                batch = Batch(namespace=namespace, epoch=epoch, number=number, entries=live)
-                envelope = seal(batch, peer=self._peer, sign=self._sign)
-                keep_batch(connection, publisher_id(connection, self._peer, epoch), batch, envelope)
-            return envelope
+                return self._seal(connection, namespace, live, now)
 
         return self._database.attempt("sealing claims", sealed, None)
+
+    def live(self, now: float) -> list[tuple[bytes, Entry]]:
+        """What this node claims now, each with the tag of its namespace; the newest last."""
+        return self._database.attempt("own claims", lambda: self._live(now), [])
+
+    def _live(self, now: float) -> list[tuple[bytes, Entry]]:
+        said: dict[tuple[bytes, bytes], tuple[bytes, Entry]] = {}
+        for (envelope,) in self._database.rows(_OWN, (self._peer, now)):
+            try:
+                batch = unseal(envelope).batch
+            except ClaimError:  # a damaged row; what it said is not said again
+                continue
+            for entry in batch.entries:
+                if entry.expires_at > now:
+                    said[entry.key, entry.cid] = batch.namespace, entry
+        return list(said.values())
+
+    def renew(self, now: float) -> list[bytes]:
+        """Say all that holds once more, in full batches of a new epoch, which voids the older.
+
+        Batches for home nodes have few claims, each is in several of them, and nobody has all: for
+        who repairs what gossip lost they would be many.
+        """
+        live = self._live_by_namespace(now)
+
+        def renewed() -> list[bytes]:
+            with self._database.transaction() as connection:
+                begin_epoch(connection, self._peer, int(now * 1000))
+                return [
+                    self._seal(connection, tag, tuple(entries[first : first + MAX_ENTRIES]), now)
+                    for tag, entries in live.items()
+                    for first in range(0, len(entries), MAX_ENTRIES)
+                ]
+
+        return self._database.attempt("renewing claims", renewed, [])
+
+    def _live_by_namespace(self, now: float) -> dict[bytes, list[Entry]]:
+        found: dict[bytes, list[Entry]] = {}
+        for tag, entry in self.live(now):
+            found.setdefault(tag, []).append(entry)
+        return found
+
+    def _seal(
+        self, connection: sqlite3.Connection, tag: bytes, entries: tuple[Entry, ...], now: float
+    ) -> bytes:
+        if not self._started:
+            connection.execute("UPDATE numbering SET number = number + ?", (SKIPPED,))
+        epoch, number = next_number(connection, now)
+        self._started = True
+        batch = Batch(namespace=tag, epoch=epoch, number=number, entries=entries)
+        envelope = seal(batch, peer=self._peer, sign=self._sign)
+        keep_batch(connection, publisher_id(connection, self._peer, epoch), batch, envelope)
+        return envelope
 
 
 def _credible(now: float) -> Callable[[Entry], Entry]:
@@ -166,6 +224,11 @@ def _credible(now: float) -> Callable[[Entry], Entry]:
 
     return cut
 
+
+#: (peer, now) -> live envelopes of a peer, the newest last.
+_OWN = """
+    SELECT b.envelope FROM batch AS b JOIN publisher AS p ON p.id = b.publisher
+    WHERE p.peer = ? AND b.expires_at > ? ORDER BY b.number"""
 
 # --- in a transaction ---------------------------------------------------------------------------
 
@@ -179,6 +242,15 @@ def next_number(connection: sqlite3.Connection, now: float) -> tuple[int, int]:
         connection.execute("INSERT INTO numbering VALUES (?, ?)", found)
     connection.execute("UPDATE numbering SET number = number + 1")
     return found[0], found[1] + 1
+
+
+def begin_epoch(connection: sqlite3.Connection, peer: str, at_least: int) -> None:
+    """Number this node's batches anew; the older are gone."""
+    found = connection.execute("SELECT epoch FROM numbering").fetchone()
+    epoch = max(at_least, found[0] + 1 if found else 1)
+    connection.execute("DELETE FROM numbering")
+    connection.execute("INSERT INTO numbering VALUES (?, 0)", (epoch,))
+    connection.execute("DELETE FROM publisher WHERE peer = ?", (peer,))
 
 
 def publisher_id(connection: sqlite3.Connection, peer: str, epoch: int) -> int:

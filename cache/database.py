@@ -32,8 +32,8 @@ Stamp = tuple[int, int, int]
 #: Seconds within which what other processes change is noticed: asking costs as much as all else.
 OTHERS = 0.05
 
-#: Bytes. A commit writes some eight pages whole, of which it changes little: with pages of twice the
-#: size it takes a third longer.
+#: Bytes. A commit writes some eight pages whole, of which it changes little: with pages of twice
+#: the size it takes a third longer.
 PAGE_SIZE = 4096
 #: Seconds that a commit waits for another process (a `promptmesh cache` command) to finish its own.
 BUSY_TIMEOUT = 0.25

@@ -21,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import math
+import operator
 from typing import Any, Literal
 
 import cbrrr
@@ -72,6 +73,14 @@ TRANSPORT = frozenset(
     }
 )
 
+#: Keys that are remembered, and the bytes of the largest request that one is remembered of. It is
+#: found by the request's fields as they are, which one call writes down: a question that is asked
+#: again mostly comes in the same words, and the canonical form takes five times as long.
+MAX_REMEMBERED, MAX_REMEMBERED_SIZE = 1024, 16 * 1024
+_keys: dict[bytes, bytes] = {}
+_keyed = operator.attrgetter(*KEYED, "extra", "dialect")
+_encode_fields = msgspec.msgpack.Encoder().encode
+
 _KINDS: tuple[type, ...] = (int, float, dict, list, tuple)
 #: The integers of CBOR.
 _LEAST, _MOST = -(2**64), 2**64 - 1
@@ -93,7 +102,18 @@ def canonical(request: GenerateRequest) -> bytes:
 
 def request_key(request: GenerateRequest) -> bytes:
     """The key of a request, 32 bytes. Raises as `canonical`."""
-    return hashlib.sha256(canonical(request)).digest()
+    try:
+        asked = _encode_fields((*_keyed(request), request.cache.namespace))
+    except (TypeError, ValueError, OverflowError, RecursionError):
+        asked = b""  # only `canonical` knows what this is, or what is wrong with it
+    key = _keys.get(asked)
+    if key is None:
+        key = hashlib.sha256(canonical(request)).digest()
+        if 0 < len(asked) <= MAX_REMEMBERED_SIZE:
+            if len(_keys) >= MAX_REMEMBERED:
+                _keys.clear()
+            _keys[asked] = key
+    return key
 
 
 def key_text(key: bytes | GenerateRequest, form: KeyForm = "sha256", base: str = "base32") -> str:

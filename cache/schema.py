@@ -150,10 +150,20 @@ CREATE TABLE claim (
     size INTEGER NOT NULL,
     made_at INTEGER NOT NULL,
     expires_at INTEGER NOT NULL,
+    held INTEGER NOT NULL,             -- a copy of somebody else's answer
+    number INTEGER NOT NULL,           -- of the batch that says so
     PRIMARY KEY (key, publisher, cid)
 ) WITHOUT ROWID;
 CREATE INDEX claim_by_expiry ON claim (expires_at);
-CREATE INDEX claim_by_publisher ON claim (publisher);
+CREATE INDEX claim_by_batch ON claim (publisher, number);
+-- Who lost its say for long, and until when (s; null: for ever); of a lie the two envelopes.
+CREATE TABLE offence (
+    peer TEXT PRIMARY KEY,
+    offence TEXT NOT NULL,
+    until REAL,
+    first BLOB,
+    second BLOB
+) WITHOUT ROWID;
 -- How far this node's own batches are numbered.
 CREATE TABLE numbering (epoch INTEGER NOT NULL, number INTEGER NOT NULL);
 """

@@ -25,6 +25,11 @@ MAX_RANGES = 64
 #: Characters of a name (of a provider, a model, an engine); bytes of a CID.
 MAX_NAME = 512
 MAX_CID = 128
+#: Bytes of a block: what bitswap allows too. An answer's are smaller.
+MAX_BLOCK = 2 * 1024 * 1024
+#: Envelopes put at once, and their bytes; keys asked for at once, each of 32 bytes.
+MAX_PUT, MAX_PUT_BYTES = 64, 1024 * 1024
+MAX_KEYS = 8
 #: Bytes of the proof that an asker knows the namespace of a block: an HMAC-SHA256.
 MAX_PROOF = 32
 
@@ -72,6 +77,21 @@ class AskClaims(Value, frozen=True, kw_only=True, tag_field="kind", tag="claims"
     known: dict[str, Known] = msgspec.field(default_factory=dict)
 
 
+class PutClaims(Value, frozen=True, kw_only=True, tag_field="kind", tag="put_claims"):
+    """Keep these signed batches of mine: you are a home of the keys in them."""
+
+    envelopes: Annotated[tuple[bytes, ...], msgspec.Meta(min_length=1, max_length=MAX_PUT)]
+
+
+class FindClaims(Value, frozen=True, kw_only=True, tag_field="kind", tag="find_claims"):
+    """Give me the batches that claim these keys."""
+
+    keys: Annotated[
+        tuple[Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)], ...],
+        msgspec.Meta(min_length=1, max_length=MAX_KEYS),
+    ]
+
+
 class AskTable(Value, frozen=True, kw_only=True, tag_field="kind", tag="table"):
     """Give me the adverts you have."""
 
@@ -113,7 +133,7 @@ class Failed(Value, frozen=True, kw_only=True, tag_field="kind", tag="error"):
 class Block(Value, frozen=True, kw_only=True, tag_field="kind", tag="block"):
     """The block asked for; None if it is not here."""
 
-    block: bytes | None = None
+    block: Annotated[bytes, msgspec.Meta(max_length=MAX_BLOCK)] | None = None
 
 
 class Items(Value, frozen=True, kw_only=True, tag_field="kind", tag="items"):
@@ -123,10 +143,10 @@ class Items(Value, frozen=True, kw_only=True, tag_field="kind", tag="items"):
 
 
 class End(Value, frozen=True, kw_only=True, tag_field="kind", tag="end"):
-    """There are no more items."""
+    """There are no more items; or what was put is taken."""
 
 
-Request = Generate | AskBlock | AskClaims | AskTable
+Request = Generate | AskBlock | AskClaims | PutClaims | FindClaims | AskTable
 Reply = Head | Piece | Done | Failed | Block | Items | End
 Frame = Request | Reply
 
@@ -172,7 +192,8 @@ class FrameDecoder:
 
     def __init__(self, type_: Any, limit: int) -> None:
         self._type = type_
-        self._limit = limit
+        #: Bytes of a frame; may be lowered for the frames that come next.
+        self.limit = limit
         self._unpacker = _unpacker(limit)
         self._fed = 0
         self._complete = 0
@@ -196,8 +217,8 @@ class FrameDecoder:
                 raise RemoteProtocolError(f"not a frame: {error!r:.300}") from None
             # The unpacker takes the parts of an unfinished object out of its buffer, so its own
             # limit does not bound one endless object.
-            if self._fed - self._complete > self._limit:
-                raise RemoteProtocolError(f"a frame is longer than {self._limit} bytes")
+            if self._fed - self._complete > self.limit:
+                raise RemoteProtocolError(f"a frame is longer than {self.limit} bytes")
         return frames
 
     def _unpack(self, frames: list[Any]) -> None:
@@ -207,8 +228,8 @@ class FrameDecoder:
             except msgpack.OutOfData:
                 return
             end = self._unpacker.tell()
-            if end - self._complete > self._limit:
-                raise ValueError(f"longer than {self._limit} bytes")
+            if end - self._complete > self.limit:
+                raise ValueError(f"longer than {self.limit} bytes")
             self._complete = end
             frame = _typed(raw, self._type)
             _check(frame)
@@ -248,6 +269,8 @@ def _check(frame: Frame) -> None:
         _check_times((frame.retry_after,))
     elif isinstance(frame, Head):
         _check_origin(frame.origin)
+    elif isinstance(frame, PutClaims) and sum(map(len, frame.envelopes)) > MAX_PUT_BYTES:
+        raise ValueError("too many bytes are put at once")
 
 
 def _check_request(request: GenerateRequest) -> None:

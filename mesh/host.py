@@ -216,7 +216,7 @@ class Libp2pTransport:
         self._library.set_stream_handler(TProtocol(protocol), serve)
 
     async def agent(self, peer: PeerId) -> str:
-        return await patches.read_agent(self.network.link(_peer_id(peer)))
+        return await self._library.agent(_peer_id(peer))
 
     async def ping(self, peer: PeerId) -> float:
         """By a yamux ping, on the connection that new streams use."""

@@ -19,9 +19,11 @@ from .frames import (
     Block,
     End,
     Failed,
+    FindClaims,
     Generate,
     Items,
     Known,
+    PutClaims,
     RemoteProtocolError,
     Request,
 )
@@ -139,6 +141,14 @@ class Network:
         state = self.table.get(peer)
         return state is not None and state.foreign
 
+    def member_ids(self) -> list[PeerId]:
+        """The nodes that the mesh has, this one among them, as far as it knows.
+
+        Not among them is who is neither connected nor heard of.
+        """
+        there = [state.peer for state in self.table if state.connected or state.advert]
+        return [self.peer_id, *there]
+
     # --- asking
 
     @asynccontextmanager
@@ -179,6 +189,15 @@ class Network:
         await self._take_items(peer, AskClaims(known=dict(known)), page.append)
         return page
 
+    async def find_claims(self, peer: PeerId, keys: Sequence[bytes]) -> Sequence[bytes]:
+        """The batches that claim these keys, as the peer has them: it is a home of theirs.
+
+        Raises `TransportError`, `RemoteProtocolError`.
+        """
+        found: list[bytes] = []
+        await self._take_items(peer, FindClaims(keys=tuple(keys)), found.append)
+        return found
+
     # --- telling
 
     def changed(self) -> None:
@@ -188,6 +207,15 @@ class Network:
     async def announce_claims(self, batch: bytes) -> None:
         """Gossip a signed batch of claims."""
         await self._gossip.announce_claims(batch)
+
+    async def put_claims(self, peer: PeerId, envelopes: Sequence[bytes]) -> None:
+        """Have a home keep these batches of this node.
+
+        Raises `TransportError`, `RemoteProtocolError`.
+        """
+        await self._collect(
+            peer, PutClaims(envelopes=tuple(envelopes)), LIST_TIME, lambda frame: None
+        )
 
     async def announce_leaving(self) -> None:
         """Tell the mesh that this node goes, just before it does. Never raises."""

@@ -29,7 +29,8 @@ Network: no auto-connector, no dialling   dials what is merely known; the newest
 in `new_stream`, no resource manager      the one that is used; the next stream above a limit waits
 host.py: listens without SO_REUSEPORT     two nodes share a port, and each gets half of the peers
 Network: no notice of each stream         a nursery and three tasks for nothing at each stream
-LibraryHost: identify in our nursery      runs in trio's system tasks: its failure ends the program
+LibraryHost: identify in our nursery      runs in trio's system tasks: its failure ends the program;
+and bounded                               what a peer says of itself is read however long it is
 `install`: loggers                        raw text on stderr, and a handler on the root logger
 ========================================  ======================================================
 """
@@ -55,6 +56,7 @@ from libp2p.identity.identify.identify import (
     _remote_address_to_multiaddr,
 )
 from libp2p.identity.identify.pb.identify_pb2 import Identify
+from libp2p.identity.update import update_peerstore_from_identify
 from libp2p.io.exceptions import IOException
 from libp2p.network.config import ConnectionConfig
 from libp2p.network.connection import swarm_connection
@@ -73,7 +75,7 @@ from multiaddr import Multiaddr  # type: ignore[import-untyped]
 
 from .pnet import Wire
 from .streams import LibraryStream, SecureYamux, negotiate, select
-from .transport import PeerId, TransportError
+from .transport import PeerId, Stream, TransportError
 from .yamux import PROTOCOL_ID as YAMUX
 from .yamux import YamuxStream
 
@@ -88,6 +90,8 @@ NEGOTIATE_TIMEOUT = 10.0
 MAX_HANDSHAKES = 128
 #: Bytes of what a peer says of itself, and characters of the name of its program.
 MAX_IDENTIFY, MAX_AGENT = 65536, 128
+#: Seconds between two looks whether a peer has said what it is.
+IDENTIFY_LOOK = 0.01
 #: Connections in all. The limit of open files is 1024 on most systems.
 MAX_CONNECTIONS = 768
 #: Connections to one peer: both may dial at once, and each may come back before it is missed.
@@ -362,6 +366,29 @@ class LibraryHost(BasicHost):
         except Exception as error:  # what a peer says of itself is of no importance here
             log.debug("%s could not be identified: %r", peer_id, error)
 
+    async def _identify_peer(self, peer_id: ID, *, reason: str) -> None:
+        said = await read_identify(self._network.link(peer_id))
+        await update_peerstore_from_identify(self.peerstore, peer_id, said)
+        if self._network.get_connections(peer_id):
+            # The library keeps a time here, of which nothing is made, until the peer disconnects.
+            agent = "".join(filter(str.isprintable, said.agent_version))
+            self._identified_peers[peer_id] = agent[:MAX_AGENT]
+
+    async def agent(self, peer_id: ID) -> str:
+        """Which program the peer says it is, in printable characters. Raises `TransportError`."""
+        # Some answer one question at a time, and tell nobody when it is over.
+        while peer_id in self._identify_inflight:  # noqa: ASYNC110
+            await trio.sleep(IDENTIFY_LOOK)
+        self._network.link(peer_id)  # the library hears of a disconnection later
+        if peer_id not in self._identified_peers:
+            try:
+                await self._identify_peer(peer_id, reason="asked")
+            except (
+                Exception
+            ) as error:  # the library takes a stranger's fields apart; who asks sees it
+                raise TransportError(f"{peer_id} does not say what it is: {error}") from error
+        return self._identified_peers.get(peer_id, "")
+
 
 async def open_stream(link: Link, protocols: Sequence[str]) -> YamuxStream:
     """A new stream with the first of the protocols that the peer speaks. Raises `TransportError`,
@@ -379,26 +406,42 @@ async def open_stream(link: Link, protocols: Sequence[str]) -> YamuxStream:
         raise
 
 
-async def read_agent(link: Link) -> str:
-    """Which program the peer says it is, in printable characters. Raises `TransportError`."""
+async def read_identify(link: Link) -> Identify:
+    """What the peer says of itself. Raises `TransportError`.
+
+    A Kubo may send a second message with more addresses, and Helia resets the stream when it has
+    spoken. So the first message is all that is read.
+    """
     stream = await open_stream(link, [IDENTIFY])
     said = bytearray()
     try:
-        with trio.move_on_after(NEGOTIATE_TIMEOUT):
-            while len(said) <= MAX_IDENTIFY and (data := await stream.receive_some()):
-                said += data
+        with trio.fail_after(NEGOTIATE_TIMEOUT):
+            while (message := _first_message(said)) is None:
+                said += await _receive_more(stream)
+        identified = Identify.FromString(message)
+        identified.agent_version.encode()  # a string may be none
+        return identified
+    except (DecodeError, ValueError, trio.TooSlowError) as error:
+        raise TransportError(f"{link.peer} does not say what it is: {error}") from error
     finally:
         await stream.aclose()
-    identified = Identify()
-    start = 0
-    try:
-        while start < len(said):  # one message or more, each behind a varint of its length
-            length, size = decode_varint_with_size(bytes(said[start : start + 10]))
-            start += size + length
-            identified.MergeFromString(bytes(said[start - length : start]))
-        return "".join(filter(str.isprintable, identified.agent_version))[:MAX_AGENT]
-    except (DecodeError, ValueError) as error:
-        raise TransportError(f"{link.peer} says nonsense of itself") from error
+
+
+def _first_message(said: bytearray) -> bytes | None:
+    """What stands behind the varint of its length, if it is whole. Raises `ValueError`."""
+    if len(said) > MAX_IDENTIFY:
+        raise ValueError("it says too much")
+    if not any(byte < 128 for byte in said[:10]):
+        return None
+    length, start = decode_varint_with_size(bytes(said[:10]))
+    return bytes(said[start : start + length]) if len(said) >= start + length else None
+
+
+async def _receive_more(stream: Stream) -> bytes:
+    data = await stream.receive_some()
+    if not data:
+        raise TransportError(f"{stream.peer} closed the stream")
+    return data
 
 
 def _identify_handler(host: IHost, agent: str) -> Callable[[INetStream], Any]:

@@ -249,6 +249,14 @@ class PeerTable:
     def get(self, peer: PeerId) -> PeerState | None:
         return self._peers.get(peer)
 
+    def name_of(self, peer: PeerId) -> str:
+        """The name of its node, if no other goes by the same; else ""."""
+        state = self._peers.get(peer)
+        if state is None or not state.node:
+            return ""
+        same = sum(other.node == state.node for other in self._peers.values())
+        return state.node if same == 1 else ""
+
     # --- adverts
 
     def is_news(self, advert: Advert) -> bool:

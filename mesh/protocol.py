@@ -5,7 +5,9 @@ asks; the other end answers; then the stream is idle again and may carry the nex
 
     generate      ->  head, chunk*, done  | error
     block         ->  block               | error
-    claims, table ->  items*, end         | error
+    claims, find_claims, table
+                  ->  items*, end         | error
+    put_claims    ->  end                 | error
 
 `TRANSITIONS` is the whole order, for both ends. There is no frame for cancelling: the asker resets
 the stream. A stream that ends anywhere but in the idle state was cut.
@@ -18,6 +20,7 @@ from typing import Any
 
 from ..providers.base import Chunk, GenerateError, ProviderUnavailable
 from .frames import (
+    MAX_BLOCK,
     AskBlock,
     AskClaims,
     AskTable,
@@ -25,6 +28,7 @@ from .frames import (
     Done,
     End,
     Failed,
+    FindClaims,
     Frame,
     FrameDecoder,
     Generate,
@@ -32,6 +36,7 @@ from .frames import (
     Items,
     Load,
     Piece,
+    PutClaims,
     RemoteProtocolError,
     Reply,
     Request,
@@ -44,6 +49,8 @@ PROTOCOL = "/promptmesh/1"
 MAX_REQUEST = 33 * 1024 * 1024
 #: Bytes of one frame of a reply.
 MAX_REPLY = 16 * 1024 * 1024
+#: Bytes of one frame of a reply that is a block: the block and what is around it.
+MAX_BLOCK_REPLY = MAX_BLOCK + 64 * 1024
 #: Characters of an error's message; of the partial text it carries.
 MAX_MESSAGE = 4096
 MAX_PARTIAL = 1024 * 1024
@@ -61,6 +68,7 @@ class State(Enum):
     ANSWERING = auto()
     AWAIT_BLOCK = auto()
     AWAIT_ITEMS = auto()
+    AWAIT_END = auto()
 
 
 #: In this state, this frame leads to that state. What is not here is refused at both ends.
@@ -68,7 +76,9 @@ TRANSITIONS: dict[tuple[State, type[Frame]], State] = {
     (State.IDLE, Generate): State.AWAIT_HEAD,
     (State.IDLE, AskBlock): State.AWAIT_BLOCK,
     (State.IDLE, AskClaims): State.AWAIT_ITEMS,
+    (State.IDLE, FindClaims): State.AWAIT_ITEMS,
     (State.IDLE, AskTable): State.AWAIT_ITEMS,
+    (State.IDLE, PutClaims): State.AWAIT_END,
     (State.AWAIT_HEAD, Head): State.ANSWERING,
     (State.AWAIT_HEAD, Failed): State.IDLE,
     (State.ANSWERING, Piece): State.ANSWERING,
@@ -79,6 +89,8 @@ TRANSITIONS: dict[tuple[State, type[Frame]], State] = {
     (State.AWAIT_ITEMS, Items): State.AWAIT_ITEMS,
     (State.AWAIT_ITEMS, End): State.IDLE,
     (State.AWAIT_ITEMS, Failed): State.IDLE,
+    (State.AWAIT_END, End): State.IDLE,
+    (State.AWAIT_END, Failed): State.IDLE,
 }
 
 
@@ -135,8 +147,14 @@ class Asker(Exchange):
     """The end that opened the stream: sends requests, receives replies."""
 
     _receives = Reply
-    _sends = (Generate, AskBlock, AskClaims, AskTable)
+    _sends = (Generate, AskBlock, AskClaims, FindClaims, PutClaims, AskTable)
     _limit = MAX_REPLY
+
+    def send(self, frame: Frame) -> bytes:
+        """As `Exchange.send`; what is more than a block is no reply to who asked for one."""
+        data = super().send(frame)
+        self._decoder.limit = MAX_BLOCK_REPLY if isinstance(frame, AskBlock) else MAX_REPLY
+        return data
 
 
 class Server(Exchange):

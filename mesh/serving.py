@@ -8,7 +8,7 @@ to the model; and one that writes, so that what became ready during a write goes
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
@@ -30,6 +30,7 @@ from .frames import (
     Block,
     Done,
     End,
+    FindClaims,
     Frame,
     Generate,
     Head,
@@ -37,6 +38,7 @@ from .frames import (
     Known,
     Load,
     Piece,
+    PutClaims,
     RemoteProtocolError,
     Reply,
     Request,
@@ -63,6 +65,10 @@ class Services:
     block: Callable[[bytes, PeerId, bytes], Awaitable[bytes | None]]
     #: A page of the batches of claims that are not among those known, by peer.
     claims: Callable[[Mapping[PeerId, Known]], Iterable[bytes]]
+    #: Takes batches of claims that a peer puts here, as at a home of their keys.
+    put_claims: Callable[[Sequence[bytes], PeerId], None]
+    #: The batches that claim these keys.
+    find_claims: Callable[[Sequence[bytes]], Iterable[bytes]]
     #: How busy the providers are that peers may use.
     loads: Callable[[], dict[str, Load]]
     #: The signed claim for an answer of this node, by the CID's text.
@@ -169,6 +175,11 @@ class _Conversation:
             self._put(Block(block=block))
         elif isinstance(request, AskClaims):
             await self._list(self._services.claims(request.known))
+        elif isinstance(request, FindClaims):
+            await self._list(self._services.find_claims(request.keys))
+        elif isinstance(request, PutClaims):
+            self._services.put_claims(request.envelopes, self._stream.peer)
+            self._put(End())
         elif isinstance(request, AskTable):
             await self._list(self._table(self._stream.peer))
 

@@ -32,6 +32,11 @@ def check_name(text: str) -> str:
     return text
 
 
+def check_trusted(text: str) -> str:
+    """`all`, `me`, a peer id or a node's name. Raises `ValueError`."""
+    return check_name(text)
+
+
 def split_host_port(text: str) -> tuple[str, int]:
     """`127.0.0.1:7411` or `[::1]:7411` taken apart. Raises `ValueError`."""
     host, colon, port = text.rpartition(":")
@@ -150,6 +155,20 @@ class CacheConfig:
     )
     cid_base: str = setting(
         "base32", "The multibase of such a CID, such as `base58btc`.", check=check_multibase
+    )
+    trust: tuple[str, ...] = setting(
+        ("all",),
+        "Whose stored answers are used: `all` members', only those of the peers that are listed "
+        "by id or by their node's name, or with `me` only this node's own. An id is surer than a "
+        "name, which every member chooses for itself.",
+        check=check_trusted,
+    )
+    min_agreement: int = setting(
+        1,
+        "So many trusted nodes must have computed the same answer before one that is stored at "
+        "another node is used.",
+        low=1,
+        high=1000,
     )
 
 

@@ -182,6 +182,8 @@ class Node:
             answer=self._answer_peer,
             block=self._sharing.block,
             claims=self._sharing.since,
+            put_claims=self._sharing.put_claims,
+            find_claims=self._sharing.find_claims,
             loads=self._parts.backends.loads,
             claim_for=self._sharing.claim_for,
         )

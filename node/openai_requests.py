@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Annotated, Any, Literal
 
@@ -97,6 +98,7 @@ class _Cache(msgspec.Struct, forbid_unknown_fields=True):
     max_age: _Seconds | None = None
     scope: Literal["local", "mesh"] = "mesh"
     namespace: str = ""
+    min_agreement: Annotated[int, msgspec.Meta(ge=1, le=1000)] | None = None
     any_sample: bool = False
 
 
@@ -155,6 +157,11 @@ _RANGES: dict[str, tuple[float, float]] = {
 }
 
 
+#: Bodies that are remembered with what they mean, and the bytes of the largest. A question that is
+#: asked again mostly comes in the same bytes, and nothing that was decoded is ever changed.
+MAX_REMEMBERED, MAX_REMEMBERED_SIZE = 512, 16 * 1024
+
+
 class ChatCall(msgspec.Struct, frozen=True):
     """A decoded call: the request, and how its answer is to be sent."""
 
@@ -168,6 +175,12 @@ def decode_chat(body: bytes, request_id: str) -> ChatCall:
 
     Raises `RequestRejected`, with the field that is wrong.
     """
+    call = (_decode_again if len(body) <= MAX_REMEMBERED_SIZE else _decode)(body)
+    request = msgspec.structs.replace(call.request, id=request_id)
+    return msgspec.structs.replace(call, request=request)
+
+
+def _decode(body: bytes) -> ChatCall:
     try:
         chat = _decode_body(body)
         extra = {
@@ -182,13 +195,16 @@ def decode_chat(body: bytes, request_id: str) -> ChatCall:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RequestRejected(f"the body is not a JSON object: {error}") from None
     return ChatCall(
-        request=_request(chat, extra, request_id),
+        request=_request(chat, extra),
         stream=bool(chat.stream),
         include_usage=chat.stream_options is not None and chat.stream_options.include_usage,
     )
 
 
-def _request(chat: _ChatBody, extra: dict[str, Any], request_id: str) -> GenerateRequest:
+_decode_again = functools.lru_cache(MAX_REMEMBERED)(_decode)
+
+
+def _request(chat: _ChatBody, extra: dict[str, Any]) -> GenerateRequest:
     if not chat.messages:
         raise RequestRejected("messages: at least one is needed", field="messages")
     if chat.n not in (None, 1):
@@ -214,10 +230,10 @@ def _request(chat: _ChatBody, extra: dict[str, Any], request_id: str) -> Generat
             max_age=mesh.cache.max_age,
             scope=mesh.cache.scope,
             namespace=mesh.cache.namespace,
+            min_agreement=mesh.cache.min_agreement,
             any_sample=mesh.cache.any_sample,
         ),
         deadline=mesh.deadline_s,
-        id=request_id,
     )
 
 

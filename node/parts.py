@@ -15,10 +15,12 @@ from ..cache.answers import AnswerCache, Limits
 from ..cache.blocks import SqliteBlocks
 from ..cache.claim_index import ClaimIndex
 from ..cache.claims import ClaimLog
+from ..cache.conduct import Conduct
 from ..cache.database import Database
 from ..cache.kubo import KuboBlocks
 from ..cache.layers import LayeredBlocks
 from ..cache.namespaces import Namespaces
+from ..cache.trust import Trust
 from ..mesh.asking import Deadlines
 from ..mesh.backends import BackendManager
 from ..mesh.identity import Identity, verify
@@ -56,6 +58,7 @@ class Parts:
     backends: BackendManager
     names: Names
     claims: ClaimIndex
+    trust: Trust
     sharing: Sharing
 
     def router(self, config: Config, nursery: trio.Nursery) -> Router:
@@ -70,6 +73,7 @@ class Parts:
             node_of=self._node_of,
             reuse=config.cache.reuse,
             deadline=config.deadlines.whole,
+            min_agreement=config.cache.min_agreement,
         )
 
     def _node_of(self, peer: str) -> str:
@@ -94,21 +98,31 @@ def open_parts(config: Config, home: Home, environment: Mapping[str, str]) -> It
             max_ttl=config.cache.ttl,
         )
         answers = AnswerCache(database, blocks, peer=peer, limits=limits)
-        claims = ClaimIndex(database, peer=peer, verify=verify)
+        conduct = Conduct(database)
+        claims = ClaimIndex(database, peer=peer, verify=verify, conduct=conduct)
         namespaces = Namespaces()
         permissions = Permissions(answers=answers, namespaces=namespaces)
+        peers = PeerTable(peer)
+        trust = Trust(
+            conduct,
+            own=peer,
+            trusted=config.cache.trust,
+            min_agreement=config.cache.min_agreement,
+            name_of=peers.name_of,
+        )
         layers = _layers(config, blocks, permissions)
         sharing = Sharing(
             answers=answers,
             blocks=blocks,
             log=ClaimLog(database, peer=peer, sign=identity.sign),
             index=claims,
+            conduct=conduct,
+            trust=trust,
             namespaces=namespaces,
             permissions=permissions,
             peer=peer,
             rng=Random(),
         )
-        peers = PeerTable(peer)
         backends = BackendManager(
             local=providers.backends,
             peers=peers,
@@ -139,6 +153,7 @@ def open_parts(config: Config, home: Home, environment: Mapping[str, str]) -> It
             backends=backends,
             names=Names(backends.sources),
             claims=claims,
+            trust=trust,
             sharing=sharing,
         )
     finally:

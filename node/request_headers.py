@@ -43,6 +43,7 @@ _CACHE: dict[str, tuple[str, Callable[[str], Any]]] = {
     "x-promptmesh-cache-max-age": ("max_age", _seconds),
     "x-promptmesh-cache-scope": ("scope", str),
     "x-promptmesh-cache-namespace": ("namespace", str),
+    "x-promptmesh-cache-min-agreement": ("min_agreement", int),
 }
 _PREFIX = "x-promptmesh-"
 
@@ -72,8 +73,9 @@ def _changes(
             try:
                 changes[field] = convert(value)
             except ValueError:
+                expected = "a number of seconds" if convert is _seconds else "a whole number"
                 raise RequestRejected(
-                    f"{header}: {value!r} is not a number of seconds", field=header
+                    f"{header}: {value!r} is not {expected}", field=header
                 ) from None
     return changes
 

@@ -66,6 +66,10 @@ class SharedAnswers(Protocol):
         """A stored answer of a peer, fetched and verified, and that peer's id."""
         ...
 
+    def uses(self, key: bytes, request: GenerateRequest, stored: StoredAnswer) -> bool:
+        """May an answer be given that another node computed and that lies here?"""
+        ...
+
     def announce(self, key: bytes, request: GenerateRequest, stored: StoredAnswer) -> None:
         """Tell the others that this node has the answer."""
         ...
@@ -92,6 +96,7 @@ class Router:
         node_of: Callable[[str], str],
         reuse: Reuse = "deterministic",
         deadline: float = math.inf,
+        min_agreement: int = 1,
     ) -> None:
         self._backends = backends
         self._names = names
@@ -103,6 +108,7 @@ class Router:
         self._node_of = node_of
         self._reuse = reuse
         self._deadline = deadline
+        self._min_agreement = min_agreement
 
     @asynccontextmanager
     async def open(
@@ -196,7 +202,11 @@ class Router:
         stored = await self._answers.lookup(
             key, now=now, max_age=request.cache.max_age, shared_only=local_only
         )
-        return None if stored is None else self._replay(stored, "hit-local", self._peer, now)
+        if stored is None or not (
+            stored.source == self._peer or self._shared.uses(key, request, stored)
+        ):
+            return None
+        return self._replay(stored, "hit-local", self._peer, now)
 
     async def _found(
         self, key: bytes, request: GenerateRequest, local_only: bool
@@ -238,14 +248,20 @@ class Router:
         forwarded = msgspec.structs.replace(
             request,
             deadline=None if left == math.inf else max(left, 0.0),
-            # What has the scope `local` may not stay at a peer.
-            cache=_BYPASS if request.cache.scope == "local" else request.cache,
+            cache=self._cache_at_peers(request.cache),
         )
         async with self._backends.open(forwarded, local_only=local_only, key=key) as answering:
             answering.origin = _seen_from_here(answering.origin, request, self._peer)
             if request.cache.mode != "bypass":
                 answering.chunks = _Recording(self, key, request, answering, started)
             yield answering
+
+    def _cache_at_peers(self, cache: CacheControl) -> CacheControl:
+        if cache.scope == "local":
+            return _BYPASS  # it may not stay at a peer
+        if cache.min_agreement is None and self._min_agreement > 1:
+            return msgspec.structs.replace(cache, min_agreement=self._min_agreement)
+        return cache
 
     async def keep(
         self,
@@ -282,14 +298,15 @@ class Router:
         )
         if stored is None:
             return None
-        if shared and origin.peer == self._peer:
+        if shared:
             self._shared.announce(key, request, stored)
         return stored.cid_text
 
 
 def _flight_key(key: bytes, request: GenerateRequest) -> bytes:
     """Who may answer separates flights, though not stored answers."""
-    who = (request.provider, request.peer, request.privacy, request.cache.scope)
+    cache = request.cache
+    who = (request.provider, request.peer, request.privacy, cache.scope, str(cache.min_agreement))
     return key + "\0".join(part or "" for part in who).encode()
 
 

@@ -1,69 +1,37 @@
-"""Answers shared with the mesh: claims go out, others' claims are found and their blocks fetched.
+"""Answers shared with the mesh: its parts joined, and what peers may ask of them.
 
-A claim is a signed statement of who computed an answer that it has it. Claims are gossiped inside
-the mesh's budget of messages, so several travel in one; what gossip loses is repaired by asking a
-neighbour. A lookup reads this node's own index: a miss costs nothing and asks nobody.
+A claim is a signed statement of a peer that it computed an answer, or holds a copy. `claiming` has
+what this node says, which `telling` gossips or, in a mesh of more than 64 members, `placing` puts
+at the homes of its keys. `hearing` takes what others say, `finding` looks it up, and `fetching`
+gets the bytes.
 """
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from random import Random
-from typing import Protocol
 
-import msgspec
 import trio
 
 from ..cache.answer_rows import StoredAnswer
 from ..cache.answers import AnswerCache
 from ..cache.blocks import BlockStore
-from ..cache.cid import verify
 from ..cache.claim_index import ClaimIndex
-from ..cache.claim_rows import Claim, Ingested
-from ..cache.claims import MAX_ENTRIES, ClaimLog, Entry
-from ..cache.keys import block_proof, mesh_key
+from ..cache.claims import ClaimLog
+from ..cache.conduct import Conduct
 from ..cache.namespaces import Namespaces
-from ..cache.record_bounds import RecordError
-from ..cache.records import links
-from ..mesh.frames import Known, RemoteProtocolError
-from ..mesh.transport import PeerId, TransportError
+from ..cache.trust import Trust
+from ..mesh.transport import PeerId
 from ..providers.base import GenerateRequest
+from .claim_network import ClaimNetwork, Link, Versions
+from .claiming import Claiming
+from .fetching import Fetching
+from .finding import MAX_ENVELOPES, Finding
+from .hearing import Hearing
 from .permissions import Permissions
-
-logger = logging.getLogger(__name__)
-
-#: Nodes whose claims make one gossip message a second (adverts have the same share of the budget).
-NODES_A_SECOND = 2.5
-#: Seconds between two messages of this node at least, and the bytes of one.
-SHORTEST_PAUSE = 0.5
-MAX_MESSAGE = 48 * 1024
-#: Seconds between two questions to a neighbour for what gossip lost.
-REPAIR_PERIOD = 60.0
-#: Pages asked of one neighbour in a row.
-MAX_PAGES = 100
-#: Seconds that a lookup may take before the answer is computed instead.
-FETCH_TIME = 3.0
-#: Different answers, and claimants of each, that are tried.
-MAX_ALTERNATIVES, MAX_CLAIMANTS = 3, 3
-
-#: Which batches are known: peer -> (epoch, ranges of numbers).
-Versions = Mapping[PeerId, Known]
-
-
-class ClaimNetwork(Protocol):
-    """What sharing needs of the mesh (`mesh.network.Network`)."""
-
-    def members(self) -> int: ...
-
-    def connected(self) -> Sequence[PeerId]: ...
-
-    async def fetch_block(self, peer: PeerId, cid: bytes, proof: bytes) -> bytes | None: ...
-
-    async def ask_claims(self, peer: PeerId, known: Versions) -> Sequence[bytes]: ...
-
-    async def announce_claims(self, message: bytes) -> None: ...
+from .placing import Placing
+from .telling import Telling
 
 
 class Sharing:
@@ -76,227 +44,110 @@ class Sharing:
         blocks: BlockStore,
         log: ClaimLog,
         index: ClaimIndex,
+        conduct: Conduct,
+        trust: Trust,
         namespaces: Namespaces,
         permissions: Permissions,
         peer: PeerId,
         rng: Random,
+        clock: Callable[[], float] = time.time,
     ) -> None:
-        """`peer` is this node."""
-        self._answers = answers
+        """`peer` is this node; `conduct` is that of `index` and `trust`."""
         self._blocks = blocks
-        self._log = log
         self._index = index
         self._namespaces = namespaces
         self._permissions = permissions
-        self._peer = peer
-        self._rng = rng
-        self._network: ClaimNetwork | None = None
-        #: Claims to be signed, by namespace tag and CID: several questions may have one answer.
-        self._unsigned: dict[bytes, dict[str, list[Entry]]] = {}
-        #: Envelopes that are signed and not yet gossiped.
-        self._unsent: list[bytes] = []
-        self._ready = trio.Event()
+        self._link = link = Link(peer, clock=clock)
+        self._claiming = Claiming(link, log=log, index=index, namespaces=namespaces)
+        self._telling = Telling(link, self._claiming)
+        self._placing = Placing(link, self._claiming)
+        self._hearing = Hearing(link, index=index, conduct=conduct, rng=rng)
+        self._finding = Finding(
+            link,
+            answers=answers,
+            index=index,
+            namespaces=namespaces,
+            trust=trust,
+            conduct=conduct,
+            hearing=self._hearing,
+            fetching=Fetching(link, namespaces=namespaces, conduct=conduct, rng=rng),
+        )
+        # What the network and those who serve it call.
+        self.hear = self._hearing.hear
+        self.meet = self._hearing.meet
+        self.claim_for = self._claiming.claim_for
+        # What answers requests.
+        self.announce = self._claiming.announce
+        self.uses = self._finding.uses
 
     # --- the network, which may come and go
 
     def attach(self, network: ClaimNetwork, swarm_key: bytes) -> None:
         """Share with the mesh of that key from now on."""
-        self._network = network
+        self._link.network = network
         self._namespaces.enter(swarm_key)
 
     def detach(self) -> None:
         """Share with nobody."""
-        self._network = None
-
-    # --- telling
-
-    def announce(self, key: bytes, request: GenerateRequest, stored: StoredAnswer) -> None:
-        """Tell the others that this node has the answer to that key."""
-        namespace = self._namespaces.of(request.cache.namespace)
-        if namespace is None or stored.stored_at is None or stored.expires_at is None:
-            return
-        made, ends = int(stored.stored_at), int(stored.expires_at)
-        entry = Entry(mesh_key(namespace.secret, key), stored.cid.raw, stored.size, made, ends)
-        self._unsigned.setdefault(namespace.tag, {}).setdefault(stored.cid_text, []).append(entry)
-        self._ready.set()
-
-    def claim_for(self, cid: str) -> bytes | None:
-        """The signed claim of an answer that was just announced, for the peer that asked for it."""
-        for tag, entries in self._unsigned.items():
-            if cid in entries:
-                return self._sign(tag, entries.pop(cid)[:MAX_ENTRIES])
-        return None
-
-    def _sign(self, tag: bytes, entries: Sequence[Entry]) -> bytes | None:
-        envelope = self._log.seal(entries, namespace=tag, now=time.time())
-        if envelope is not None:
-            self._unsent.append(envelope)
-            self._ready.set()
-        return envelope
+        self._link.network = None
 
     async def run(self) -> None:
-        """Gossip what is announced, and repair what gossip lost, until cancelled."""
+        """Tell what is announced, and repair what gossip lost, until cancelled."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._repair_again_and_again)
+            nursery.start_soon(self._hearing.repair)
             while True:
-                await self._ready.wait()
-                self._ready = trio.Event()
-                await self._publish()
-                members = self._network.members() if self._network else 0
-                await trio.sleep(max(SHORTEST_PAUSE, members / NODES_A_SECOND))
+                await self._tell_everybody()
+                await self._tell_homes()
 
-    async def _publish(self) -> None:
-        """Sign what waits, and gossip one message of it."""
-        unsigned, self._unsigned = self._unsigned, {}
-        for tag, waiting in unsigned.items():
-            entries = [entry for same in waiting.values() for entry in same]
-            for first in range(0, len(entries), MAX_ENTRIES):
-                self._sign(tag, entries[first : first + MAX_ENTRIES])
-        message: list[bytes] = []
-        size = 0
-        while self._unsent and size + len(self._unsent[0]) <= MAX_MESSAGE:
-            size += len(self._unsent[0])
-            message.append(self._unsent.pop(0))
-        if self._unsent:
-            self._ready.set()
-        else:
-            self._ready = trio.Event()
-        if message and self._network is not None:
-            try:
-                await self._network.announce_claims(msgspec.msgpack.encode(message))
-            except TransportError as error:
-                # The batches are kept: whoever lacks them asks for them.
-                logger.debug("claims were not gossiped: %s", error)
+    async def _tell_everybody(self) -> None:
+        while not self._link.by_homes():
+            await self._claiming.wait()
+            await self._telling.tell()
 
-    # --- hearing
+    async def _tell_homes(self) -> None:
+        self._placing.begin()
+        while self._link.by_homes():
+            await self._placing.place()
+        self._claiming.say_again()
 
-    def hear(self, peer: PeerId, message: bytes) -> bool:
-        """Take a gossiped message. May it be passed on?"""
-        try:
-            envelopes = msgspec.msgpack.decode(message, type=list[bytes])
-        except (msgspec.DecodeError, RecursionError) as error:
-            logger.warning("peer %s gossiped claims that are none: %s", peer, error)
-            return False
-        sound = [self.take(peer, envelope) for envelope in envelopes]
-        return all(sound)
+    # --- what requests ask
 
-    def take(self, peer: PeerId, envelope: bytes) -> bool:
-        """Take one envelope that a peer brought. Is it sound?"""
-        taken: Ingested = self._index.ingest(envelope, time.time())
-        if taken.status == "full":
-            logger.info("claims of %s are not kept: %s", taken.peer, taken.reason)
-        if taken.status in ("refused", "equivocation"):
-            logger.warning("claims of %s by way of %s: %s", taken.peer, peer, taken.reason)
-            return False
-        return True
+    async def find(
+        self, key: bytes, request: GenerateRequest
+    ) -> tuple[StoredAnswer, PeerId] | None:
+        """A stored answer of a peer, fetched and verified, and who gave it; None if there is none.
+
+        This node holds it then, and says so while few do.
+        """
+        found = await self._finding.find(key, request)
+        if found is not None:
+            self._claiming.announce(key, request, found[0])
+        return found
 
     def take_claim(self, peer: PeerId, envelope: bytes, cid: str) -> None:
         """Take the claim that came with an answer."""
-        self.take(peer, envelope)
-
-    async def meet(self, peer: PeerId) -> None:
-        """Learn from a peer the claims that this node lacks. Raises `TransportError`."""
-        if self._network is None:
-            return
-        for _ in range(MAX_PAGES):
-            before = self._index.versions()
-            page = await self._network.ask_claims(peer, before)
-            sound = True
-            for envelope in page:
-                sound = self.take(peer, envelope) and sound
-                await trio.lowlevel.checkpoint()  # a full batch takes 3 ms
-            if not sound or not page or self._index.versions() == before:
-                return
-
-    async def _repair_again_and_again(self) -> None:
-        while True:
-            await trio.sleep(REPAIR_PERIOD * self._rng.uniform(0.8, 1.2))
-            await self._index.expire(time.time())
-            peers = self._network.connected() if self._network else ()
-            if peers:
-                try:
-                    await self.meet(self._rng.choice(list(peers)))
-                except (TransportError, RemoteProtocolError) as error:
-                    logger.debug("claims were not repaired: %s", error)
+        self._hearing.take(peer, envelope)
 
     # --- what peers ask
 
     def since(self, known: Versions) -> Sequence[bytes]:
         """A page of the envelopes that who knows only those lacks."""
-        return self._index.since(known, now=time.time())
+        return self._index.since(known, now=self._link.clock())
+
+    def put_claims(self, envelopes: Sequence[bytes], peer: PeerId) -> None:
+        """Take the claims of a peer of which this node is a home."""
+        self._hearing.take_told(peer, envelopes)
+
+    def find_claims(self, keys: Sequence[bytes]) -> list[bytes]:
+        """The envelopes that claim these keys."""
+        now = self._link.clock()
+        found = [
+            envelope for key in keys for envelope in self._index.envelopes(key, MAX_ENVELOPES, now)
+        ]
+        return list(dict.fromkeys(found))
 
     async def block(self, cid: bytes, peer: PeerId, proof: bytes = b"") -> bytes | None:
         """A block for a peer, if it is here and the peer may have it."""
         if not await self._permissions.may_serve(peer, cid, proof):
             return None
         return await self._blocks.get(cid)
-
-    # --- finding
-
-    async def find(self, key: bytes, request: GenerateRequest) -> tuple[StoredAnswer, str] | None:
-        """A stored answer of a peer, fetched and verified, and that peer; None if there is none."""
-        namespace = self._namespaces.of(request.cache.namespace)
-        if self._network is None or namespace is None:
-            return None
-        now = time.time()
-        claims = self._index.lookup(mesh_key(namespace.secret, key), now)
-        if not claims:
-            return None
-        oldest = now - request.cache.max_age if request.cache.max_age is not None else 0.0
-        with trio.move_on_after(FETCH_TIME):
-            return await self._fetch_any(key, request, [c for c in claims if c.made_at >= oldest])
-        return None
-
-    async def _fetch_any(
-        self, key: bytes, request: GenerateRequest, claims: Sequence[Claim]
-    ) -> tuple[StoredAnswer, str] | None:
-        assert self._network is not None
-        reachable = set(self._network.connected())
-        by_cid: dict[bytes, list[Claim]] = {}
-        for claim in claims:
-            if claim.peer in reachable:
-                by_cid.setdefault(claim.cid, []).append(claim)
-        for same in list(by_cid.values())[:MAX_ALTERNATIVES]:
-            for claim in same[:MAX_CLAIMANTS]:
-                try:
-                    stored = await self._fetch(key, request, claim, claimed=len(same))
-                except (TransportError, RemoteProtocolError, RecordError) as error:
-                    logger.warning(
-                        "peer %s did not deliver a claimed answer: %s", claim.peer, error
-                    )
-                else:
-                    return stored, claim.peer
-        return None
-
-    async def _fetch(
-        self, key: bytes, request: GenerateRequest, claim: Claim, *, claimed: int
-    ) -> StoredAnswer:
-        """Raises `TransportError`, `RemoteProtocolError`, or `RecordError` for wrong bytes."""
-        name = request.cache.namespace
-        root = await self._fetch_block(claim.peer, claim.cid, name)
-        blocks = {claim.cid: root}
-        for leaf in links(root):
-            blocks[leaf] = await self._fetch_block(claim.peer, leaf, name)
-        return await self._answers.adopt(
-            key,
-            claim.cid,
-            blocks,
-            now=time.time(),
-            made_at=claim.made_at,
-            expires_at=claim.expires_at,
-            source=claim.peer,
-            claimed=claimed,
-            namespace=name,
-        )
-
-    async def _fetch_block(self, peer: PeerId, cid: bytes, namespace: str) -> bytes:
-        assert self._network is not None
-        # What is in the default namespace, every member may have.
-        known = self._namespaces.of(namespace) if namespace else None
-        proof = block_proof(known.secret, cid, self._peer) if known else b""
-        block = await self._network.fetch_block(peer, cid, proof)
-        if block is None:
-            raise RecordError("it does not hold the block any more, or does not give it")
-        if not verify(cid, block):
-            raise RecordError("it sent other bytes than the CID names")
-        return block

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import msgspec
 
@@ -111,7 +111,9 @@ class CacheControl(Value, frozen=True, kw_only=True):
 
     `use` reads and stores, `refresh` only stores, `bypass` does neither, `only` never computes.
     `ttl` (s) is how long the answer may be kept, `max_age` (s) how old a stored one may be; `scope`
-    says whether the answer may leave this node; answers of different namespaces never mix.
+    says whether the answer may leave this node; answers of different namespaces never mix. So many
+    trusted nodes as `min_agreement` says must have computed the same answer before a stored one of
+    another node is used; None: as many as this node's configuration wants.
     """
 
     mode: Literal["use", "refresh", "bypass", "only"] = "use"
@@ -119,6 +121,7 @@ class CacheControl(Value, frozen=True, kw_only=True):
     max_age: float | None = None
     scope: Literal["local", "mesh"] = "mesh"
     namespace: str = ""
+    min_agreement: Annotated[int, msgspec.Meta(ge=1, le=1000)] | None = None
     #: Reuse also sampled answers: the caller asked for any stored answer (`generate_text`, `ask`).
     any_sample: bool = False
 

@@ -133,6 +133,7 @@ class Node:
         self.blocks: dict[bytes, bytes] = {}
         self.proofs: list[bytes] = []
         self.batches: list[bytes] = []
+        self.put: list[tuple[str, tuple[bytes, ...]]] = []
         self.saved: Mapping[str, Sequence[str]] = {}
         self.allowed = True
         self.manager = BackendManager(
@@ -215,6 +216,8 @@ class Node:
             answer=lambda request, peer: self.manager.open(request, local_only=True),
             block=self._block,
             claims=self._claims_since,
+            put_claims=lambda envelopes, peer: self.put.append((peer, tuple(envelopes))),
+            find_claims=lambda keys: [b"claim of " + key for key in keys],
             loads=self.manager.loads,
             claim_for=lambda cid: f"claim for {cid}".encode(),
             may_serve=lambda peer: self.allowed,

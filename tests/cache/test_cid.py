@@ -13,6 +13,7 @@ from promptmesh.cache.cid import (
     cid_bytes,
     cid_of,
     cid_text,
+    digests_from,
     parse_cid,
     split,
     verify,
@@ -116,3 +117,24 @@ def test_verify(block: bytes, other: bytes) -> None:
 def test_split_refuses_what_we_do_not_use(cid: bytes) -> None:
     with pytest.raises(ValueError, match="CIDv1"):
         split(cid)
+
+
+# --- the beginning of a CID -----------------------------------------------------------------------
+
+
+@given(st.binary(min_size=32, max_size=32), st.integers(1, 59), st.binary(min_size=32, max_size=32))
+def test_a_beginning_names_exactly_the_digests_whose_cids_begin_so(
+    digest: bytes, size: int, other: bytes
+) -> None:
+    text = cid_text(cid_of(digest))
+    least, most = digests_from(text[:size])
+    assert least <= digest <= most
+    assert (least <= other <= most) is cid_text(cid_of(other)).startswith(text[:size])
+
+
+@pytest.mark.parametrize(
+    "start", ["", "x", "B", "bafk", "bafyrei!", "bafyrei1", "bafyreiz", "Bafyrei", "é", "b" * 400]
+)
+def test_what_no_cid_of_an_answer_begins_with(start: str) -> None:
+    with pytest.raises(ValueError, match="no CID of an answer"):
+        digests_from(start)

@@ -1,3 +1,4 @@
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -12,6 +13,7 @@ from promptmesh.cache.cid import cid_bytes
 from promptmesh.cache.claim_index import ClaimIndex
 from promptmesh.cache.claim_rows import Claim, Version
 from promptmesh.cache.claims import MAX_LIFE, MAX_SKEW, Batch, ClaimLog, Entry, seal, unseal
+from promptmesh.cache.conduct import Conduct
 from promptmesh.cache.database import Database
 
 NOW = 1_000_000
@@ -34,6 +36,7 @@ def entry(key: int = 1, answer: str = "a", **more: Any) -> Entry:
         size=9,
         made_at=NOW,
         expires_at=NOW + 1000,
+        held=False,
     )
     return plain._replace(**more)
 
@@ -71,20 +74,11 @@ def test_a_claim_is_found_until_it_is_over(index: ClaimIndex) -> None:
     assert index.lookup(KEY, NOW) == []
     taken = index.ingest(envelope("p", 1, entry(1), entry(2, "b")), NOW)
     assert (taken.status, taken.peer, taken.claims) == ("new", "p", 2)
-    claim = Claim("p", entry().cid, 9, NOW, NOW + 1000)
+    claim = Claim("p", entry().cid, 9, NOW, NOW + 1000, False)
     assert index.lookup(KEY, NOW + 999) == [claim]
     assert index.lookup(KEY, NOW + 1000) == []
     assert index.lookup(bytes(32), NOW) == []
     assert (index.live(NOW), index.live(NOW + 1000)) == (2, 0)
-
-
-def test_the_most_claimed_comes_first_then_the_newest(index: ClaimIndex) -> None:
-    said = [("p", "rare", 5), ("q", "usual", 1), ("r", "usual", 3), ("s", "other", 9)]
-    for peer, answer, age in said:
-        index.ingest(envelope(peer, 1, entry(1, answer, made_at=NOW - age)), NOW)
-    found = [claim.peer for claim in index.lookup(KEY, NOW)]
-    assert found[:2] == ["q", "r"]
-    assert sorted(found[2:]) == ["p", "s"]
 
 
 def test_taking_it_again_changes_nothing(index: ClaimIndex) -> None:
@@ -97,7 +91,7 @@ def test_of_two_claims_the_longer_holds(index: ClaimIndex) -> None:
     index.ingest(envelope("p", 1, entry(expires_at=NOW + 50)), NOW)
     index.ingest(envelope("p", 2, entry(expires_at=NOW + 90, size=7)), NOW)
     index.ingest(envelope("p", 3, entry(expires_at=NOW + 70)), NOW)
-    assert index.lookup(KEY, NOW) == [Claim("p", entry().cid, 7, NOW, NOW + 90)]
+    assert index.lookup(KEY, NOW) == [Claim("p", entry().cid, 7, NOW, NOW + 90, False)]
 
 
 def test_claims_outlive_the_process(tmp_path: Path) -> None:
@@ -107,7 +101,7 @@ def test_claims_outlive_the_process(tmp_path: Path) -> None:
     database = Database(tmp_path / "cache.sqlite")
     index = ClaimIndex(database, peer="me", verify=verify)
     assert len(index.lookup(KEY, NOW)) == 1
-    assert index.versions() == {"p": Version(5, ((1, 1),))}
+    assert index.versions(NOW) == {"p": Version(5, ((1, 1),))}
     assert status(index, envelope()) == "known"
     database.close()
 
@@ -130,7 +124,7 @@ def test_what_is_wrong_is_refused(index: ClaimIndex, data: bytes, why: str) -> N
     refused = index.ingest(data, NOW)
     assert refused.status == "refused"
     assert why in refused.reason
-    assert index.versions() == {}
+    assert index.versions(NOW) == {}
     assert index.live(NOW) == 0
 
 
@@ -153,6 +147,7 @@ def test_two_batches_with_one_number_are_a_lie(index: ClaimIndex) -> None:
     index.ingest(first, NOW)
     lie = index.ingest(second, NOW)
     assert (lie.status, lie.peer, lie.evidence) == ("equivocation", "p", (first, second))
+    assert lie.evidence is not None
     assert all(unseal(data).signed(verify) for data in lie.evidence)
     assert [claim.cid for claim in index.lookup(KEY, NOW)] == [entry().cid]
     # Nobody can be accused by others.
@@ -174,32 +169,149 @@ def test_a_new_epoch_voids_the_older(index: ClaimIndex) -> None:
     assert status(index, envelope("p", 1, entry(3), epoch=6)) == "new"
     assert index.lookup(KEY, NOW) == []
     assert index.live(NOW) == 1
-    assert index.versions() == {"p": Version(6, ((1, 1),))}
+    assert index.versions(NOW) == {"p": Version(6, ((1, 1),))}
     assert status(index, envelope("p", 3, entry(1))) == "stale"
     assert status(index, envelope("p", 1, entry(3), epoch=6)) == "known"
     assert status(index, envelope("p", 2, entry(4), epoch=6)) == "new"
 
 
-def test_a_peer_has_a_quota(index: ClaimIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_a_peer_the_newest_are_kept(
+    index: ClaimIndex, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(claim_index, "MAX_CLAIMS", 5)
-    assert status(index, envelope("p", 1, entry(1), entry(2), entry(3))) == "new"
-    refused = index.ingest(envelope("p", 2, entry(4), entry(5), entry(6)), NOW)
-    assert (refused.status, refused.peer) == ("full", "p")
-    assert status(index, envelope("p", 3, entry(4), entry(5))) == "new"
+    assert status(index, envelope("p", 2, entry(1), entry(2))) == "new"
+    assert status(index, envelope("p", 3, entry(2, expires_at=NOW + 2000), entry(3))) == "new"
     assert status(index, envelope("q", 1, entry(1), entry(2), entry(3))) == "new"
-    # It is not asked for again.
-    assert index.versions()["p"] == Version(5, ((1, 3),))
+    assert status(index, envelope("p", 4, entry(4), entry(5))) == "new"
+    # Batch 2 made room; what batch 3 says again stays.
+    assert [claim.peer for claim in index.lookup(entry(1).key, NOW)] == ["q"]
+    assert [claim.peer for claim in index.lookup(entry(2).key, NOW)] == ["p", "q"]
+    assert status(index, envelope("p", 1, entry(9), entry(8))) == "full"
+    # Neither is asked for again.
+    assert index.versions(NOW)["p"] == Version(5, ((1, 4),))
+    assert index.live(NOW) == 4 + 3
+    assert database.row("SELECT count(*) FROM batch") == (3,)
 
 
 async def test_room_comes_back_when_claims_are_over(
     index: ClaimIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(claim_index, "MAX_CLAIMS", 2)
-    index.ingest(envelope("p", 1, entry(1, expires_at=NOW + 5)), NOW)
-    index.ingest(envelope("p", 2, entry(2)), NOW)
+    index.ingest(envelope("p", 8, entry(1, expires_at=NOW + 5)), NOW)
+    index.ingest(envelope("p", 9, entry(2)), NOW)
     assert status(index, envelope("p", 3, entry(3))) == "full"
     assert await index.expire(NOW + 5) == 2
     assert status(index, envelope("p", 3, entry(3)), NOW + 5) == "new"
+
+
+async def test_all_together_are_bounded(index: ClaimIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claim_index, "MAX_ALL_CLAIMS", 3)
+    assert status(index, envelope("p", 1, entry(1), entry(2))) == "new"
+    assert status(index, envelope("q", 1, entry(1), entry(2))) == "full"
+    assert status(index, envelope("q", 2, entry(1, expires_at=NOW + 5))) == "new"
+    assert status(index, envelope("p", 2)) == "full"
+    # A new epoch of p, and what is over, make room.
+    assert status(index, envelope("p", 1, epoch=6)) == "full"
+    assert await index.expire(NOW + 5) == 2
+    assert status(index, envelope("p", 1, epoch=6)) == "new"
+    assert status(index, envelope("q", 3, entry(3), entry(4))) == "new"
+
+
+def test_of_a_key_each_peer_has_a_few_words(index: ClaimIndex) -> None:
+    many = [entry(1, f"answer {n}", made_at=NOW - n) for n in range(20)]
+    index.ingest(envelope("p", 1, *many), NOW)
+    index.ingest(envelope("q", 1, entry(1, "rare")), NOW)
+    found = index.lookup(KEY, NOW)
+    assert [claim.made_at for claim in found if claim.peer == "p"] == [
+        NOW,
+        NOW - 1,
+        NOW - 2,
+        NOW - 3,
+    ]
+    assert [claim.peer for claim in found].count("q") == 1
+
+
+def test_who_computed_it_says_no_less_by_holding_it(index: ClaimIndex) -> None:
+    held, longer = entry(held=True), entry(held=True, expires_at=NOW + 5000)
+    index.ingest(envelope("p", 1, held), NOW)
+    assert [claim.held for claim in index.lookup(KEY, NOW)] == [True]
+    index.ingest(envelope("p", 2, entry(expires_at=NOW + 10)), NOW)
+    index.ingest(envelope("p", 3, longer), NOW)
+    (claim,) = index.lookup(KEY, NOW)
+    assert (claim.held, claim.expires_at) == (False, NOW + 10)
+    index.ingest(envelope("q", 1, held), NOW)
+    assert index.sources(KEY, held.cid, NOW) == 2
+    assert index.sources(KEY, entry(1, "b").cid, NOW) == 0
+
+
+def test_the_envelopes_of_a_key(index: ClaimIndex) -> None:
+    said = [envelope("p", 1, entry(1), entry(2)), envelope("q", 1, entry(1, held=True))]
+    for data in said:
+        index.ingest(data, NOW)
+    assert index.envelopes(KEY, 8, NOW) == said
+    assert index.envelopes(KEY, 1, NOW) == said[:1]
+    assert index.envelopes(entry(2).key, 8, NOW) == said[:1]
+    assert index.envelopes(bytes(32), 8, NOW) == []
+
+
+# --- what is told unasked -----------------------------------------------------------------------
+
+
+class Counted:
+    """Counts the signatures that are checked."""
+
+    def __init__(self) -> None:
+        self.checked = 0
+
+    def __call__(self, peer: str, data: bytes, signature: bytes) -> bool:
+        self.checked += 1
+        return verify(peer, data, signature)
+
+
+def flooded(number: int, claims: int = 64, **more: Any) -> bytes:
+    return envelope("p", number, *(entry(number * 100 + n) for n in range(claims)), **more)
+
+
+def test_a_flood_costs_a_bounded_work_and_the_peer_its_say(database: Database) -> None:
+    counted, conduct = Counted(), Conduct(database)
+    index = ClaimIndex(database, peer="me", verify=counted, conduct=conduct)
+    status: Counter[str] = Counter()
+    for number in range(1, 1501):  # 96,000 claims in 10 s
+        now = NOW + number / 150
+        status[index.ingest(flooded(number), now, told_by="p").status] += 1
+    assert status["new"] == counted.checked == 3
+    assert status["fast"] < 20
+    assert status["silenced"] > 1450
+    assert conduct.silence("p", NOW + 10) is not None
+    assert database.row("SELECT count(*) FROM claim") == (192,)
+    # What others bring of it is not taken either, nor is it asked of them or given to them.
+    assert index.ingest(flooded(2000), NOW + 10).status == "silenced"
+    assert index.versions(NOW + 10)["p"].epoch > 2**52
+    assert index.since({}, now=NOW + 10) == []
+    assert counted.checked == 3
+    # It is heard again after that, and what it had said is still here.
+    assert index.ingest(flooded(2001), NOW + 700, told_by="p").status == "new"
+    assert index.versions(NOW + 700)["p"] == Version(5, ((1, 3), (2001, 2001)))
+
+
+def test_who_keeps_to_the_rate_is_heard_for_ever(index: ClaimIndex) -> None:
+    for number in range(1, 41):
+        now = NOW + number * 3.2
+        assert index.ingest(flooded(number), now, told_by="p").status == "new"
+    assert index.live(NOW) == 40 * 64
+
+
+def test_what_a_neighbour_is_asked_for_is_not_limited(index: ClaimIndex) -> None:
+    for number in range(1, 41):
+        assert index.ingest(flooded(number), NOW).status == "new"
+
+
+def test_claims_of_others_are_not_told_unasked(database: Database) -> None:
+    counted = Counted()
+    index = ClaimIndex(database, peer="me", verify=counted)
+    assert index.ingest(envelope("q"), NOW, told_by="p").status == "refused"
+    assert counted.checked == 0
+    assert index.ingest(envelope("p"), NOW, told_by="p").status == "new"
 
 
 def test_peers_are_bounded(index: ClaimIndex, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +328,7 @@ def test_forget(index: ClaimIndex) -> None:
     index.ingest(envelope("q"), NOW)
     index.forget("p")
     assert [claim.peer for claim in index.lookup(KEY, NOW)] == ["q"]
-    assert set(index.versions()) == {"q"}
+    assert set(index.versions(NOW)) == {"q"}
     assert status(index, envelope("p")) == "new"
 
 
@@ -232,7 +344,7 @@ async def test_what_is_over_goes(index: ClaimIndex, database: Database) -> None:
     assert await index.expire(NOW + 20) == 20 * 21
     for table in ("claim", "batch", "publisher"):
         assert database.row(f"SELECT count(*) FROM {table}") == (0,)
-    assert index.versions() == {}
+    assert index.versions(NOW) == {}
 
 
 # --- repair -------------------------------------------------------------------------------------
@@ -241,7 +353,7 @@ async def test_what_is_over_goes(index: ClaimIndex, database: Database) -> None:
 def test_versions_tell_the_gaps(index: ClaimIndex) -> None:
     for number in (1, 2, 5, 4, 9):
         index.ingest(envelope("p", number, entry(number)), NOW)
-    assert index.versions() == {"p": Version(5, ((1, 2), (4, 5), (9, 9)))}
+    assert index.versions(NOW) == {"p": Version(5, ((1, 2), (4, 5), (9, 9)))}
 
 
 def test_since_gives_what_is_lacking_the_newest_first(index: ClaimIndex) -> None:
@@ -276,7 +388,7 @@ def member(name: str) -> tuple[ClaimIndex, ClaimLog]:
 def repair(here: ClaimIndex, there: ClaimIndex, limit: int) -> int:
     """Page through what `there` has until nothing new comes; how many pages that took."""
     for pages in range(1, 1000):
-        page = there.since(here.versions(), limit, now=NOW)
+        page = there.since(here.versions(NOW), limit, now=NOW)
         became = {here.ingest(data, NOW).status for data in page}
         if "new" not in became:
             return pages
@@ -292,12 +404,12 @@ def test_a_late_joiner_pages_through() -> None:
     assert repair(late, old, 16) == 8
     assert late.live(NOW) == 100
     assert [claim.peer for claim in late.lookup(entry(3).key, NOW)] == ["old"]
-    assert late.versions() == old.versions()
+    assert late.versions(NOW) == old.versions(NOW)
     assert repair(late, old, 16) == 1
     # And what it learnt it passes on.
     later, _ = member("later")
     repair(later, late, 16)
-    assert later.versions() == old.versions()
+    assert later.versions(NOW) == old.versions(NOW)
 
 
 @settings(max_examples=30)
@@ -315,14 +427,14 @@ def test_whatever_gossip_loses_repair_brings(random: Random) -> None:
         for name in "abc":
             for other in "abc":
                 repair(members[name][0], members[other][0], random.randrange(1, 9))
-    versions = [index.versions() for index, _ in members.values()]
+    versions = [index.versions(NOW) for index, _ in members.values()]
     assert versions[0] == versions[1] == versions[2]
 
 
 def test_many_gaps_are_told_in_part(index: ClaimIndex) -> None:
     for number in range(1, 101, 2):
         index.ingest(envelope("p", number, entry(number)), NOW)
-    numbers = index.versions()["p"].numbers
+    numbers = index.versions(NOW)["p"].numbers
     assert numbers == tuple((n, n) for n in range(101 - 2 * claim_rows.MAX_RANGES, 101, 2))
 
 
@@ -332,7 +444,7 @@ def test_many_gaps_are_told_in_part(index: ClaimIndex) -> None:
 def test_own_batches_are_told_and_given_but_are_no_claims_of_others() -> None:
     index, log = member("me")
     sealed = [log.seal([entry(n)], namespace=TAG, now=NOW) for n in (1, 2, 3)]
-    assert index.versions() == {"me": Version(NOW * 1000, ((1, 3),))}
+    assert index.versions(NOW) == {"me": Version(NOW * 1000, ((1, 3),))}
     assert index.since({}, now=NOW) == sealed[::-1]
     assert index.lookup(KEY, NOW) == []
     assert sealed[0] is not None
@@ -357,8 +469,8 @@ def test_a_node_that_lost_its_numbers_goes_past_them(clock: int) -> None:
     assert second is not None
     assert unseal(second).batch.epoch > NOW * 1000
     assert neighbour.ingest(second, NOW).status == "new"
-    assert neighbour.versions()["me"].numbers == ((1, 1),)
-    assert again.versions()["me"].numbers == ((1, 1),)
+    assert neighbour.versions(NOW)["me"].numbers == ((1, 1),)
+    assert again.versions(NOW)["me"].numbers == ((1, 1),)
 
 
 def test_a_stranger_cannot_use_up_its_numbers() -> None:
@@ -378,7 +490,7 @@ async def test_a_failing_database_is_a_miss(index: ClaimIndex, database: Databas
     assert index.lookup(KEY, NOW) == []
     assert index.live(NOW) == 0
     assert index.ingest(envelope("p", 2), NOW).reason == "the cache failed"
-    assert index.versions() == {}
+    assert index.versions(NOW) == {}
     assert index.since({}, now=NOW) == []
     assert await index.expire(NOW) == 0
     index.forget("p")
@@ -396,7 +508,7 @@ def test_after_a_damaged_file_it_begins_again(
     database.close()
     database = Database(path)
     index = ClaimIndex(database, peer="me", verify=verify)
-    assert index.versions() == {"p": Version(5, ((1, 99),))}
+    assert index.versions(NOW) == {"p": Version(5, ((1, 99),))}
     with path.open("r+b") as file:
         for offset in range(8192, path.stat().st_size, 8192):
             file.seek(offset)
@@ -404,9 +516,9 @@ def test_after_a_damaged_file_it_begins_again(
     database.rows("PRAGMA shrink_memory")
     assert index.since({}, limit=200, now=NOW) == []
     assert database.generation == 1
-    assert index.versions() == {}
+    assert index.versions(NOW) == {}
     assert status(index, envelope()) == "new"
-    assert index.versions() == {"p": Version(5, ((1, 1),))}
+    assert index.versions(NOW) == {"p": Version(5, ((1, 1),))}
     assert len(index.lookup(KEY, NOW)) == 1
     database.close()
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from promptmesh.cache.answers import AnswerCache
 from promptmesh.cache.blocks import SqliteBlocks
-from promptmesh.cache.cid import verify
+from promptmesh.cache.cid import cid_of, verify
 from promptmesh.cache.claims import unseal
 from promptmesh.cache.database import Database
 
-ROUNDS = 3
+ROUNDS = 6
 ACKNOWLEDGED = 150
 
 WRITER = textwrap.dedent(
@@ -42,7 +42,7 @@ WRITER = textwrap.dedent(
                     finish_reason="stop",
                 )
                 cid = (await answers.store(key, completion, model="m", now=1000.0)).cid
-                entry = Entry(key=key, cid=cid.raw, size=size, made_at=1000, expires_at=2000)
+                entry = Entry(key, cid.raw, size, made_at=1000, expires_at=2000, held=False)
                 envelope = log.seal([entry], namespace=bytes(8), now=1000.0)
                 print(number, cid.raw.hex(), envelope.hex(), flush=True)
                 await trio.sleep(0)
@@ -68,29 +68,41 @@ def write_and_kill(path: Path, first: int) -> list[list[str]]:
     return [line.split() for line in lines]
 
 
+async def check(path: Path, acknowledged: list[list[str]]) -> None:
+    """All that was acknowledged is there, and nothing that is there is damaged."""
+    database = Database(path)
+    try:
+        assert database.rows("PRAGMA integrity_check") == [("ok",)]
+        assert database.rows("PRAGMA foreign_key_check") == []
+        blocks = SqliteBlocks(database)
+        answers = AnswerCache(database, blocks, peer="me")
+        for number, cid, envelope in acknowledged:
+            found = await answers.lookup(int(number).to_bytes(32, "big"), now=1000.0)
+            assert found is not None
+            assert found.cid.raw.hex() == cid
+            assert found.completion.text.startswith(f"{number} ")
+            stored = database.row(
+                "SELECT count(*) FROM batch WHERE envelope = ?", (bytes.fromhex(envelope),)
+            )
+            assert stored == (1,)
+        for digest, block in database.rows("SELECT digest, data FROM block"):
+            assert verify(cid_of(digest, "raw"), block)
+            assert await blocks.get(cid_of(digest)) == block
+        # Also what was written and not acknowledged is whole: an answer with all its leaves.
+        for (key,) in database.rows("SELECT DISTINCT key FROM answer"):
+            assert await answers.lookup(key, now=1000.0) is not None
+    finally:
+        database.close()
+
+
 async def test_nothing_acknowledged_is_lost(tmp_path: Path) -> None:
     path = tmp_path / "cache.sqlite"
     acknowledged: list[list[str]] = []
     for round_ in range(ROUNDS):
         acknowledged += write_and_kill(path, 1 + round_ * 1_000_000)
-    database = Database(path)
-    assert database.rows("PRAGMA integrity_check") == [("ok",)]
-    assert database.rows("PRAGMA foreign_key_check") == []
-    answers = AnswerCache(database, SqliteBlocks(database), peer="me")
-    for number, cid, envelope in acknowledged:
-        found = await answers.lookup(int(number).to_bytes(32, "big"), now=1000.0)
-        assert found is not None
-        assert found.cid.raw.hex() == cid
-        assert found.completion.text.startswith(f"{number} ")
-        stored = database.row(
-            "SELECT count(*) FROM batch WHERE envelope = ?", (bytes.fromhex(envelope),)
-        )
-        assert stored == (1,)
-    for digest, block in database.rows("SELECT digest, data FROM block"):
-        assert verify(b"\x01\x55\x12\x20" + digest, block)
+        await check(path, acknowledged)
     batches = [unseal(bytes.fromhex(envelope)).batch for _, _, envelope in acknowledged]
     assert len(batches) >= ROUNDS * ACKNOWLEDGED
     assert len({batch.number for batch in batches}) == len(batches)
     assert len({batch.epoch for batch in batches}) == 1
-    database.close()
     assert not (tmp_path / "cache.sqlite.damaged").exists()

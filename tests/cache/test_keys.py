@@ -1,7 +1,11 @@
 import hashlib
 import json
 import math
+import os
+import subprocess
+import sys
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import cbrrr
@@ -116,6 +120,30 @@ KNOWN = [
         replace(PLAIN, cache=CacheControl(namespace="n")),
         "bc6c0e53e924bfd0299720773338ada353fda0a3b476848865877ff2d718de95",
     ),
+    (
+        replace(PLAIN, messages=(user("é e\u0301 🎈 \x00"),), prefix="ja, "),
+        "f461cedc88ce914a67dc49067c3d0f65bd1d90282eeb55b884f38699793bbeea",
+    ),
+    (
+        replace(PLAIN, messages=(Message(role="user", content=FULL.messages[1].content),)),
+        "8f0f5b3a476c5aa28ab4fda0c0773bb958573e00368fd19e83e51c88ba8f5ed0",
+    ),
+    (
+        replace(PLAIN, tools=FULL.tools, tool_choice=ToolChoice(), parallel_tool_calls=True),
+        "ed980701ede238e17bf99d94a5f5bcda1d808f1b10d24f40a5ad10df304aad46",
+    ),
+    (
+        replace(PLAIN, response_format=FULL.response_format),
+        "9b53af87aa6060968fb0de0a98a2d4a2fceacf343fe34b27e8e9727b30fc7a03",
+    ),
+    (
+        replace(PLAIN, sampling=Sampling(stop=("a", "b"), logit_bias={"2": 1.5, "10": -1.0})),
+        "0ed0747ff33b281da6684ac902cbed734bbae9a7ac1195022c0be8b8eb2245b0",
+    ),
+    (
+        replace(PLAIN, extra={"top_a": 1e300, "n": 2**64, "user": "u", "z": [None, True]}),
+        "636bae3e365b968bc7d40748f7f1b6381f7e04a2f5347ef7be9fe6fd870101fc",
+    ),
     (FULL, "4495abd847599e4dee8fe61c9c800c4ead713bb9303e58ff5572d25a5cddc6ad"),
 ]
 
@@ -123,6 +151,22 @@ KNOWN = [
 @pytest.mark.parametrize(("request_", "key"), KNOWN)
 def test_known_keys(request_: GenerateRequest, key: str) -> None:
     assert key_text(request_) == key
+
+
+def test_keys_do_not_depend_on_how_this_process_hashes() -> None:
+    program = "import sys; sys.path.insert(0, sys.argv[1]); from test_keys import KNOWN, key_text; "
+    program += "print([key_text(request) for request, _ in KNOWN])"
+    printed = {
+        subprocess.run(
+            [sys.executable, "-c", program, str(Path(__file__).parent)],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            check=True,
+            text=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert printed == {f"{[key for _, key in KNOWN]}\n"}
 
 
 def test_the_canonical_form_is_readable_dag_cbor() -> None:
@@ -196,6 +240,7 @@ NO_PART: dict[type[msgspec.Struct], dict[str, Any]] = {
         "ttl": 1.0,
         "max_age": 1.0,
         "scope": "local",
+        "min_agreement": 2,
         "any_sample": True,
     },
 }

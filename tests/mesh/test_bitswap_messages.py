@@ -215,6 +215,12 @@ def test_which_cids_are_spoken_of(cid: bytes, digest: bytes | None) -> None:
     assert digest_of(cid) == digest
 
 
+def test_an_empty_block_may_be_left_out_of_its_place() -> None:
+    written = Protobuf()
+    written.payload.add(prefix=RAW[:-32])
+    assert decode(written.SerializeToString()).blocks == [(b"", b"")]
+
+
 def test_both_versions_of_a_cid_are_one() -> None:
     assert as_v1(V0) == b"\x01\x70" + V0
     assert as_v1(RAW) == RAW

@@ -598,6 +598,21 @@ async def test_claims_by_gossip_and_by_asking(
     assert await a.network.ask_claims(b.peer_id, known) == b.batches[-2:]
 
 
+async def test_claims_at_their_homes(
+    autojump_clock: Clock, nursery: trio.Nursery, network: MemoryNetwork
+) -> None:
+    a, b, c = await three(nursery, network, FakeProvider())
+    assert sorted(a.network.member_ids()) == sorted(node.peer_id for node in (a, b, c))
+    await a.network.put_claims(b.peer_id, [b"one", b"two"])
+    assert b.put == [(a.peer_id, (b"one", b"two"))]
+    keys = [b"k" * 32, b"l" * 32]
+    assert await a.network.find_claims(b.peer_id, keys) == [b"claim of " + key for key in keys]
+    with pytest.raises(TransportError):
+        await a.network.put_claims("nobody", [b"one"])
+    await c.stop()
+    await wait_until(lambda: len(a.network.member_ids()) == 2)
+
+
 async def test_whoever_connects_is_met_after_its_table_was_read(
     autojump_clock: Clock, nursery: trio.Nursery, network: MemoryNetwork
 ) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import msgpack  # type: ignore[import-untyped]
 import msgspec
@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from promptmesh.mesh.frames import (
+    MAX_BLOCK,
     AskBlock,
     AskClaims,
     AskTable,
@@ -18,13 +19,16 @@ from promptmesh.mesh.frames import (
     Done,
     End,
     Failed,
+    FindClaims,
     Frame,
     Generate,
     Head,
     Items,
     Load,
     Piece,
+    PutClaims,
     RemoteProtocolError,
+    Request,
     decode_value,
     encode_value,
 )
@@ -81,6 +85,8 @@ FRAMES: list[Frame] = [
     AskBlock(cid=b"\x01" * 36),
     AskBlock(cid=b"\x01" * 36, proof=bytes(32)),
     AskClaims(known={"p": (7, ((1, 3), (5, 5)))}),
+    FindClaims(keys=(b"k" * 32,)),
+    PutClaims(envelopes=(b"one", b"two")),
     AskTable(),
     HEAD,
     PIECE,
@@ -100,6 +106,9 @@ EXCHANGES: list[tuple[Frame, list[Frame]]] = [
     (AskBlock(cid=b"c"), [FAILED]),
     (AskTable(), [Items(items=(b"a",)), Items(items=(b"b",)), End()]),
     (AskClaims(), [End()]),
+    (FindClaims(keys=(b"k" * 32,)), [Items(items=(b"a",)), End()]),
+    (PutClaims(envelopes=(b"a",)), [End()]),
+    (PutClaims(envelopes=(b"a",)), [FAILED]),
 ]
 #: How to bring a pair of ends into each state.
 LEADING_TO: dict[State, list[Frame]] = {
@@ -108,6 +117,7 @@ LEADING_TO: dict[State, list[Frame]] = {
     State.ANSWERING: [GENERATE, HEAD],
     State.AWAIT_BLOCK: [AskBlock(cid=b"c")],
     State.AWAIT_ITEMS: [AskTable()],
+    State.AWAIT_END: [PutClaims(envelopes=(b"a",))],
 }
 
 
@@ -123,7 +133,7 @@ def pair(state: State = State.IDLE) -> tuple[Asker, Server]:
 
 
 def is_request(frame: Frame) -> bool:
-    return isinstance(frame, Generate | AskBlock | AskClaims | AskTable)
+    return isinstance(frame, get_args(Request))
 
 
 @pytest.mark.parametrize("chunked", [1, 7, 10**6])
@@ -177,6 +187,23 @@ def test_an_end_sends_only_what_is_its_own() -> None:
         Server().receive(encode_value(HEAD))
 
 
+def test_more_than_a_block_is_cut_off_early() -> None:
+    asker, _ = pair(State.AWAIT_BLOCK)
+    data = encode_value(Block(block=bytes(10 * 1024 * 1024)))
+    pieces = iter(data[start : start + 65536] for start in range(0, len(data), 65536))
+    fits = sum(1 for _ in zip(range(33), map(asker.receive, pieces), strict=False))
+    assert fits == 33
+    with pytest.raises(RemoteProtocolError, match="longer than"):
+        asker.receive(next(pieces))
+    asker, server = pair(State.AWAIT_BLOCK)
+    largest = Block(block=bytes(MAX_BLOCK))
+    assert asker.receive(server.send(largest)) == [largest]
+    # The next reply may be long again.
+    server.receive(asker.send(AskTable()))
+    items = Items(items=(bytes(8 * 1024 * 1024),))
+    assert asker.receive(server.send(items)) == [items]
+
+
 def test_a_part_of_the_next_frame_is_not_idle() -> None:
     asker, server = pair(State.AWAIT_BLOCK)
     asker.receive(server.send(Block(block=b"x")) + b"\x81")
@@ -202,6 +229,12 @@ def test_a_part_of_the_next_frame_is_not_idle() -> None:
         msgpack.packb({"kind": "block", "cid": "dGV4dA=="}),
         msgpack.packb({"kind": "block", "cid": b"x" * 1000}),
         msgpack.packb({"kind": "claims", "known": {"p": "x"}}),
+        msgpack.packb({"kind": "find_claims", "keys": []}),
+        msgpack.packb({"kind": "find_claims", "keys": [b"k" * 31]}),
+        msgpack.packb({"kind": "find_claims", "keys": [b"k" * 32] * 9}),
+        msgpack.packb({"kind": "put_claims", "envelopes": []}),
+        msgpack.packb({"kind": "put_claims", "envelopes": [b"e"] * 65}),
+        msgpack.packb({"kind": "put_claims", "envelopes": [b"e" * 100_000] * 11}),
     ],
 )
 def test_malformed_requests_are_remote_errors(data: bytes) -> None:
@@ -301,10 +334,10 @@ def test_an_endless_string_is_bounded() -> None:
 
 def test_a_frame_just_over_the_limit_is_refused_and_one_under_it_is_not() -> None:
     for size, fits in ((MAX_REPLY - 100, True), (MAX_REPLY, False)):
-        asker, server = pair(State.AWAIT_BLOCK)
-        data = server.send(Block(block=bytes(size)))
+        asker, server = pair(State.AWAIT_ITEMS)
+        data = server.send(Items(items=(bytes(size),)))
         if fits:
-            assert len(asker.receive(data)[0].block) == size
+            assert len(asker.receive(data)[0].items[0]) == size
         else:
             with pytest.raises(RemoteProtocolError):
                 asker.receive(data)

@@ -68,7 +68,7 @@ def the_claim() -> bytes:
     """The envelope that the peer signs for its answer."""
     secret = namespace_secret(SWARM_KEY)
     key = mesh_key(secret, request_key(REQUEST))
-    entry = Entry(key, RECORD.cid, RECORD.size, MADE_AT, MADE_AT + 604_800)
+    entry = Entry(key, RECORD.cid, RECORD.size, MADE_AT, MADE_AT + 604_800, False)
     batch = Batch(namespace=namespace_tag(secret), epoch=MADE_AT * 1000, number=1, entries=(entry,))
     return seal(batch, peer=PEER.peer_id, sign=PEER.sign)
 

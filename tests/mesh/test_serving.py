@@ -21,11 +21,13 @@ from promptmesh.mesh.frames import (
     Done,
     End,
     Failed,
+    FindClaims,
     Generate,
     Head,
     Items,
     Load,
     Piece,
+    PutClaims,
     Request,
 )
 from promptmesh.mesh.protocol import PROTOCOL, Asker
@@ -57,6 +59,7 @@ class World:
         self.table: list[bytes] = []
         self.block: bytes | Exception | None = None
         self.allowed = True
+        self.put: list[tuple[str, tuple[bytes, ...]]] = []
         self.writes: list[int] = []
         self.server.handle(PROTOCOL, self._handle)
 
@@ -65,6 +68,8 @@ class World:
             answer=lambda request, peer: self.provider.open(request),
             block=self._block,
             claims=lambda known: [f"{peer} {has[0]}".encode() for peer, has in known.items()],
+            put_claims=lambda envelopes, peer: self.put.append((peer, tuple(envelopes))),
+            find_claims=lambda keys: [b"claim of " + key for key in keys],
             loads=lambda: {"fake": self.provider.load()},
             claim_for=lambda cid: f"claim for {cid}".encode(),
             may_serve=lambda peer: self.allowed,
@@ -286,6 +291,10 @@ async def test_blocks_claims_and_table(autojump_clock: Clock, world: World) -> N
     assert [i for frame in items for i in frame.items] == world.table
     reply = await line.ask(AskClaims(known={"p": (7, ((0, 3),))}))
     assert reply == [Items(items=(b"p 7",)), End()]
+    reply = await line.ask(FindClaims(keys=(b"k" * 32,)))
+    assert reply == [Items(items=(b"claim of " + b"k" * 32,)), End()]
+    assert await line.ask(PutClaims(envelopes=(b"one", b"two"))) == [End()]
+    assert world.put == [(world.asker.peer_id, (b"one", b"two"))]
 
 
 async def test_a_request_in_pieces_and_two_lines_at_once(

@@ -85,13 +85,19 @@ class Shared:
     knows: tuple[StoredAnswer, str] | None = None
     asked: int = 0
     told: list[str] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+    distrusted: set[str] = field(default_factory=set)
 
     async def find(self, key: bytes, request: GenerateRequest) -> tuple[StoredAnswer, str] | None:
         self.asked += 1
         return self.knows
 
+    def uses(self, key: bytes, request: GenerateRequest, stored: StoredAnswer) -> bool:
+        return stored.source not in self.distrusted
+
     def announce(self, key: bytes, request: GenerateRequest, stored: StoredAnswer) -> None:
         self.told.append(stored.cid_text)
+        self.sources.append(stored.source)
 
 
 class AsIs:
@@ -109,7 +115,11 @@ class Setup:
 
 @asynccontextmanager
 async def setup(
-    backends: Backends | None = None, *, reuse: Reuse = "deterministic", deadline: float = 60
+    backends: Backends | None = None,
+    *,
+    reuse: Reuse = "deterministic",
+    deadline: float = 60,
+    min_agreement: int = 1,
 ) -> AsyncIterator[Setup]:
     database = Database(None)
     answers = AnswerCache(database, SqliteBlocks(database), peer=HERE)
@@ -125,6 +135,7 @@ async def setup(
             node_of={HERE: "here", THERE: "there"}.__getitem__,
             reuse=reuse,
             deadline=deadline,
+            min_agreement=min_agreement,
         )
         yield Setup(router, backends, shared, answers)
         nursery.cancel_scope.cancel()
@@ -241,10 +252,10 @@ async def test_an_answer_of_scope_local_is_not_kept_by_the_peer_that_makes_it() 
         assert s.backends.asked[0].cache.mode == "bypass"
 
 
-async def test_the_answer_of_a_peer_is_kept_but_claimed_by_the_peer() -> None:
+async def test_the_answer_of_a_peer_is_kept_and_told_as_a_copy() -> None:
     async with setup(Backends(peer=THERE)) as s:
         assert (await ask(s, asking()))[2] is not None
-        assert s.shared.told == []
+        assert s.shared.sources == [THERE]  # which makes it a copy
         assert (await ask(s, asking()))[1] == "hit-local"
 
 
@@ -288,6 +299,24 @@ async def test_a_fault_of_the_cache_is_a_miss() -> None:
     async with setup() as s:
         s.answers._database.close()
         assert await ask(s, asking()) == ("hi 1", "miss", None)
+
+
+async def test_what_a_distrusted_node_computed_is_not_given() -> None:
+    async with setup(Backends(peer=THERE)) as s:
+        await ask(s, asking())
+        assert (await ask(s, asking()))[1] == "hit-local"
+        s.shared.distrusted.add(THERE)
+        assert (await ask(s, asking()))[1] == "miss"
+        assert s.shared.asked == 2
+
+
+async def test_how_many_must_agree_counts_at_peers_too() -> None:
+    async with setup(Backends(peer=THERE), min_agreement=3) as s:
+        await ask(s, asking())
+        await ask(s, asking("other", cache=CacheControl(min_agreement=2)))
+        await ask(s, asking("private", cache=CacheControl(scope="local")))
+        wanted = [request.cache.min_agreement for request in s.backends.asked]
+        assert wanted == [3, 2, None]
 
 
 # --- what is counted, and what a hit saves --------------------------------------------------------

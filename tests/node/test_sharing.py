@@ -6,22 +6,28 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from random import Random
+from typing import Literal
 
+import msgspec
 import pytest
 import trio
 import trio.testing
 
 from promptmesh.cache.answers import AnswerCache
 from promptmesh.cache.blocks import SqliteBlocks
-from promptmesh.cache.cid import cid_bytes, parse_cid
+from promptmesh.cache.cid import Cid, cid_bytes, parse_cid
 from promptmesh.cache.claim_index import ClaimIndex
-from promptmesh.cache.claims import ClaimLog
+from promptmesh.cache.claim_rows import Claim
+from promptmesh.cache.claims import MAX_ENTRIES, Batch, ClaimLog, Entry, seal, unseal
+from promptmesh.cache.conduct import Conduct
 from promptmesh.cache.database import Database
-from promptmesh.cache.keys import request_key
+from promptmesh.cache.keys import mesh_key, namespace_secret, request_key
 from promptmesh.cache.namespaces import Namespaces
-from promptmesh.mesh.frames import Known
+from promptmesh.cache.trust import Trust
+from promptmesh.mesh.frames import Known, RemoteProtocolError
 from promptmesh.mesh.identity import Identity, verify
 from promptmesh.mesh.transport import TransportError
+from promptmesh.node.claiming import PATIENCE
 from promptmesh.node.permissions import Permissions
 from promptmesh.node.sharing import Sharing
 from promptmesh.providers.base import (
@@ -33,6 +39,12 @@ from promptmesh.providers.base import (
 )
 
 SWARM = b"s" * 32
+START = time.time()
+
+
+def now() -> float:
+    """The wall clock, which goes with that of the test."""
+    return START + trio.current_time()
 
 
 def asking(prompt: str = "hi", **cache: object) -> GenerateRequest:
@@ -46,22 +58,32 @@ def asking(prompt: str = "hi", **cache: object) -> GenerateRequest:
 class Member:
     """A node's cache and sharing, and what its peers may ask of it."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, trusted: Sequence[str] = ("all",)) -> None:
         self.identity = Identity(name.encode().ljust(32, b"."))
         self.peer = self.identity.peer_id
         self.database = Database(None)
         self.blocks = SqliteBlocks(self.database)
         self.answers = AnswerCache(self.database, self.blocks, peer=self.peer)
         namespaces = Namespaces()
+        self.conduct = Conduct(self.database)
+        self.checked = 0
+        self._sealed = 0
+        self.log = ClaimLog(self.database, peer=self.peer, sign=self.identity.sign)
+        self.index = ClaimIndex(
+            self.database, peer=self.peer, verify=self._verify, conduct=self.conduct
+        )
         self.sharing = Sharing(
             answers=self.answers,
             blocks=self.blocks,
-            log=ClaimLog(self.database, peer=self.peer, sign=self.identity.sign),
-            index=ClaimIndex(self.database, peer=self.peer, verify=verify),
+            log=self.log,
+            index=self.index,
+            conduct=self.conduct,
+            trust=Trust(self.conduct, own=self.peer, trusted=trusted),
             namespaces=namespaces,
             permissions=Permissions(answers=self.answers, namespaces=namespaces),
             peer=self.peer,
             rng=Random(1),
+            clock=now,
         )
 
     async def make(self, request: GenerateRequest, text: str, **how: bool) -> str:
@@ -70,13 +92,49 @@ class Member:
             request_key(request),
             Completion(text=text, finish_reason="stop"),
             model="m",
-            now=time.time(),
+            now=now(),
             namespace=request.cache.namespace,
             **how,  # type: ignore[arg-type]
         )
         assert stored is not None
         self.sharing.announce(request_key(request), request, stored)
         return stored.cid_text
+
+    # --- what it says, without its telling it
+
+    def seal(self, claims: int) -> bytes:
+        """A signed batch of that many claims of what nobody asked."""
+        self._sealed += 1
+        entries = [
+            Entry(
+                (self._sealed * 1000 + number).to_bytes(32, "big"),
+                cid_bytes(b"x"),
+                1,
+                int(now()),
+                int(now()) + 86400,
+                False,
+            )
+            for number in range(claims)
+        ]
+        envelope = self.log.seal(entries, namespace=bytes(8), now=now())
+        assert envelope is not None
+        return envelope
+
+    def own_batches(self) -> list[bytes]:
+        """What it signed so far."""
+        return [e for e in self.sharing.since({}) if unseal(e).peer == self.peer]
+
+    def claims(self, request: GenerateRequest) -> list[Claim]:
+        """What its index says of a request."""
+        return self.index.lookup(mesh_key(namespace_secret(SWARM), request_key(request)), now())
+
+    def _verify(self, peer: str, data: bytes, signature: bytes) -> bool:
+        self.checked += 1
+        return verify(peer, data, signature)
+
+
+#: What a source does instead: bytes that it gives, an error, or that it never answers.
+Fault = bytes | None | Exception | Literal["never"]
 
 
 class Network:
@@ -86,20 +144,36 @@ class Network:
         self._own = own
         self._others = {member.peer: member for member in others}
         self.lossy = False
-        self.lies: dict[bytes, bytes] = {}
+        self.faults: dict[str, Fault] = {}
+        self.gone: set[str] = set()
         self.asked: list[str] = []
 
     def members(self) -> int:
         return len(self._others) + 1
 
+    def member_ids(self) -> Sequence[str]:
+        return [self._own.peer, *self._others]
+
     def connected(self) -> Sequence[str]:
-        return list(self._others)
+        return [peer for peer in self._others if peer not in self.gone]
+
+    async def find_claims(self, peer: str, keys: Sequence[bytes]) -> Sequence[bytes]:
+        raise AssertionError("nobody has homes in a small mesh")
+
+    async def put_claims(self, peer: str, envelopes: Sequence[bytes]) -> None:
+        raise AssertionError("nobody has homes in a small mesh")
 
     async def fetch_block(self, peer: str, cid: bytes, proof: bytes) -> bytes | None:
         self.asked.append(peer)
         await trio.lowlevel.checkpoint()
-        if cid in self.lies:
-            return self.lies[cid]
+        if peer in self.faults:
+            fault = self.faults[peer]
+            if fault == "never":
+                await trio.sleep_forever()
+            if isinstance(fault, Exception):
+                raise fault
+            assert not isinstance(fault, str)
+            return fault
         return await self._others[peer].sharing.block(cid, self._own.peer, proof)
 
     async def ask_claims(self, peer: str, known: Mapping[str, Known]) -> Sequence[bytes]:
@@ -112,12 +186,15 @@ class Network:
         await trio.lowlevel.checkpoint()
         if not self.lossy:
             for member in self._others.values():
-                assert member.sharing.hear(self._own.peer, message)
+                heard = member.sharing.hear(self._own.peer, message)
+                assert heard is (member.conduct.silence(self._own.peer, now()) is None)
 
 
 @asynccontextmanager
-async def mesh(*names: str) -> AsyncIterator[list[tuple[Member, Network]]]:
-    members = [Member(name) for name in names]
+async def mesh(
+    *names: str, trusted: Sequence[str] = ("all",)
+) -> AsyncIterator[list[tuple[Member, Network]]]:
+    members = [Member(name, trusted) for name in names]
     networks = [Network(m, [o for o in members if o is not m]) for m in members]
     async with trio.open_nursery() as nursery:
         for member, network in zip(members, networks, strict=True):
@@ -143,7 +220,7 @@ async def test_an_answer_is_found_by_the_others(autojump_clock: trio.testing.Moc
         assert await find(b, asking()) == ("hello", a.peer)
         assert await find(c, asking()) == ("hello", a.peer)
         # It is b's own now: no claim is needed to find it again.
-        stored = await b.answers.lookup(request_key(asking()), now=time.time())
+        stored = await b.answers.lookup(request_key(asking()), now=now())
         assert stored is not None
         assert stored.cid_text == cid
         assert await find(c, asking("other")) is None
@@ -179,19 +256,6 @@ async def test_namespaces_do_not_mix(autojump_clock: trio.testing.MockClock) -> 
         assert await b.sharing.block(cid, a.peer) is None
 
 
-async def test_other_bytes_than_the_cid_names_are_a_miss(
-    autojump_clock: trio.testing.MockClock,
-) -> None:
-    async with mesh("a", "b") as ((a, _), (b, network)):
-        await a.make(asking(), "true")
-        stored = await a.answers.lookup(request_key(asking()), now=time.time())
-        assert stored is not None
-        await trio.sleep(2)
-        network.lies[stored.cid.raw] = b"other bytes"
-        assert await find(b, asking()) is None
-        assert await b.answers.lookup(request_key(asking()), now=time.time()) is None
-
-
 async def test_what_may_not_leave_is_not_given_to_who_knows_its_cid(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
@@ -200,7 +264,7 @@ async def test_what_may_not_leave_is_not_given_to_who_knows_its_cid(
             request_key(asking()),
             Completion(text="secret", finish_reason="stop"),
             model="m",
-            now=time.time(),
+            now=now(),
             shared=False,
         )
         assert stored is not None
@@ -240,7 +304,7 @@ async def test_the_claim_that_comes_with_an_answer_counts_at_once(
     async with mesh("a", "b") as ((a, lossy), (b, _)):
         lossy.lossy = True
         await a.make(asking(), "hello")
-        stored = await a.answers.lookup(request_key(asking()), now=time.time())
+        stored = await a.answers.lookup(request_key(asking()), now=now())
         assert stored is not None
         claim = a.sharing.claim_for(stored.cid_text)
         assert claim is not None
@@ -263,3 +327,267 @@ async def test_alone_it_finds_and_tells_nothing() -> None:
     assert await find(member, asking("x")) is None
     await member.sharing.meet("12D3-x")
     member.database.close()
+
+
+# --- copies ---------------------------------------------------------------------------------------
+
+
+async def test_when_its_producer_has_left_a_copy_still_serves(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with mesh("a", "b", "c") as ((a, _), (b, _), (c, c_network)):
+        await a.make(asking(), "hello")
+        await trio.sleep(2)
+        assert await find(b, asking()) == ("hello", a.peer)
+        await trio.sleep(PATIENCE + 20)  # until b says that it holds a copy
+        c_network.gone.add(a.peer)
+        assert await find(c, asking()) == ("hello", b.peer)
+        stored = await c.answers.lookup(request_key(asking()), now=now())
+        assert stored is not None
+        assert stored.source == a.peer
+
+
+async def test_copies_alone_are_no_answer(autojump_clock: trio.testing.MockClock) -> None:
+    async with mesh("a", "b", "c") as ((a, a_network), (b, _), (c, _)):
+        a_network.lossy = True  # c never hears of a's claim
+        cid = await a.make(asking(), "hello")
+        await trio.sleep(2)
+        await b.sharing.meet(a.peer)
+        assert await find(b, asking()) == ("hello", a.peer)
+        await trio.sleep(PATIENCE + 20)
+        c.index.forget(a.peer)
+        (claim,) = c.claims(asking())
+        assert (claim.peer, claim.held, claim.cid) == (b.peer, True, parse_cid(cid))
+        assert await find(c, asking()) is None
+
+
+async def test_copies_go_out_in_full_batches(autojump_clock: trio.testing.MockClock) -> None:
+    async with mesh("a", "b") as ((a, _), (b, _)):
+        for number in range(MAX_ENTRIES):
+            await a.make(asking(str(number)), f"answer {number}")
+        await trio.sleep(5)
+        for number in range(MAX_ENTRIES):
+            assert await find(b, asking(str(number))) is not None
+            await trio.sleep(0.1)
+        await trio.sleep(3)
+        (claimed,) = [unseal(envelope).batch for envelope in b.own_batches()]
+        assert len(claimed.entries) == MAX_ENTRIES
+        assert all(entry.held for entry in claimed.entries)
+
+
+async def test_where_enough_have_it_no_copy_is_claimed(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with mesh("a", "b", "c", "d") as ((a, _), (b, _), (c, _), (d, _)):
+        for member in (a, b, c):
+            await member.make(asking(), "hello")
+        await trio.sleep(2)
+        assert await find(d, asking()) is not None
+        await trio.sleep(PATIENCE + 20)
+        assert d.own_batches() == []
+
+
+# --- faults ---------------------------------------------------------------------------------------
+
+
+async def test_the_next_source_serves_where_one_does_not(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """Whatever a source does instead of giving the block, the other one gives it in time."""
+    faults: list[Fault] = [
+        b"other bytes",
+        bytes(10_000_000),
+        None,
+        TransportError("the stream broke"),
+        RemoteProtocolError("items came out of turn"),
+        "never",
+    ]
+    for fault in faults:
+        async with mesh("a", "b", "c") as ((a, _), (b, _), (c, network)):
+            for member in (a, b):
+                await member.make(asking(), "hello")
+            await trio.sleep(2)
+            network.faults[a.peer] = fault
+            for attempt in range(8):  # the order of sources is random
+                started = trio.current_time()
+                assert await find(c, asking()) == ("hello", b.peer)
+                assert trio.current_time() - started <= 1
+                stored = await c.answers.lookup(request_key(asking()), now=now())
+                assert stored is not None
+                await c.answers.remove(stored.cid.raw)
+                if network.asked.count(a.peer):
+                    break
+                assert attempt < 7
+
+
+async def test_nobody_delivers_within_the_time_of_a_lookup(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with mesh("a", "b", "c", "d", "e") as ((a, _), (b, _), (c, _), (d, _), (e, network)):
+        for member in (a, b, c, d):
+            await member.make(asking(), "hello")
+            network.faults[member.peer] = "never"
+        await trio.sleep(2)
+        started = trio.current_time()
+        assert await find(e, asking()) is None
+        assert trio.current_time() - started <= 3.0
+        # Nobody is asked for it again at once.
+        assert await find(e, asking()) is None
+        started = trio.current_time()
+        assert await find(e, asking()) is None
+        assert trio.current_time() == started
+        assert set(network.asked) == set(network.faults)
+
+
+@pytest.mark.parametrize("fault", [b"other bytes", bytes(10_000_000)])
+async def test_other_bytes_cost_a_peer_its_say_at_once(
+    autojump_clock: trio.testing.MockClock, fault: bytes
+) -> None:
+    async with mesh("a", "b") as ((a, _), (b, network)):
+        await a.make(asking(), "true")
+        await trio.sleep(2)
+        network.faults[a.peer] = fault
+        assert await find(b, asking()) is None
+        silence = b.conduct.silence(a.peer, now())
+        assert silence is not None
+        assert silence.offence == "wrong bytes"
+        # What it claims is not even looked at, also after it behaves.
+        network.faults.clear()
+        await a.make(asking("more"), "also true")
+        await trio.sleep(100)
+        assert await find(b, asking("more")) is None
+        assert network.asked == [a.peer]
+
+
+async def test_an_answer_that_was_evicted_costs_little(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with mesh("a", "b") as ((a, _), (b, _)):
+        for number in range(12):
+            cid = await a.make(asking(str(number)), f"answer {number}")
+            await a.answers.remove(parse_cid(cid))
+        await trio.sleep(2)
+        for number in range(10):
+            assert await find(b, asking(str(number))) is None
+        assert b.conduct.silence(a.peer, now()) is None
+        assert await find(b, asking("10")) is None
+        assert b.conduct.silence(a.peer, now()) is not None
+
+
+async def test_who_claims_what_is_no_answer_loses_its_say(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with mesh("a", "b") as ((a, _), (b, _)):
+        await a.make(asking("other"), "an answer")
+        stored = await a.answers.lookup(request_key(asking("other")), now=now())
+        assert stored is not None
+        nothing = Cid(cid_bytes(b"\xa0"))
+        await a.blocks.put(nothing.raw, b"\xa0")
+        a.sharing.announce(
+            request_key(asking()), asking(), msgspec.structs.replace(stored, cid=nothing)
+        )
+        await trio.sleep(2)
+        assert await find(b, asking()) is None
+        assert b.conduct.silence(a.peer, now()) is not None
+
+
+async def test_an_answer_of_many_blocks_is_computed_instead(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with mesh("a", "b") as ((a, _), (b, network)):
+        await a.make(asking(), "x" * 1_100_000)
+        await a.make(asking("less"), "x" * 900_000)
+        await trio.sleep(2)
+        assert await find(b, asking()) is None
+        assert len(network.asked) == 1
+        assert b.conduct.silence(a.peer, now()) is None
+        assert await find(b, asking("less")) is not None
+
+
+def gossip(*envelopes: bytes) -> bytes:
+    return msgspec.msgpack.encode(envelopes)
+
+
+async def test_a_flood_is_dropped_and_its_peer_not_heard(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    flooder, member = Member("flooder"), Member("b")
+    passed = 0
+    for _ in range(200):
+        many = [flooder.seal(MAX_ENTRIES) for _ in range(1)]
+        passed += member.sharing.hear(flooder.peer, gossip(*many))
+        await trio.sleep(1 / 156)  # 10,000 claims a second
+    assert passed == 3
+    assert member.index.live(now()) == 3 * MAX_ENTRIES
+    assert member.conduct.silence(flooder.peer, now()) is not None
+    for each in (flooder, member):
+        each.database.close()
+
+
+async def test_bad_signatures_cost_few_checks() -> None:
+    forger, member = Member("forger"), Member("b")
+    honest = Member("honest")
+    for number in range(100):
+        entry = Entry(
+            number.to_bytes(32, "big"), cid_bytes(b"x"), 1, int(now()), int(now()) + 9, False
+        )
+        batch = Batch(namespace=bytes(8), epoch=1, number=number + 1, entries=(entry,))
+        envelope = seal(batch, peer=forger.peer, sign=lambda data: bytes(64))
+        assert not member.sharing.hear(forger.peer, gossip(envelope))
+    assert member.checked == 11
+    # Nobody can be accused, or spoken for, by another.
+    assert not member.sharing.hear(forger.peer, gossip(honest.seal(1)))
+    assert member.checked == 11
+    assert member.conduct.silenced(now()) == [forger.peer]
+    assert member.sharing.hear(honest.peer, gossip(honest.seal(1)))
+    for each in (forger, honest, member):
+        each.database.close()
+
+
+async def test_a_lie_is_for_ever_and_its_proof_is_kept(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    liar, member, other = Member("liar"), Member("b"), Member("c")
+    twin = Member("liar")  # the same identity and clock, another file
+    first, second = liar.seal(1), twin.seal(2)
+    assert member.sharing.hear(liar.peer, gossip(first))
+    assert not member.sharing.hear(liar.peer, gossip(second))
+    assert member.conduct.evidence(liar.peer) == (first, second)
+    assert member.index.live(now()) == 0
+    # A neighbour that heard only one of the two is not to blame for passing it on.
+    assert other.sharing.hear(liar.peer, gossip(second))
+    assert other.sharing.since(member.index.versions(now())) == []
+    await trio.sleep(1000 * 86400)
+    assert not member.sharing.hear(liar.peer, gossip(liar.seal(1)))
+    for each in (liar, twin, member, other):
+        each.database.close()
+
+
+# --- trust ----------------------------------------------------------------------------------------
+
+
+async def test_so_many_must_agree(autojump_clock: trio.testing.MockClock) -> None:
+    async with mesh("a", "b", "c", "d") as ((a, _), (b, _), (c, _), (d, _)):
+        await a.make(asking(), "rare")
+        await b.make(asking(), "usual")
+        await trio.sleep(2)
+        assert await find(d, asking(min_agreement=2)) is None
+        await c.make(asking(), "usual")
+        await trio.sleep(2)
+        found = await d.sharing.find(request_key(asking()), asking(min_agreement=2))
+        assert found is not None
+        assert found[0].completion.text == "usual"
+        assert d.sharing.uses(request_key(asking()), asking(min_agreement=2), found[0])
+        assert not d.sharing.uses(request_key(asking()), asking(min_agreement=3), found[0])
+        assert (await find(d, asking(min_agreement=1))) is not None
+
+
+async def test_only_listed_peers_are_believed(autojump_clock: trio.testing.MockClock) -> None:
+    trusted = Member("b").peer
+    async with mesh("a", "b", "c", trusted=(trusted,)) as ((a, _), (b, _), (c, _)):
+        await a.make(asking(), "of a")
+        await trio.sleep(2)
+        assert await find(c, asking()) is None
+        await b.make(asking(), "of b")
+        await trio.sleep(2)
+        assert await find(c, asking()) == ("of b", b.peer)
