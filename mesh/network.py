@@ -142,12 +142,8 @@ class Network:
         return state is not None and state.foreign
 
     def member_ids(self) -> list[PeerId]:
-        """The nodes that the mesh has, this one among them, as far as it knows.
-
-        Not among them is who is neither connected nor heard of.
-        """
-        there = [state.peer for state in self.table if state.connected or state.advert]
-        return [self.peer_id, *there]
+        """The nodes that the mesh has, this one among them, as far as their adverts tell."""
+        return [self.peer_id, *(state.peer for state in self.table if state.advert)]
 
     # --- asking
 
