@@ -152,7 +152,7 @@ class SqliteBlocks:
 
     async def delete(self, cid: bytes) -> bool:
         digest = _digest(cid)
-        self._tell("delete", cid)
+        self.tell("delete", cid)
         return self._database.attempt("deleting a block", lambda: self.drop([digest]) > 0, False)
 
     async def pin(self, cid: bytes, pinned: bool = True) -> bool:
@@ -171,7 +171,7 @@ class SqliteBlocks:
                     pins.write(connection, cid, recursive=True, below=below)
                 return True
 
-        self._tell("pin" if pinned else "unpin", cid)
+        self.tell("pin" if pinned else "unpin", cid)
         return self._database.attempt("pinning a block", pin, False)
 
     async def size(self) -> StoreSize:
@@ -221,7 +221,7 @@ class SqliteBlocks:
         """Keep blocks that are known to be what their CIDs name; `put`: for a program."""
         self._insert(connection, blocks, now, put=put)
         for cid, _ in blocks:
-            self._tell("put", cid)
+            self.tell("put", cid)
 
     def _insert(
         self,
@@ -239,7 +239,8 @@ class SqliteBlocks:
             [(_digest(cid), len(block), int(now), put, block) for cid, block in blocks],
         )
 
-    def _tell(self, change: Change, cid: bytes) -> None:
+    def tell(self, change: Change, cid: bytes) -> None:
+        """Say what changed here."""
         if self.on_change is not None:
             self.on_change(change, cid)
 

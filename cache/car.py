@@ -16,13 +16,15 @@ import cbrrr
 import msgspec
 
 from .blocks import MAX_BLOCK
-from .cid import DIGEST_SIZE, PREFIX, cid_text, split, verify
+from .cid import DIGEST_SIZE, PREFIX, cid_text, verify
+from .links import V0, stored
 
 #: Bytes of a header: 64 roots take 3 KB.
 MAX_HEADER = 4096
 #: Bytes of a varint of 32 bits, which no length here needs more than.
 MAX_VARINT = 5
 
+_PREFIXES = (*PREFIX.values(), V0)
 _LONGEST_CID = max(len(prefix) for prefix in PREFIX.values()) + DIGEST_SIZE
 
 
@@ -44,8 +46,9 @@ class Limits:
 class Car:
     """What is in a CAR file."""
 
+    #: As the header has them, of version 0 or 1.
     roots: tuple[bytes, ...]
-    #: By CID, in the order of the file.
+    #: By CID of version 1, in the order of the file.
     blocks: dict[bytes, bytes] = field(default_factory=dict)
 
 
@@ -96,7 +99,7 @@ def _roots(plain: bytes) -> tuple[bytes, ...]:
     try:
         roots = msgspec.convert(cbrrr.decode_dag_cbor(plain), _Header).roots
         for root in roots:
-            split(root.cid_bytes)
+            stored(root.cid_bytes)
     except (ValueError, RecursionError) as error:  # msgspec.ValidationError is a ValueError
         raise CarError(f"not the header of a CAR file of version 1: {error}") from error
     return tuple(root.cid_bytes for root in roots)
@@ -107,11 +110,11 @@ def _sections(data: bytes, at: int, most: int) -> Iterator[tuple[bytes, bytes]]:
     while at < len(data):
         count += 1
         start, at = _length(data, at, most + _LONGEST_CID, f"block {count}")
-        prefix = next((p for p in PREFIX.values() if data.startswith(p, start)), b"")
+        prefix = next((p for p in _PREFIXES if data.startswith(p, start)), b"")
         body = start + len(prefix) + DIGEST_SIZE
         if not prefix or body > at:
-            raise CarError(f"block {count} has no CID of version 1 with sha2-256 that we read")
-        cid, block = data[start:body], data[body:at]
+            raise CarError(f"block {count} has no CID with sha2-256 that we read")
+        cid, block = stored(data[start:body]), data[body:at]
         if not verify(cid, block):
             raise CarError(f"block {count} is not what its CID names, {cid_text(cid)}")
         yield cid, block

@@ -16,8 +16,8 @@ from . import varint
 from .cid import DIGEST_SIZE, MAX_TEXT, PREFIX, cid_text, split
 
 #: What a CIDv0 begins with: sha2-256, 32 bytes. Its codec is dag-pb.
-_V0 = b"\x12\x20"
-_V0_SIZE = len(_V0) + DIGEST_SIZE
+V0 = b"\x12\x20"
+_V0_SIZE = len(V0) + DIGEST_SIZE
 
 
 def link_text(cid: bytes) -> str:
@@ -47,7 +47,7 @@ def stored(cid: bytes) -> bytes:
 
     Raises `ValueError` for a codec or hash that it does not keep.
     """
-    cid = PREFIX["dag-pb"] + cid[len(_V0) :] if _is_v0(cid) else cid
+    cid = PREFIX["dag-pb"] + cid[len(V0) :] if _is_v0(cid) else cid
     try:
         split(cid)
     except ValueError as error:
@@ -57,7 +57,7 @@ def stored(cid: bytes) -> bytes:
 
 def version_0(cid: bytes) -> bytes:
     """The CIDv0 of a dag-pb block, from its CIDv1."""
-    return _V0 + split(cid)[1]
+    return V0 + split(cid)[1]
 
 
 def as_link(cid: bytes) -> cbrrr.CID:
@@ -66,7 +66,7 @@ def as_link(cid: bytes) -> cbrrr.CID:
 
 
 def _is_v0(cid: bytes) -> bool:
-    return len(cid) == _V0_SIZE and cid.startswith(_V0)
+    return len(cid) == _V0_SIZE and cid.startswith(V0)
 
 
 def _is_sound(cid: bytes) -> bool:

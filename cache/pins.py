@@ -7,12 +7,13 @@ two pins stays when one of them goes.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from .cid import DIGEST_SIZE, cid_of, split
 from .database import Database
+from .links import stored
 
 Kind = Literal["recursive", "direct", "indirect"]
 
@@ -40,9 +41,17 @@ class Pin:
 class Pins:
     """The pins of `cache.sqlite`, as programs see them."""
 
-    def __init__(self, database: Database, *, max_bytes: int) -> None:
+    def __init__(
+        self,
+        database: Database,
+        *,
+        max_bytes: int,
+        tell: Callable[[Literal["pin", "unpin"], bytes], None] = lambda change, cid: None,
+    ) -> None:
+        """At most `max_bytes` are pinned. `tell` is told of what was pinned and unpinned."""
         self._database = database
         self._max_bytes = max_bytes
+        self._tell = tell
 
     async def add(self, named: bytes, *, recursive: bool, below: Sequence[bytes] = ()) -> bool:
         """Keep a block, and those `below` it, by their CIDs. Are they all here?
@@ -62,7 +71,10 @@ class Pins:
                 return False
             return True
 
-        return self._database.attempt("pinning", add, False)
+        pinned = self._database.attempt("pinning", add, False)
+        if pinned:
+            self._tell("pin", stored(named))
+        return pinned
 
     async def remove(self, cid: bytes) -> bool:
         """Take back the pin of a block. Was it pinned by itself?"""
@@ -71,7 +83,10 @@ class Pins:
             with self._database.transaction() as connection:
                 return erase(connection, cid[-DIGEST_SIZE:])
 
-        return self._database.attempt("unpinning", remove, False)
+        unpinned = self._database.attempt("unpinning", remove, False)
+        if unpinned:
+            self._tell("unpin", cid)
+        return unpinned
 
     async def listing(self, cid: bytes | None = None) -> list[Pin]:
         """What is pinned: all of it, or how this block is, if it is."""

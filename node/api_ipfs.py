@@ -90,12 +90,19 @@ class _Asked:
         shape = hashlib.sha256(f"{_CAR_PARAMETERS}; scope={self.scope}".encode()).hexdigest()[:12]
         return f'W/"{self.text}.car.{shape}"'
 
+    @property
+    def location(self) -> str:
+        """Where just this is, for whoever keeps it: `Accept` is no part of an address."""
+        scope = f"&dag-scope={self.scope}" if self.form == "car" else ""
+        return f"/ipfs/{self.requested}?format={self.form}{scope}"
+
     def headers(self) -> list[tuple[str, str]]:
         name = f"{self.text}.{_ENDINGS[self.form]}"
         return [
             ("cache-control", _IMMUTABLE),
             ("etag", self.etag),
             ("vary", "accept"),
+            ("content-location", self.location),
             ("x-ipfs-path", f"/ipfs/{self.requested}"),
             ("x-ipfs-roots", self.text),
             ("content-disposition", f'attachment; filename="{name}"'),

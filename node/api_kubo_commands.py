@@ -19,9 +19,12 @@ def kubo_api(
 ) -> KuboApi:
     """The RPC. `max_bytes` of the cache may be pinned; a request has at most `max_body` bytes."""
     permissions = parts.permissions
-    pins = PinCommands(pins=Pins(parts.database, max_bytes=max_bytes), permissions=permissions)
-    blocks = BlockCommands(
-        blocks=parts.blocks,
+    blocks = parts.blocks
+    pins = PinCommands(
+        pins=Pins(parts.database, max_bytes=max_bytes, tell=blocks.tell), permissions=permissions
+    )
+    about_blocks = BlockCommands(
+        blocks=blocks,
         answers=parts.answers,
         permissions=permissions,
         pins=pins,
@@ -29,7 +32,7 @@ def kubo_api(
     )
     commands = {
         **NodeCommands(peer=parts.peer, version=version(), swarm=swarm).commands(),
-        **blocks.commands(),
+        **about_blocks.commands(),
         **pins.commands(),
         **DagCommands(pins=pins, max_body=max_body).commands(),
         **FileCommands(pins=pins).commands(),

@@ -37,6 +37,8 @@ class FileCommands:
         for part in call.files("path"):
             if part.content_type in ("application/x-directory", "application/symlink"):
                 raise Failed("only files are added here, no directories and links")
+            if "/" in (part.filename or "").strip("/"):
+                raise Failed(f"a file in a directory: {part.filename!r}; only files are added here")
             emitted.append(await self._add(call, part, version, raw_leaves, not only_hash, pin))
         await call.emit(*emitted)
 
@@ -60,24 +62,34 @@ class FileCommands:
             raise Failed("cannot specify negative offset")
         if length is not None and length < 0:
             raise Failed("cannot specify negative length")
-        cids = [stored(await call.named(text)) for text in call.arguments("ipfs-path")]
-        await call.stream(_files(call, cids, offset, length))
+        files = [await _sized(call, text) for text in call.arguments("ipfs-path")]
+        left = max(0, sum(size for _, size in files) - offset)
+        taken = left if length is None else min(length, left)
+        await call.stream(_read(call, files, offset, taken), length=taken)
 
 
-async def _files(
-    call: Call, cids: list[bytes], offset: int, length: int | None
-) -> AsyncGenerator[bytes, None]:
-    """The files one after another; offset and length are those of all together."""
+async def _sized(call: Call, text: str) -> tuple[bytes, int]:
+    """The CID of a file, and its size. Raises `Failed`."""
+    cid = stored(await call.named(text))
     try:
-        for cid in cids:
-            size = unixfs.file_size(cid, await call.fetch(cid))
-            if length != 0 and offset < size:
-                taken = size - offset if length is None else min(length, size - offset)
+        return cid, unixfs.file_size(cid, await call.fetch(cid))
+    except NotAFile as error:
+        raise Failed(str(error)) from error
+
+
+async def _read(
+    call: Call, files: list[tuple[bytes, int]], offset: int, left: int
+) -> AsyncGenerator[bytes, None]:
+    """`left` bytes of the files one after another, from the offset on."""
+    try:
+        for cid, size in files:
+            taken = min(left, max(0, size - offset))
+            if taken:
                 read = unixfs.read(call.fetch, cid, offset=offset, length=taken)
                 async with aclosing(read) as pieces:
                     async for piece in pieces:
                         yield piece
-                length = None if length is None else length - taken
+            left -= taken
             offset = max(0, offset - size)
     except NotAFile as error:
         raise Failed(str(error)) from error

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from promptmesh.cache.car import MAX_HEADER, CarError, Limits, header, read, section, write
 from promptmesh.cache.cid import PREFIX, cid_bytes, verify
+from promptmesh.cache.links import version_0
 
 BLOCKS = [
     (cid_bytes(block, codec), block)
@@ -81,7 +82,7 @@ def test_a_block_that_is_not_its_cid() -> None:
     [
         b"",
         b"\x01\x55",
-        b"\x12\x20" + bytes(32),  # version 0
+        b"\x12\x20" + bytes(31),  # a cut one of version 0
         b"\x01\x71\x13\x40" + bytes(64),  # sha2-512
         b"\x01\x55\x00\x03abc",  # identity
         ROOT[:-1],
@@ -90,6 +91,13 @@ def test_a_block_that_is_not_its_cid() -> None:
 def test_a_cid_that_we_do_not_use(cid: bytes) -> None:
     with pytest.raises(CarError, match="block 1 has no CID"):
         read(write([], [(cid, b"")]))
+
+
+def test_cids_of_version_0() -> None:
+    block = b"a node of a file"
+    cid = cid_bytes(block, "dag-pb")
+    found = read(write([version_0(cid)], [(version_0(cid), block)]))
+    assert (found.roots, found.blocks) == ((version_0(cid),), {cid: block})
 
 
 def _headed(plain: Any) -> bytes:
@@ -114,7 +122,7 @@ def headed(plain: bytes) -> bytes:
         _headed({"version": True, "roots": []}),
         _headed({"version": 1, "roots": None}),
         _headed({"version": 1, "roots": [b"x"]}),
-        _headed({"version": 1, "roots": [cbrrr.CID(b"\x12\x20" + bytes(32))]}),
+        _headed({"version": 1, "roots": [cbrrr.CID(b"\x12\x20" + bytes(31))]}),
         _headed({"version": 1, "roots": [], "more": 1}),
         _headed([1]),
     ],

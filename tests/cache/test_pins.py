@@ -92,6 +92,18 @@ async def test_a_pin_keeps_the_name_it_was_given(blocks: SqliteBlocks, pins: Pin
     assert await pins.listing() == [Pin(A, "recursive")]
 
 
+async def test_what_was_pinned_is_told(database: Database, blocks: SqliteBlocks) -> None:
+    told: list[tuple[str, bytes]] = []
+    pins = Pins(database, max_bytes=3, tell=lambda change, cid: told.append((change, cid)))
+    as_file = cid_bytes(b"one", "dag-pb")
+    assert await pins.add(version_0(as_file), recursive=True)
+    with pytest.raises(PinsFull):
+        await pins.add(B, recursive=True)
+    assert not await pins.remove(B)
+    assert await pins.remove(as_file)
+    assert told == [("pin", as_file), ("unpin", as_file)]
+
+
 async def test_the_store_pins_the_same_way(blocks: SqliteBlocks, pins: Pins) -> None:
     await blocks.pin(A)
     assert await pins.listing() == [Pin(A, "recursive")]

@@ -55,6 +55,7 @@ async def test_a_block(node: IpfsNode) -> None:
     assert headers["content-type"] == RAW
     assert headers["cache-control"] == "public, max-age=29030400, immutable"
     assert headers["etag"] == f'"{CID_ROOT}.raw"'
+    assert headers["content-location"] == f"/ipfs/{CID_ROOT}?format=raw"
     assert headers["x-ipfs-path"] == f"/ipfs/{CID_ROOT}"
     assert headers["x-ipfs-roots"] == CID_ROOT
     assert headers["content-disposition"] == f'attachment; filename="{CID_ROOT}.bin"'
@@ -153,6 +154,13 @@ async def test_a_car_without_one_of_its_blocks_is_cut(node: IpfsNode) -> None:
 )
 async def test_what_the_client_likes(node: IpfsNode, accept: str, kind: str) -> None:
     assert (await get(node, CID_ROOT, accept)).headers["content-type"] == kind
+
+
+@pytest.mark.parametrize("accept", [RAW, CAR, DAG_JSON])
+async def test_the_location_gives_the_same_without_a_header(node: IpfsNode, accept: str) -> None:
+    first = await get(node, CID_ROOT, accept, **{"dag-scope": "block"})
+    second = await node.http.get(first.headers["content-location"])
+    assert (second.content, second.headers) == (first.content, first.headers)
 
 
 async def test_the_query_stands_over_the_header(node: IpfsNode) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -14,6 +15,8 @@ import httpx
 import pytest
 import trio
 from fakes_ipfs import PEER, IpfsNode, ipfs_node
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from promptmesh.cache import car, unixfs
 from promptmesh.cache.cid import cid_bytes, cid_text, parse_cid
@@ -411,7 +414,10 @@ async def test_files_come_back(node: IpfsNode, size: int, version: int) -> None:
         added["Hash"]: {"Type": "recursive"}
     }
     exported = await node.rpc("dag/export", added["Hash"])
-    assert exported.status_code == 200
+    await node.ok("pin/rm", added["Hash"])
+    imported = await node.ok("dag/import", files=[exported.content])
+    assert imported == {"Root": {"Cid": {"/": added["Hash"]}, "PinErrorMsg": ""}}
+    assert (await node.ok("pin/ls", added["Hash"]))["Keys"][added["Hash"]]["Type"] == "recursive"
 
 
 async def test_a_part_of_files(node: IpfsNode) -> None:
@@ -420,6 +426,7 @@ async def test_a_part_of_files(node: IpfsNode) -> None:
     small = (await node.ok("add", files=[b"small"]))["Hash"]
     got = await node.rpc("cat", whole, offset=262_100, length=100)
     assert got.content == data[262_100:262_200]
+    assert got.headers["x-content-length"] == "100"
     assert (await node.rpc("cat", small, whole, offset=3, length=4)).content == b"ll" + data[:2]
     assert (await node.rpc("cat", small, offset=99)).content == b""
     assert (await node.rpc("cat", small, length=0)).content == b""
@@ -457,6 +464,8 @@ async def test_other_files_are_refused(
 async def test_a_directory_is_refused(node: IpfsNode) -> None:
     part = ("file", ("d", b"", "application/x-directory"))
     is_error(await node.http.post("/api/v0/add", files=[part]), "no directories")
+    part = ("file", ("d/f", b"", "text/plain"))
+    is_error(await node.http.post("/api/v0/add", files=[part]), "in a directory")
 
 
 async def test_a_dag_is_no_file(node: IpfsNode) -> None:
@@ -522,6 +531,56 @@ async def test_connections(node: IpfsNode) -> None:
     assert (await node.ok("id", PEER))["ID"] == PEER
     is_error(await node.rpc("swarm/connect", "/ip4/1.2.3.4/tcp/1"), "failure")
     is_error(await node.rpc("swarm/connect", address[:-1]), "nobody is there")
+
+
+# --- anything at all ----------------------------------------------------------------------------
+
+COMMANDS = """
+    add cat block/put block/get block/stat block/rm dag/put dag/get dag/resolve dag/export
+    dag/import pin/add pin/rm pin/ls refs/local repo/stat repo/gc id version swarm/peers
+    swarm/addrs swarm/connect"""
+OPTIONS = """
+    offset length pin recursive type format cid-codec store-codec input-codec input-enc
+    output-codec mhtype mhlen hash cid-version raw-leaves only-hash chunker timeout offline force
+    quiet stats pin-roots trickle"""
+WORDS = f"""
+    0 1 -1 true False x raw cbor v0 dag-json dag-pb 5s all é \0 a/../b {"9" * 30}
+    {RAW} /ipfs/{RAW}/a/0 ipfs://{ABSENT}"""
+BODIES = [b"", b"x", b"{}", b'{"/":"%s"}' % RAW.encode(), b"\xa0", b"\xd8\x2a\x40", b"[" * 500]
+words = st.sampled_from(["", *WORDS.split()])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(COMMANDS.split()),
+            st.lists(words, max_size=2),
+            st.dictionaries(st.sampled_from(OPTIONS.split()), words, max_size=3),
+            st.lists(st.sampled_from(BODIES), max_size=2),
+        ),
+        min_size=1,
+        max_size=5,
+    )
+)
+async def test_any_call_gets_an_answer_in_form(
+    calls: list[tuple[str, list[str], dict[str, str], list[bytes]]],
+) -> None:
+    with tempfile.TemporaryDirectory() as home:
+        async with ipfs_node(Path(home)) as node:
+            await node.ok("block/put", files=[b"block"])
+            for command, arguments, options, files in calls:
+                response = await node.http.post(
+                    f"/api/v0/{command}",
+                    params=[*options.items(), *(("arg", word) for word in arguments)],
+                    files=[("file", ("name", data)) for data in files] or None,
+                )
+                if response.status_code == 500:
+                    is_error(response, "")
+                elif response.status_code == 400:
+                    is_refused(response, 400, "")
+                else:
+                    assert response.status_code == 200
 
 
 def test_the_cids_of_version_0_are_kept_as_version_1() -> None:
