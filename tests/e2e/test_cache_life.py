@@ -160,3 +160,13 @@ async def test_the_commands_with_and_without_a_node(tmp_path: Path) -> None:
         assert await listed() == []
     finally:
         await daemon.aclose()
+
+
+async def test_without_a_node_answers_are_stored_and_counted_too(tmp_path: Path) -> None:
+    nobody = Daemon(tmp_path / "a", "a", ECHO)
+    await nobody.cli("init", "--quiet")
+    for _ in range(2):
+        assert await nobody.cli("ask", "hello") == "hello\n"
+    stat = json.loads(await nobody.cli("cache", "stat", "--json"))
+    assert (stat["answers"], stat["misses"], stat["hits_local"]) == (1, 1, 1)
+    assert stat["tokens_saved"] > 0
