@@ -18,12 +18,14 @@ from ..providers.base import (
     CacheOnlyMiss,
     Chunk,
     DeadlineExceeded,
+    EmbedRequest,
     GenerateError,
     Origin,
     ProviderUnavailable,
     RequestRejected,
     StreamInterrupted,
 )
+from .embedding import whole
 from .frames import RemoteProtocolError
 from .measure import Experience, Fault
 from .policies import Candidate
@@ -62,6 +64,7 @@ class Asking:
         experience: Experience,
         stamp: Callable[[Origin], Origin],
         closed: Callable[[Candidate, PeerAnswer], None],
+        embed: EmbedRequest | None = None,
     ) -> None:
         self.candidate = candidate
         #: Its first token came: what follows cannot be tried elsewhere.
@@ -73,6 +76,8 @@ class Asking:
         self._stamp = stamp
         #: Takes what the closing frame of a peer carries.
         self._closed = closed
+        #: Where it is for embeddings: they are an answer only once all are here and fit it.
+        self._embed = embed
         self._started = trio.current_time()
         #: Cancels the wait for the first token, and for each further one.
         self._limit = trio.CancelScope()
@@ -123,6 +128,8 @@ class Asking:
             self._chunks = self._remote = source
         else:
             self._chunks = aiter(source.chunks)
+        if self._embed is not None:
+            self._chunks = whole(self._chunks, self._embed)
         self._origin = self._stamp(source.origin)
         self._first = await self._read()
         self._first_at = trio.current_time()

@@ -11,15 +11,18 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..providers.base import (
+    Asked,
     CacheOnlyMiss,
     ContextTooLong,
     DeadlineExceeded,
     GenerateError,
     GenerateRequest,
     Image,
+    Input,
     ModelNotFound,
     ProviderUnavailable,
     RequestRejected,
+    Task,
 )
 from .policies import Candidate
 
@@ -28,6 +31,11 @@ from .policies import Candidate
 MOST_CHARACTERS_A_TOKEN = 8
 #: Names of models, and candidates with their reasons, that an error lists.
 MOST_LISTED = 20
+#: What to say of a model that is not for the task.
+_NOT_FOR: dict[Task, str] = {
+    "generate": "it is not for chats: it makes embeddings",
+    "embed": "it makes no embeddings",
+}
 
 
 class Obstacle(NamedTuple):
@@ -65,9 +73,7 @@ class Attempt:
         return f"{self.candidate}: {self.error or 'answered'}"
 
 
-def rule_out(
-    candidate: Candidate, request: GenerateRequest, obstacle: Obstacle | None
-) -> RuledOut | None:
+def rule_out(candidate: Candidate, request: Asked, obstacle: Obstacle | None) -> RuledOut | None:
     """Why this candidate is none for this request; None if it is one."""
     offer = candidate.offer
     if request.peer is not None and request.peer not in (candidate.peer, candidate.node):
@@ -84,7 +90,7 @@ def rule_out(
     return None
 
 
-def _privacy(candidate: Candidate, request: GenerateRequest) -> str:
+def _privacy(candidate: Candidate, request: Asked) -> str:
     if request.privacy == "local" and not candidate.own:
         return "privacy is `local`, and it is another machine"
     if request.privacy != "any" and candidate.offer.egress:
@@ -92,8 +98,12 @@ def _privacy(candidate: Candidate, request: GenerateRequest) -> str:
     return ""
 
 
-def _ability(candidate: Candidate, request: GenerateRequest) -> str:
+def _ability(candidate: Candidate, request: Asked) -> str:
     offer = candidate.offer
+    if request.task not in offer.tasks:
+        return _NOT_FOR[request.task]
+    if not isinstance(request, GenerateRequest):
+        return ""
     if request.tools and not offer.tools:
         return "it cannot call tools"
     if "image" not in offer.modalities and _has_images(request):
@@ -107,9 +117,15 @@ def _has_images(request: GenerateRequest) -> bool:
     return any(isinstance(part, Image) for m in request.messages for part in m.content)
 
 
-def _least_tokens(request: GenerateRequest) -> int:
+def _least_tokens(request: Asked) -> int:
+    if not isinstance(request, GenerateRequest):
+        return max(_least_tokens_of(given) for given in request.inputs)
     characters = sum(len(m.text) for m in request.messages) + len(request.prefix)
     return characters // MOST_CHARACTERS_A_TOKEN
+
+
+def _least_tokens_of(given: Input) -> int:
+    return len(given) // MOST_CHARACTERS_A_TOKEN if isinstance(given, str) else len(given)
 
 
 class Attempts:
@@ -117,7 +133,7 @@ class Attempts:
 
     def __init__(
         self,
-        request: GenerateRequest,
+        request: Asked,
         candidates: Sequence[Candidate],
         ruled_out: Sequence[RuledOut],
         *,

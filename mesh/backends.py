@@ -17,7 +17,10 @@ import trio
 
 from ..providers.base import (
     Answering,
+    Asked,
     DeadlineExceeded,
+    Embedding,
+    EmbedRequest,
     GenerateError,
     GenerateRequest,
     Health,
@@ -29,6 +32,7 @@ from ..providers.base import (
 from .asking import Asking, Deadlines
 from .attempts import Attempt, Attempts, RuledOut
 from .candidates import Candidates, LocalBackend, Source, paused
+from .embedding import answer_of
 from .frames import Load
 from .measure import BackendId, Experience
 from .peers import Advert, PeerTable
@@ -54,7 +58,7 @@ class PeerNetwork(Protocol):
     """The network that the peers' providers are asked over (`mesh.network.Network`)."""
 
     def ask(
-        self, peer: PeerId, request: GenerateRequest, *, connect: float
+        self, peer: PeerId, request: Asked, *, connect: float
     ) -> AbstractAsyncContextManager[PeerAnswer]: ...
 
     def listen(
@@ -141,7 +145,7 @@ class BackendManager:
     # --- answering
 
     def open(
-        self, request: GenerateRequest, *, local_only: bool = False, key: bytes = b""
+        self, request: Asked, *, local_only: bool = False, key: bytes = b""
     ) -> AbstractAsyncContextManager[Answering]:
         """Answer the request, whose model is resolved, by the candidate that the policy chooses.
 
@@ -153,9 +157,14 @@ class BackendManager:
         whole = self._deadlines.whole
         return answering if whole is None else _limited(answering, whole)
 
+    async def embed(self, request: EmbedRequest) -> Sequence[Embedding]:
+        """The embeddings, by the candidate that the policy chooses. As `open` in all else."""
+        async with self.open(request) as answering:
+            return [e async for chunk in answering.chunks for e in chunk.embeddings]
+
     @asynccontextmanager
     async def _answer(
-        self, request: GenerateRequest, local_only: bool, key: bytes
+        self, request: Asked, local_only: bool, key: bytes
     ) -> AsyncIterator[Answering]:
         policy = request.policy or self._policy
         started = trio.current_time()
@@ -180,7 +189,7 @@ class BackendManager:
     def _asking(
         self,
         candidate: Candidate,
-        request: GenerateRequest,
+        request: Asked,
         started: float,
         policy: Policy,
         number: int,
@@ -201,10 +210,11 @@ class BackendManager:
             experience=self.experience,
             stamp=stamp,
             closed=self._closed,
+            embed=request if isinstance(request, EmbedRequest) else None,
         )
 
     def _source(
-        self, candidate: Candidate, request: GenerateRequest
+        self, candidate: Candidate, request: Asked
     ) -> AbstractAsyncContextManager[Answering | PeerAnswer]:
         if not candidate.own:
             if self._network is None:
@@ -213,7 +223,7 @@ class BackendManager:
         backend = self._candidates.local(candidate.provider)
         if backend is None:
             raise ProviderUnavailable("this provider was removed")
-        return backend.provider.open(request)
+        return answer_of(backend.provider, request)
 
     def _closed(self, candidate: Candidate, answer: PeerAnswer) -> None:
         """Take what a peer's closing frame carries beside the answer."""
@@ -241,11 +251,9 @@ class BackendManager:
             if len(self._logs) > MAX_LOGS:
                 self._logs.popitem(last=False)
 
-    def _attempts(
-        self, request: GenerateRequest, policy: Policy, local_only: bool, key: bytes
-    ) -> Attempts:
+    def _attempts(self, request: Asked, policy: Policy, local_only: bool, key: bytes) -> Attempts:
         tokens = self.experience.measures.length(request.model)
-        if request.sampling.max_tokens is not None:
+        if isinstance(request, GenerateRequest) and request.sampling.max_tokens is not None:
             tokens = min(tokens, request.sampling.max_tokens)
         with_peers = self._network is not None and not local_only
         suitable, ruled_out = self._candidates.sort(

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 
 import trio
 
-from ..providers.base import GenerateRequest, ModelOffer, Provider
+from ..providers.base import Asked, ModelOffer, Provider
 from .attempts import Obstacle, RuledOut, rule_out
 from .frames import Load
 from .measure import BackendId, Experience, Measured
@@ -92,7 +92,7 @@ class Candidates:
         return {b.name: _load(b) for b in self._local() if b.shared}
 
     def sort(
-        self, request: GenerateRequest, *, with_peers: bool, only_shared: bool
+        self, request: Asked, *, with_peers: bool, only_shared: bool
     ) -> tuple[list[Candidate], list[RuledOut]]:
         """Who may answer, and who not and why."""
         suitable, ruled_out = [], []

@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeVar
 import msgpack  # type: ignore[import-untyped]
 import msgspec
 
-from ..providers.base import Chunk, GenerateRequest, Origin, Value
+from ..providers.base import Asked, Chunk, EmbedRequest, GenerateRequest, Origin, Value
 
 #: Elements of one array or map.
 MAX_ELEMENTS = 16_384
@@ -55,6 +55,12 @@ class Generate(Value, frozen=True, kw_only=True, tag_field="kind", tag="generate
     """Answer this request."""
 
     request: GenerateRequest
+
+
+class Embed(Value, frozen=True, kw_only=True, tag_field="kind", tag="embed"):
+    """Make a vector of each of these texts. The reply is an answer like another."""
+
+    request: EmbedRequest
 
 
 class AskBlock(Value, frozen=True, kw_only=True, tag_field="kind", tag="block"):
@@ -146,7 +152,7 @@ class End(Value, frozen=True, kw_only=True, tag_field="kind", tag="end"):
     """There are no more items; or what was put is taken."""
 
 
-Request = Generate | AskBlock | AskClaims | PutClaims | FindClaims | AskTable
+Request = Generate | Embed | AskBlock | AskClaims | PutClaims | FindClaims | AskTable
 Reply = Head | Piece | Done | Failed | Block | Items | End
 Frame = Request | Reply
 
@@ -263,7 +269,7 @@ def _check(frame: Frame) -> None:
             raise ValueError("only the last chunk has a finish_reason")
         if frame.chunk.logprobs:
             _check_plain(frame.chunk.logprobs)
-    elif isinstance(frame, Generate):
+    elif isinstance(frame, Generate | Embed):
         _check_request(frame.request)
     elif isinstance(frame, Failed):
         _check_times((frame.retry_after,))
@@ -273,10 +279,13 @@ def _check(frame: Frame) -> None:
         raise ValueError("too many bytes are put at once")
 
 
-def _check_request(request: GenerateRequest) -> None:
-    form = request.response_format
-    schemas = (tool.parameters for tool in request.tools)
-    _check_plain((request.extra, *schemas, form.schema if form else None))
+def _check_request(request: Asked) -> None:
+    free: list[Any] = [request.extra]
+    if isinstance(request, GenerateRequest):
+        form = request.response_format
+        free += [tool.parameters for tool in request.tools]
+        free.append(form.schema if form else None)
+    _check_plain(free)
     _check_times((request.deadline, request.cache.ttl, request.cache.max_age))
 
 

@@ -10,13 +10,14 @@ from typing import Any
 
 import trio
 
-from ..providers.base import GenerateRequest
+from ..providers.base import Asked, EmbedRequest
 from .dialing import Dialing
 from .frames import (
     AskBlock,
     AskClaims,
     AskTable,
     Block,
+    Embed,
     End,
     Failed,
     FindClaims,
@@ -149,14 +150,18 @@ class Network:
 
     @asynccontextmanager
     async def ask(
-        self, peer: PeerId, request: GenerateRequest, *, connect: float = CONNECT
+        self, peer: PeerId, request: Asked, *, connect: float = CONNECT
     ) -> AsyncIterator[PeerAnswer]:
         """A peer's answer, once it is known who there answers. Leaving makes the peer stop.
 
         `connect` (s) limits the time until the request is sent. Raises `TransportError`,
         `RemoteProtocolError` and what the peer says, a `GenerateError`; here or from the chunks.
         """
-        asked = Generate(request=request)
+        asked: Request = (
+            Embed(request=request)
+            if isinstance(request, EmbedRequest)
+            else Generate(request=request)
+        )
         async with self._open_pool().ask(peer, asked, connect=connect) as stream:
             answer = PeerAnswer(stream)
             await answer.wait_head()

@@ -3,7 +3,8 @@
 A stream carries MessagePack maps back to back, each with a `kind`. The end that opened the stream
 asks; the other end answers; then the stream is idle again and may carry the next request::
 
-    generate      ->  head, chunk*, done  | error
+    generate, embed
+                  ->  head, chunk*, done  | error
     block         ->  block               | error
     claims, find_claims, table
                   ->  items*, end         | error
@@ -26,6 +27,7 @@ from .frames import (
     AskTable,
     Block,
     Done,
+    Embed,
     End,
     Failed,
     FindClaims,
@@ -74,6 +76,7 @@ class State(Enum):
 #: In this state, this frame leads to that state. What is not here is refused at both ends.
 TRANSITIONS: dict[tuple[State, type[Frame]], State] = {
     (State.IDLE, Generate): State.AWAIT_HEAD,
+    (State.IDLE, Embed): State.AWAIT_HEAD,
     (State.IDLE, AskBlock): State.AWAIT_BLOCK,
     (State.IDLE, AskClaims): State.AWAIT_ITEMS,
     (State.IDLE, FindClaims): State.AWAIT_ITEMS,
@@ -147,7 +150,7 @@ class Asker(Exchange):
     """The end that opened the stream: sends requests, receives replies."""
 
     _receives = Reply
-    _sends = (Generate, AskBlock, AskClaims, FindClaims, PutClaims, AskTable)
+    _sends = (Generate, Embed, AskBlock, AskClaims, FindClaims, PutClaims, AskTable)
     _limit = MAX_REPLY
 
     def send(self, frame: Frame) -> bytes:
@@ -211,6 +214,7 @@ def is_plain(chunk: Chunk) -> bool:
         and not chunk.logprobs
         and not chunk.tool_calls
         and not chunk.reasoning
+        and not chunk.embeddings
         and chunk.usage is None
         and chunk.cid is None
         and chunk.origin is None

@@ -17,18 +17,20 @@ import trio
 
 from ..providers.base import (
     Answering,
+    Asked,
     Chunk,
     GenerateError,
-    GenerateRequest,
     ProviderUnavailable,
     StreamInterrupted,
 )
+from .embedding import pieces
 from .frames import (
     AskBlock,
     AskClaims,
     AskTable,
     Block,
     Done,
+    Embed,
     End,
     FindClaims,
     Frame,
@@ -59,7 +61,7 @@ class Services:
     """What a node does for its peers. Only `answer` and `block` may take their time."""
 
     #: Answers a request from this node's own providers only.
-    answer: Callable[[GenerateRequest, PeerId], AbstractAsyncContextManager[Answering]]
+    answer: Callable[[Asked, PeerId], AbstractAsyncContextManager[Answering]]
     #: The block with that CID (36 bytes), if it is here and the peer may have it; the last argument
     #: is its proof that it knows the block's namespace.
     block: Callable[[bytes, PeerId, bytes], Awaitable[bytes | None]]
@@ -168,7 +170,7 @@ class _Conversation:
     # --- the answers
 
     async def _answer(self, request: Request) -> None:
-        if isinstance(request, Generate):
+        if isinstance(request, Generate | Embed):
             await self._generate(request.request)
         elif isinstance(request, AskBlock):
             block = await self._services.block(request.cid, self._stream.peer, request.proof)
@@ -183,7 +185,7 @@ class _Conversation:
         elif isinstance(request, AskTable):
             await self._list(self._table(self._stream.peer))
 
-    async def _generate(self, request: GenerateRequest) -> None:
+    async def _generate(self, request: Asked) -> None:
         peer = self._stream.peer
         if not self._services.may_serve(peer):
             raise ProviderUnavailable("this node does not answer that peer")
@@ -194,11 +196,12 @@ class _Conversation:
             # can use, and cost a write.
             self._unsent.append(Head(origin=answering.origin))
             async for chunk in answering.chunks:
-                if chunk.finish_reason is not None:
-                    last = chunk
-                else:
-                    self._begun = True
-                    await self._put_when_room(Piece(chunk=chunk))
+                for part in pieces(chunk) if chunk.embeddings else (chunk,):
+                    if part.finish_reason is not None:
+                        last = part
+                    else:
+                        self._begun = True
+                        await self._put_when_room(Piece(chunk=part))
         if last is None:
             raise StreamInterrupted("the provider's answer ended without its end marker")
         claim = self._services.claim_for(last.cid) if last.cid else None

@@ -12,6 +12,8 @@ import trio
 from .base import (
     Answering,
     Chunk,
+    Embedding,
+    EmbedRequest,
     GenerateRequest,
     Health,
     ModelOffer,
@@ -67,6 +69,14 @@ class Admission:
 
     def open(self, request: GenerateRequest) -> _Admitted:
         return _Admitted(self, request)
+
+    async def embed(self, request: EmbedRequest) -> Sequence[Embedding]:
+        await self.enter()
+        since = trio.current_time()
+        try:
+            return await self.provider.embed(request)
+        finally:
+            self.leave(trio.current_time() - since)
 
     @property
     def load(self) -> Load:

@@ -8,6 +8,8 @@ with the field names below, defaults left out and unknown fields ignored.
 
 from __future__ import annotations
 
+import math
+import struct
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Annotated, Any, ClassVar, Literal, Protocol
@@ -19,6 +21,15 @@ Privacy = Literal["local", "mesh", "any"]
 Policy = Literal["round_robin", "least_loaded", "best_performance"]
 FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
 CacheStatus = Literal["hit-local", "hit-mesh", "miss", "bypass", "coalesced"]
+#: What a model is for: it answers a chat, or makes vectors of texts.
+Task = Literal["generate", "embed"]
+
+#: Inputs of one `EmbedRequest`, and tokens of an input that is given as tokens.
+MAX_INPUTS = 2048
+MAX_INPUT_TOKENS = 16_384
+#: Numbers of a vector, and bytes of each: float32, little-endian.
+MAX_DIMENSIONS = 4096
+FLOAT_SIZE = 4
 
 
 class Value(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -126,22 +137,17 @@ class CacheControl(Value, frozen=True, kw_only=True):
     any_sample: bool = False
 
 
-class GenerateRequest(Value, frozen=True, kw_only=True):
-    """A whole chat request.
+class ModelRequest(Value, frozen=True, kw_only=True):
+    """What all requests have in common.
 
-    Everything above `provider` decides the answer and is part of its cache key; everything from
-    there on says who may answer and how long that may take.
+    Everything above `provider`, here and in the classes below, decides the answer and is part of
+    its cache key; everything from there on says who may answer and how long that may take.
     """
 
+    #: What the model that answers must be for.
+    task: ClassVar[Task]
+
     model: str
-    messages: tuple[Message, ...]
-    sampling: Sampling = Sampling()
-    tools: tuple[Tool, ...] = ()
-    tool_choice: ToolChoice | None = None
-    parallel_tool_calls: bool | None = None
-    response_format: ResponseFormat | None = None
-    #: Text of the answer that exists already and is to be continued.
-    prefix: str = ""
     #: The form it was asked in; `extra` holds its fields we do not know, sent on to providers that
     #: speak the same dialect.
     dialect: str = ""
@@ -159,10 +165,46 @@ class GenerateRequest(Value, frozen=True, kw_only=True):
     #: Names this request in logs, headers and `explain`, on every node it visits.
     id: str = ""
 
+
+class GenerateRequest(ModelRequest, frozen=True, kw_only=True):
+    """A whole chat request."""
+
+    task = "generate"
+
+    messages: tuple[Message, ...]
+    sampling: Sampling = Sampling()
+    tools: tuple[Tool, ...] = ()
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
+    #: Text of the answer that exists already and is to be continued.
+    prefix: str = ""
+
     @property
     def deterministic(self) -> bool:
         """Would an honest engine give the same answer again? (greedy, or with a seed)"""
         return self.sampling.temperature == 0 or self.sampling.seed is not None
+
+
+Token = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+#: A text, or the tokens that the model's own tokenizer made of one.
+Input = str | Annotated[tuple[Token, ...], msgspec.Meta(min_length=1, max_length=MAX_INPUT_TOKENS)]
+
+
+class EmbedRequest(ModelRequest, frozen=True, kw_only=True):
+    """Texts of which a model makes vectors, one of each."""
+
+    task = "embed"
+    #: The same model makes the same vector of the same text.
+    deterministic: ClassVar[bool] = True
+
+    inputs: Annotated[tuple[Input, ...], msgspec.Meta(min_length=1, max_length=MAX_INPUTS)]
+    #: Numbers of each vector; None: as many as the model likes.
+    dimensions: Annotated[int, msgspec.Meta(ge=1, le=MAX_DIMENSIONS)] | None = None
+
+
+#: What a node or a provider can be asked.
+Asked = GenerateRequest | EmbedRequest
 
 
 # --- the answer ---------------------------------------------------------------------------------
@@ -220,8 +262,46 @@ class Origin(Value, frozen=True, kw_only=True):
     price: Price | None = None
 
 
+class Embedding(Value, frozen=True, kw_only=True):
+    """The vector of one input: its numbers as float32, little-endian, one after the other."""
+
+    vector: Annotated[
+        bytes, msgspec.Meta(min_length=FLOAT_SIZE, max_length=MAX_DIMENSIONS * FLOAT_SIZE)
+    ]
+    #: Tokens of this input.
+    usage: Usage = Usage()
+    #: Of the record that is stored of it.
+    cid: str | None = None
+
+
+def floats(vector: bytes) -> tuple[float, ...]:
+    """The numbers of a vector."""
+    return struct.unpack(f"<{len(vector) // FLOAT_SIZE}f", vector)
+
+
+def vector_fault(vector: bytes) -> str:
+    """Why these bytes are not the vector of an `Embedding`; empty if they are."""
+    numbers, rest = divmod(len(vector), FLOAT_SIZE)
+    if rest or not 0 < numbers <= MAX_DIMENSIONS:
+        return f"a vector of {len(vector)} bytes"
+    # The sum of so few float32 cannot overflow: it is finite exactly if all of them are.
+    if not math.isfinite(sum(floats(vector))):
+        return "a vector with a number that is not finite"
+    return ""
+
+
+def total_usage(usages: Iterable[Usage]) -> Usage:
+    """The tokens of several inputs together; `cached` if all of them are."""
+    each = list(usages)
+    return Usage(
+        prompt_tokens=sum(usage.prompt_tokens for usage in each),
+        cached=all(usage.cached for usage in each),
+        exact=all(usage.exact for usage in each),
+    )
+
+
 class Chunk(Value, frozen=True, kw_only=True):
-    """A piece of an answer.
+    """A piece of an answer: of a text, or some of the embeddings that were asked for, in order.
 
     Exactly one chunk has a `finish_reason`, and it is the last one; a stream that ends without it
     was cut. The last one may also carry `usage`, the answer's `cid`, and the true `origin`, where
@@ -233,6 +313,7 @@ class Chunk(Value, frozen=True, kw_only=True):
     tool_calls: tuple[ToolCallDelta, ...] = ()
     #: Log probabilities of this chunk's tokens, in the OpenAI form.
     logprobs: tuple[dict[str, Any], ...] = ()
+    embeddings: Annotated[tuple[Embedding, ...], msgspec.Meta(max_length=MAX_INPUTS)] = ()
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     cid: str | None = None
@@ -349,6 +430,22 @@ class Answering:
         return builder.completion(), closing
 
 
+class Ready:
+    """Chunks that need not be waited for."""
+
+    def __init__(self, chunks: Iterable[Chunk]) -> None:
+        self._chunks = iter(chunks)
+
+    def __aiter__(self) -> Ready:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        chunk = next(self._chunks, None)
+        if chunk is None:
+            raise StopAsyncIteration
+        return chunk
+
+
 # --- the provider -------------------------------------------------------------------------------
 
 
@@ -356,6 +453,8 @@ class ModelOffer(Value, frozen=True, kw_only=True):
     """A model that can be asked, and what it can do. None: not known."""
 
     id: str
+    #: What it is for, of `Task` (a newer node may know more); nothing else is asked of it.
+    tasks: tuple[str, ...] = ("generate",)
     context_length: int | None = None
     modalities: tuple[str, ...] = ("text",)
     tools: bool = False
@@ -383,7 +482,7 @@ class Health(Value, frozen=True, kw_only=True):
 
 
 class Provider(Protocol):
-    """Something that turns a prompt into text."""
+    """Something that turns a prompt into text, or texts into vectors, or both."""
 
     @property
     def name(self) -> str: ...
@@ -396,6 +495,13 @@ class Provider(Protocol):
         """Begin an answer. Entering waits until it is known who answers; leaving cancels the work.
 
         Raises a `GenerateError`, on entering or from the chunks.
+        """
+        ...
+
+    async def embed(self, request: EmbedRequest) -> Sequence[Embedding]:
+        """The embedding of each input, in order; cancelling stops the work.
+
+        Only asked for models whose offer says `embed`. Raises a `GenerateError`.
         """
         ...
 

@@ -11,11 +11,19 @@ request by a directive anywhere in the last user message, which is not part of t
   `interrupted`; before the first word, or after the number of words that `after` says. `after`
   without `fail` means `interrupted`. `retry_after`: seconds, told with the failure.
 - `hang`: say nothing more, before the first word or after that many.
+
+Its `embedding_models` make vectors without a model too: each word of a text counts up or down one
+of the `dimensions` numbers (64 where the request does not say), both by a hash of the word, and the
+vector is scaled to length 1. So the same text has the same vector on every machine, and texts that
+share words are near each other. `first_s`, `fail` and `hang` work there as well.
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
 import re
+import struct
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Annotated, Literal, Self
@@ -29,10 +37,13 @@ from .base import (
     ContentFiltered,
     ContextTooLong,
     DeadlineExceeded,
+    Embedding,
+    EmbedRequest,
     FinishReason,
     GenerateError,
     GenerateRequest,
     Health,
+    Input,
     ModelNotFound,
     ModelOffer,
     Origin,
@@ -56,6 +67,8 @@ _FAILURES: dict[str, type[GenerateError]] = {
 }
 #: Words of an answer, so that a directive costs no unbounded memory.
 MAX_WORDS = 100_000
+#: Numbers of a vector, where the request does not say.
+DIMENSIONS = 64
 
 _DIRECTIVE = re.compile(r"\s?\[\[echo\b([^\[\]]*)\]\]")
 #: A word with the space around it: joined, they are the text again.
@@ -82,6 +95,8 @@ class EchoSettings(Behaviour, frozen=True, kw_only=True):
 
     name: str = "echo"
     models: tuple[str, ...] = ("echo",)
+    #: Models that make vectors.
+    embedding_models: tuple[str, ...] = ()
     #: In words; a longer prompt, with the `max_tokens` of its answer, is refused.
     context_length: Annotated[int, msgspec.Meta(ge=1)] | None = None
 
@@ -112,6 +127,9 @@ class Echo:
                 repeatable=True,
             )
             for model in self._settings.models
+        ) + tuple(
+            ModelOffer(id=model, tasks=("embed",), engine="echo", repeatable=True)
+            for model in self._settings.embedding_models
         )
 
     @property
@@ -133,6 +151,36 @@ class Echo:
 
     def open(self, request: GenerateRequest) -> _Call:
         return _Call(self, self._settings, request)
+
+    async def embed(self, request: EmbedRequest) -> Sequence[Embedding]:
+        await trio.lowlevel.checkpoint()
+        if request.model not in self._settings.embedding_models:
+            raise _no_model(self.name, request.model)
+        self.count("started")
+        self.count("running")
+        ended = "cancelled"
+        try:
+            found = await self._embed(request)
+            ended = "finished"
+            return found
+        except GenerateError:
+            ended = "failed"
+            raise
+        finally:
+            self.count("running", -1)
+            self.count(ended)
+
+    async def _embed(self, request: EmbedRequest) -> Sequence[Embedding]:
+        wanted: Behaviour = self._settings
+        found = []
+        for given in request.inputs:
+            if isinstance(given, str):
+                given, told = read_directive(given, self._settings)
+                wanted = wanted if told is self._settings else told
+            found.append(_embedding(given, request.dimensions or DIMENSIONS))
+        await trio.sleep(wanted.first_s)
+        await _misbehave(self.name, wanted, "")
+        return found
 
 
 def words(text: str) -> list[str]:
@@ -191,7 +239,7 @@ class _Call:
         """Work out the whole answer. Raises `RequestRejected`."""
         request, settings = self._request, self._settings
         if request.model not in settings.models:
-            raise ModelNotFound(f"{settings.name} has no model {request.model!r}", field="model")
+            raise _no_model(settings.name, request.model)
         last = next((m.text for m in reversed(request.messages) if m.role == "user"), "")
         text, self._behaviour = read_directive(last, settings)
         self._prompt = sum(len(words(message.text)) for message in request.messages)
@@ -218,7 +266,11 @@ class _Call:
         wanted = self._behaviour
         await trio.sleep(wanted.gap_s if self._given else wanted.first_s)
         if self._given == (wanted.after or 0):
-            await self._misbehave()
+            try:
+                await _misbehave(self._echo.name, wanted, "".join(self._words[: self._given]))
+            except GenerateError:
+                self._done, self._ended = True, "failed"
+                raise
         if self._given == len(self._words):
             self._done = True
             self._ended = "finished"
@@ -228,22 +280,39 @@ class _Call:
         self._echo.count("tokens")
         return Chunk(text=word)
 
-    async def _misbehave(self) -> None:
-        wanted = self._behaviour
-        if wanted.hang:
-            await trio.sleep_forever()
-        fail = wanted.fail or ("interrupted" if wanted.after is not None else "")
-        if fail:
-            self._done = True
-            self._ended = "failed"
-            raise _FAILURES[fail](
-                f"{self._echo.name} was told to fail",
-                retry_after=wanted.retry_after,
-                partial="".join(self._words[: self._given]),
-            )
-
     def _usage(self) -> Usage:
         return Usage(prompt_tokens=self._prompt, completion_tokens=self._given)
+
+
+def _no_model(name: str, model: str) -> ModelNotFound:
+    return ModelNotFound(f"{name} has no model {model!r}", field="model")
+
+
+async def _misbehave(name: str, wanted: Behaviour, partial: str) -> None:
+    """Hang or fail, if that is wanted here."""
+    if wanted.hang:
+        await trio.sleep_forever()
+    fail = wanted.fail or ("interrupted" if wanted.after is not None else "")
+    if fail:
+        raise _FAILURES[fail](
+            f"{name} was told to fail", retry_after=wanted.retry_after, partial=partial
+        )
+
+
+def _embedding(given: Input, dimensions: int) -> Embedding:
+    """The vector of a text, or of tokens as if each were a word."""
+    tokens = words(given) if isinstance(given, str) else list(map(str, given))
+    counts = [0] * dimensions
+    for token in tokens or [""]:
+        number = int.from_bytes(hashlib.sha256(_spelling(token)).digest()[:8])
+        counts[(number >> 1) % dimensions] += 1 if number & 1 else -1
+    length = math.sqrt(sum(n * n for n in counts)) or 1.0
+    vector = struct.pack(f"<{dimensions}f", *(n / length for n in counts))
+    return Embedding(vector=vector, usage=Usage(prompt_tokens=len(tokens)))
+
+
+def _spelling(token: str) -> bytes:
+    return token.strip().lower().encode("utf-8", "surrogatepass")
 
 
 def _repeated(text: str, n: int | None) -> str:

@@ -16,6 +16,8 @@ import trio
 
 from .base import (
     Answering,
+    Embedding,
+    EmbedRequest,
     GenerateRequest,
     Health,
     ModelNotFound,
@@ -120,6 +122,10 @@ class LocalHF:
             # What already ended is not in there any more.
             if self._calls.pop(call.number, None) is not None:
                 worker.send(Cancel(call=call.number))
+
+    async def embed(self, request: EmbedRequest) -> Sequence[Embedding]:
+        """A model that generates text makes no embeddings, and its offer does not say so."""
+        raise ModelNotFound(f"{self.name} makes no embeddings")
 
     def _origin(self) -> Origin:
         offer = self._offer

@@ -23,6 +23,8 @@ from .base import (
     Answering,
     Chunk,
     DeadlineExceeded,
+    Embedding,
+    EmbedRequest,
     GenerateError,
     GenerateRequest,
     Health,
@@ -41,6 +43,7 @@ from .http_client import (
     parse_base_url,
 )
 from .openai_chat import Continuation, Quirks, encode_request
+from .openai_embeddings import encode_embed, longest_reply, read_embeddings, refuses_base64
 from .openai_errors import ErrorReader, ServerError
 from .openai_models import ListedModel, read_models
 from .openai_stream import AnswerDecoder
@@ -71,6 +74,8 @@ class OpenAICompatibleSettings(msgspec.Struct, frozen=True, kw_only=True):
     api_key: str | None = None
     #: Empty: those that the server lists.
     models: tuple[str, ...] = ()
+    #: Those that make embeddings, in addition to those of which the server says so.
+    embedding_models: tuple[str, ...] = ()
     #: Sent with each request.
     headers: dict[str, str] = {}
     #: What its models can do, where its list does not tell.
@@ -117,7 +122,10 @@ class OpenAICompatible:
         self._health = Health(state="starting", reason="it was not asked yet")
         #: When `check` may ask the server again.
         self._ask_again = -math.inf
-        self._offers = tuple(self._offer(ListedModel(id=id_)) for id_ in settings.models)
+        #: Until it refuses vectors in base64.
+        self._takes_base64 = True
+        configured = dict.fromkeys((*settings.models, *settings.embedding_models))
+        self._offers = tuple(self._offer(ListedModel(id=id_)) for id_ in configured)
 
     @property
     def name(self) -> str:
@@ -130,6 +138,22 @@ class OpenAICompatible:
 
     def open(self, request: GenerateRequest) -> _Call:
         return _Call(self, request)
+
+    async def embed(self, request: EmbedRequest) -> Sequence[Embedding]:
+        while True:
+            asked_for_base64 = self._takes_base64
+            body = encode_embed(request, base64_vectors=asked_for_base64)
+            try:
+                async with self._client.request("POST", "/embeddings", body) as reply:
+                    failure = await self.failure(reply)
+                    if failure is None:
+                        found = await _read(reply, longest_reply(request))
+                        return read_embeddings(found, request, self.errors)
+            except HttpFailure as error:
+                raise _unavailable(error, self.name) from None
+            if not (asked_for_base64 and refuses_base64(failure)):
+                raise failure
+            self._takes_base64 = False
 
     async def check(self) -> Health:
         """Ask for the models, and remember them.
@@ -214,7 +238,7 @@ class OpenAICompatible:
             return Health(state="unavailable", reason=reason, hint=hint)
         if status == 503:
             return Health(state="starting", reason=reason, hint="wait: it may be loading a model")
-        if status == 404 and self._settings.models:
+        if status == 404 and (self._settings.models or self._settings.embedding_models):
             return Health()  # It lists no models, and need not: they are configured.
         hint = "is base_url right? it usually ends in /v1"
         return Health(state="unavailable", reason=reason, hint=hint)
@@ -225,16 +249,19 @@ class OpenAICompatible:
             listed = read_models(body)
         except ValueError as error:
             raise BrokenReply(str(error)) from None
-        wanted = self._settings.models or tuple(listed)
+        models = self._settings.models or tuple(listed)
+        wanted = dict.fromkeys((*models, *self._settings.embedding_models))
         self._offers = tuple(self._offer(listed.get(m) or ListedModel(id=m)) for m in wanted)
 
     def _offer(self, model: ListedModel) -> ModelOffer:
+        embeds = model.embeds or model.id in self._settings.embedding_models
         return ModelOffer(
             id=model.id,
+            tasks=("embed",) if embeds else ("generate",),
             context_length=model.context,
             modalities=model.modalities or self._settings.modalities,
-            tools=self._settings.tools,
-            can_continue=self._settings.continuation != "none",
+            tools=self._settings.tools and not embeds,
+            can_continue=self.continues and not embeds,
             egress=self._egress,
         )
 

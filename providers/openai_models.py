@@ -11,6 +11,7 @@ MAX_MODELS = 5000
 
 class _Architecture(msgspec.Struct):
     input_modalities: list[str] | None = None
+    output_modalities: list[str] | None = None
 
 
 class ListedModel(msgspec.Struct):
@@ -21,6 +22,22 @@ class ListedModel(msgspec.Struct):
     context_length: Any = None
     meta: Any = None
     architecture: _Architecture | None = None
+    type: Any = None
+    capabilities: Any = None
+
+    @property
+    def embeds(self) -> bool:
+        """Does the server say that it is for embeddings, and for nothing else?
+
+        OpenRouter says it by what comes out, Infinity by capabilities, Together and LM Studio by a
+        type. vLLM, Ollama and llama.cpp do not say.
+        """
+        out = self.architecture.output_modalities if self.architecture else None
+        told = self.capabilities if isinstance(self.capabilities, list) else [self.type]
+        return any(
+            words and all(isinstance(w, str) and w.startswith("embed") for w in words)
+            for words in (out, told)
+        )
 
     @property
     def context(self) -> int | None:

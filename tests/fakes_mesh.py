@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -22,9 +24,12 @@ from promptmesh.mesh.serving import Services
 from promptmesh.providers.base import (
     Answering,
     Chunk,
+    Embedding,
+    EmbedRequest,
     GenerateError,
     GenerateRequest,
     Health,
+    Input,
     Message,
     ModelOffer,
     Origin,
@@ -38,6 +43,12 @@ def asking(model: str = "m", text: str = "hi", **fields: Any) -> GenerateRequest
     """A request of one message."""
     message = Message(role="user", content=(Text(text=text),))
     return GenerateRequest(model=model, messages=(message,), **fields)
+
+
+def embedding_of(given: Input) -> Embedding:
+    """Three numbers that differ from one input to another."""
+    vector = struct.pack("<3f", len(given), zlib.crc32(repr(given).encode()) / 2**32, 0.1)
+    return Embedding(vector=vector, usage=Usage(prompt_tokens=len(given)))
 
 
 @dataclass
@@ -59,6 +70,9 @@ class FakeProvider:
     served: int = 0
     cancelled: int = 0
     requests: list[GenerateRequest] = field(default_factory=list)
+    #: What `embed` gives, whatever it is asked; None: a vector of three numbers for each input.
+    embeddings: Sequence[Embedding] | None = None
+    embed_requests: list[EmbedRequest] = field(default_factory=list)
 
     def models(self) -> Sequence[ModelOffer]:
         return self.offers
@@ -80,6 +94,22 @@ class FakeProvider:
             origin = Origin(provider=self.name, model=request.model, engine="fake 1")
             yield Answering(origin, self._chunks())
             self.served += 1
+        except trio.Cancelled:
+            self.cancelled += 1
+            raise
+        finally:
+            self.running -= 1
+
+    async def embed(self, request: EmbedRequest) -> Sequence[Embedding]:
+        self.embed_requests.append(request)
+        self.running += 1
+        try:
+            await trio.sleep(self.delay)
+            if self.fail is not None:
+                raise self.fail
+            if self.embeddings is not None:
+                return self.embeddings
+            return [embedding_of(given) for given in request.inputs]
         except trio.Cancelled:
             self.cancelled += 1
             raise

@@ -32,8 +32,11 @@ from promptmesh.providers.base import (
     ERRORS,
     Chunk,
     Completion,
+    Embedding,
+    EmbedRequest,
     GenerateRequest,
     Message,
+    ModelRequest,
     Origin,
     Sampling,
     Text,
@@ -198,10 +201,18 @@ def test_the_table_of_errors() -> None:
     assert {code for code, _ in tables(TEXT)["code"]} == set(ERRORS)
 
 
+def more_fields(request: type[ModelRequest]) -> tuple[str, ...]:
+    """Those that not every request has."""
+    return request.__struct_fields__[len(ModelRequest.__struct_fields__) :]
+
+
 @pytest.mark.parametrize(
     ("what", "fields"),
     [
-        ("a request", GenerateRequest.__struct_fields__),
+        ("a request", ModelRequest.__struct_fields__),
+        ("a generate request", more_fields(GenerateRequest)),
+        ("an embed request", more_fields(EmbedRequest)),
+        ("an embedding", Embedding.__struct_fields__),
         ("a chunk", Chunk.__struct_fields__),
         ("an origin", Origin.__struct_fields__),
         ("a load", Load.__struct_fields__),

@@ -13,6 +13,7 @@ from fakes_mesh import FakeProvider, asking, wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from promptmesh.mesh.embedding import answer_of
 from promptmesh.mesh.frames import (
     AskBlock,
     AskClaims,
@@ -35,9 +36,9 @@ from promptmesh.mesh.serving import MAX_UNSENT, Services, Serving
 from promptmesh.mesh.transport import Stream, TransportError
 from promptmesh.providers.base import (
     Answering,
+    Asked,
     Chunk,
     ContentFiltered,
-    GenerateRequest,
     Origin,
     ProviderUnavailable,
     StreamInterrupted,
@@ -65,7 +66,7 @@ class World:
 
     def services(self) -> Services:
         return Services(
-            answer=lambda request, peer: self.provider.open(request),
+            answer=lambda request, peer: answer_of(self.provider, request),
             block=self._block,
             claims=lambda known: [f"{peer} {has[0]}".encode() for peer, has in known.items()],
             put_claims=lambda envelopes, peer: self.put.append((peer, tuple(envelopes))),
@@ -328,7 +329,7 @@ async def test_a_bug_at_the_end_of_an_answer_is_an_error(
     """A provider that fails while it cleans up has not given a whole answer."""
 
     @asynccontextmanager
-    async def answer(request: GenerateRequest, peer: str) -> AsyncIterator[Answering]:
+    async def answer(request: Asked, peer: str) -> AsyncIterator[Answering]:
         async def chunks() -> AsyncIterator[Chunk]:
             yield Chunk(text="all")
             yield Chunk(finish_reason="stop")

@@ -1,5 +1,7 @@
 """The echo provider: what it says, and what it does wrong when told to."""
 
+import math
+import struct
 from typing import Any
 
 import pytest
@@ -13,6 +15,8 @@ from promptmesh.providers.base import (
     ContentFiltered,
     ContextTooLong,
     DeadlineExceeded,
+    Embedding,
+    EmbedRequest,
     GenerateError,
     GenerateRequest,
     Message,
@@ -227,3 +231,73 @@ async def test_nothing_follows_the_closing_chunk() -> None:
     async with Echo().open(request("a")) as answering:
         assert len([chunk async for chunk in answering.chunks]) == 2
         assert [chunk async for chunk in answering.chunks] == []
+
+
+# --- embeddings -----------------------------------------------------------------------------------
+
+EMBEDS = EchoSettings(embedding_models=("words",))
+
+
+def embedding(*inputs: Any, **fields: Any) -> EmbedRequest:
+    return EmbedRequest(model="words", inputs=inputs, **fields)
+
+
+def numbers(vector: bytes) -> tuple[float, ...]:
+    return struct.unpack(f"<{len(vector) // 4}f", vector)
+
+
+def nearness(one: Embedding, other: Embedding) -> float:
+    """The cosine of two vectors of length 1."""
+    pairs = zip(numbers(one.vector), numbers(other.vector), strict=True)
+    return sum(a * b for a, b in pairs)
+
+
+async def test_its_vectors_are_the_same_everywhere() -> None:
+    request = embedding("one two two", dimensions=4)
+    (found,) = await Echo(EMBEDS).embed(request)
+    assert found == (await Echo(EMBEDS).embed(request))[0]
+    assert found.usage == Usage(prompt_tokens=3)
+    assert found.vector == struct.pack("<4f", -1 / 5**0.5, -2 / 5**0.5, 0, 0)
+
+
+async def test_texts_with_the_same_words_are_near_each_other() -> None:
+    cat, kitten, tax = await Echo(EMBEDS).embed(
+        embedding("the cat sat on the mat", "a cat sat on a mat", "income tax return forms")
+    )
+    assert nearness(cat, cat) == pytest.approx(1)
+    assert nearness(cat, kitten) > nearness(cat, tax) + 0.2
+
+
+@given(
+    st.lists(st.text(max_size=20) | st.lists(st.integers(0, 9), min_size=1).map(tuple), min_size=1)
+)
+def test_any_input_has_a_vector_of_length_one(inputs: list[Any]) -> None:
+    found = trio.run(Echo(EMBEDS).embed, embedding(*(i for i in inputs), dimensions=8))
+    assert len(found) == len(inputs)
+    for one in found:
+        assert math.hypot(*numbers(one.vector)) == pytest.approx(1) or one.usage.prompt_tokens > 1
+
+
+async def test_its_models_are_each_for_one_task() -> None:
+    echo = Echo(EMBEDS)
+    assert {offer.id: offer.tasks for offer in echo.models()} == {
+        "echo": ("generate",),
+        "words": ("embed",),
+    }
+    with pytest.raises(ModelNotFound):
+        await echo.embed(EmbedRequest(model="echo", inputs=("hi",)))
+    with pytest.raises(ModelNotFound):
+        await ask(echo, GenerateRequest(model="words", messages=(message("hi"),)))
+
+
+async def test_embeddings_fail_and_wait_as_told(autojump_clock: MockClock) -> None:
+    echo = Echo(EMBEDS)
+    with pytest.raises(ProviderUnavailable) as raised:
+        await echo.embed(embedding("a", "b [[echo fail=unavailable retry_after=3]]"))
+    assert raised.value.retry_after == 3
+    started = trio.current_time()
+    await echo.embed(embedding("a [[echo first_s=2]]"))
+    assert trio.current_time() - started == pytest.approx(2)
+    with trio.move_on_after(5):
+        await echo.embed(embedding("a [[echo hang]]"))
+    assert echo.stats() == EchoStats(started=3, finished=1, failed=1, cancelled=1)
