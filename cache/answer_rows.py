@@ -8,9 +8,9 @@ from typing import Any
 
 import msgspec
 
-from ..providers.base import Completion
+from ..providers.base import Completion, Embedding
 from .cid import Cid, cid_of
-from .records import AnswerRecord
+from .records import AnswerRecord, EmbeddingRecord, Record
 
 #: Answers to one key that are kept; sampled ones, which nobody asks for again, can be many.
 MAX_ALTERNATIVES = 64
@@ -20,7 +20,7 @@ class StoredAnswer(msgspec.Struct, frozen=True):
     """An answer from the cache. Times in seconds of the wall clock."""
 
     cid: Cid
-    record: AnswerRecord
+    record: Record
     #: When it was made, as far as this node knows; None for a block that no key leads to.
     stored_at: float | None
     #: Seconds since then.
@@ -36,7 +36,16 @@ class StoredAnswer(msgspec.Struct, frozen=True):
 
     @property
     def completion(self) -> Completion:
+        """The answer. Who looks up embeddings gets those, and has no answer."""
+        assert isinstance(self.record, AnswerRecord)
         return self.record.completion
+
+    @property
+    def embedding(self) -> Embedding:
+        """The embedding, with the CID of its record and told to be stored."""
+        assert isinstance(self.record, EmbeddingRecord)
+        usage = msgspec.structs.replace(self.record.usage, cached=True)
+        return msgspec.structs.replace(self.record.embedding, usage=usage, cid=self.cid_text)
 
     @property
     def cid_text(self) -> str:
@@ -202,7 +211,7 @@ def insert(
     connection: sqlite3.Connection,
     key: bytes,
     digest: bytes,
-    record: AnswerRecord,
+    record: Record,
     size: int,
     new: NewRow,
 ) -> None:
@@ -219,7 +228,7 @@ def insert(
             new.claimed,
             new.namespace,
             new.shared,
-            record.completion.usage.total_tokens,
+            record.usage.total_tokens,
             size,
             new.seconds,
             new.money,

@@ -18,7 +18,7 @@ from typing import Any
 
 import trio
 
-from ..providers.base import Completion
+from ..providers.base import Completion, Embedding
 from . import answer_rows
 from .answer_rows import AnswerStat, NewRow, Reach, Row, StoredAnswer
 from .blocks import SqliteBlocks
@@ -26,7 +26,7 @@ from .cid import Cid, cid_of, digests_from, split, verify
 from .database import Database
 from .recent import Recent
 from .record_bounds import RecordError
-from .records import AnswerRecord, Blocks, decode, encode
+from .records import AnswerRecord, Blocks, Record, RecordHead, decode, encode, record_of
 from .upkeep import Purged, Swept, purge, sweep
 
 logger = logging.getLogger(__name__)
@@ -73,21 +73,23 @@ class AnswerCache:
         key: bytes,
         *,
         now: float,
+        kind: type[Record] = AnswerRecord,
         max_age: float | None = None,
         weights: str | None = None,
         shared_only: bool = False,
     ) -> StoredAnswer | None:
         """The best answer to a key, or None.
 
-        `max_age` (s): none that is older. `weights`: only of weights with that digest.
-        `shared_only`: none that may not leave this node.
+        `kind`: of record that answers such a question. `max_age` (s): none that is older.
+        `weights`: only of weights with that digest. `shared_only`: none that may not leave this
+        node.
         """
         after = float("-inf") if max_age is None else now - max_age
 
         def lookup() -> StoredAnswer | None:
             stamp = self._database.stamp()
             recent = self._recent.get((key, weights, shared_only), stamp, now=now, after=after)
-            if recent is not None:
+            if recent is not None and isinstance(recent.record, kind):
                 digest = split(recent.cid.raw)[1]
                 self.uses.block(digest)
                 self.uses.hit(key, digest)
@@ -95,7 +97,7 @@ class AnswerCache:
             sql, wanted = answer_rows.LOOKUP, (key, now, after, weights, shared_only)
             for digest, stored_at, *known in self._database.rows(sql, wanted):
                 record = self._record(digest, used=True)
-                if record is not None:
+                if isinstance(record, kind):
                     self.uses.hit(key, digest)
                     age = max(0.0, now - stored_at)
                     cid = Cid(cid_of(digest))
@@ -191,7 +193,7 @@ class AnswerCache:
     async def store(
         self,
         key: bytes,
-        completion: Completion,
+        content: Completion | Embedding,
         *,
         model: str,
         weights: str | None = None,
@@ -206,16 +208,15 @@ class AnswerCache:
         seconds: float | None = None,
         money: float | None = None,
     ) -> StoredAnswer | None:
-        """Keep a whole answer for `ttl` seconds, and return it once it is written.
+        """Keep a whole answer or an embedding for `ttl` seconds; return it once it is written.
 
         None if it was not stored: a filtered answer, one that has no record, a `ttl` of nothing, a
         fault. `age` (s): it was made that long ago; `source` is the peer that computed it;
         `shared`: may it leave this node? `seconds` and `money` (US dollars) are what it took to
         compute, and what each hit will save.
         """
-        record = AnswerRecord(
-            model=model, completion=completion, weights=weights, engine=engine, numerics=numerics
-        )
+        head = RecordHead(model=model, weights=weights, engine=engine, numerics=numerics)
+        record = record_of(content, head)
         try:
             blocks = encode(record)
         except RecordError as error:
@@ -245,18 +246,21 @@ class AnswerCache:
         made_at: float,
         expires_at: float,
         source: str,
+        kind: type[Record] = AnswerRecord,
         claimed: int = 1,
         namespace: str = "",
     ) -> StoredAnswer:
         """Keep an answer that peers claimed, from its blocks by CID, the root and its leaves.
 
-        Given back also where it cannot be stored. Raises `RecordError` if the blocks are not an
-        answer record with that CID.
+        Given back also where it cannot be stored. Raises `RecordError` if the blocks are not a
+        record of that kind with that CID.
         """
         root = blocks.get(cid)
         if root is None or not verify(cid, root):
             raise RecordError("the block is not what its CID names")
         record = decode(root, blocks.get)
+        if not isinstance(record, kind):
+            raise RecordError("the record is not of the kind that was asked for")
         again = encode(record)
         expires_at = min(expires_at, now + self._limits.max_ttl)
         made_at = min(made_at, now)
@@ -307,7 +311,7 @@ class AnswerCache:
 
     # --- inside ---------------------------------------------------------------------------------
 
-    def _record(self, digest: bytes, *, used: bool) -> AnswerRecord | None:
+    def _record(self, digest: bytes, *, used: bool) -> Record | None:
         """Raises `sqlite3.Error`."""
         root = self._blocks.read(digest, used=used)
         if root is None:
@@ -319,9 +323,7 @@ class AnswerCache:
             logger.info("%s is no answer: %s", Cid(cid_of(digest)).text, error)
             return None
 
-    def _keep(
-        self, key: bytes, record: AnswerRecord, blocks: Blocks, new: NewRow, now: float
-    ) -> bool:
+    def _keep(self, key: bytes, record: Record, blocks: Blocks, new: NewRow, now: float) -> bool:
         if new.expires_at <= now:
             return False
         root = split(blocks.cid)[1]

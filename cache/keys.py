@@ -22,15 +22,19 @@ import hashlib
 import hmac
 import math
 import operator
+from collections.abc import Callable
 from typing import Any, Literal
 
 import cbrrr
 import msgspec
 
 from ..providers.base import (
+    EmbedRequest,
     GenerateRequest,
     Image,
+    Input,
     Message,
+    ModelRequest,
     RequestRejected,
     ResponseFormat,
     Sampling,
@@ -92,8 +96,17 @@ def canonical(request: GenerateRequest) -> bytes:
     Raises `RequestRejected` for a request that no provider could be sent: nested without end, or
     with values or characters that JSON does not have.
     """
+    return _encoded(_request, request)
+
+
+def canonical_input(request: EmbedRequest, given: Input) -> bytes:
+    """The canonical request for the embedding of one input, in dag-cbor. Raises as `canonical`."""
+    return _encoded(_embed_request, request, given)
+
+
+def _encoded(form: Callable[..., dict[str, Any]], *asked: Any) -> bytes:
     try:
-        return cbrrr.encode_dag_cbor(_request(request))
+        return cbrrr.encode_dag_cbor(form(*asked))
     except RecursionError:
         raise RequestRejected("the request is nested too deeply") from None
     except (TypeError, ValueError) as error:
@@ -114,6 +127,14 @@ def request_key(request: GenerateRequest) -> bytes:
                 _keys.clear()
             _keys[asked] = key
     return key
+
+
+def embed_keys(request: EmbedRequest) -> list[bytes]:
+    """The key of each input, 32 bytes. Raises as `canonical`.
+
+    Each input is a question of its own: what else is in the batch has no say in its vector.
+    """
+    return [hashlib.sha256(canonical_input(request, given)).digest() for given in request.inputs]
 
 
 def key_text(key: bytes | GenerateRequest, form: KeyForm = "sha256", base: str = "base32") -> str:
@@ -191,6 +212,19 @@ def _request(request: GenerateRequest) -> dict[str, Any]:
         value = getattr(request, name)
         if value is not default and value != default:
             plain[name] = _plain(value)
+    return plain | _common(request)
+
+
+def _embed_request(request: EmbedRequest, given: Input) -> dict[str, Any]:
+    plain: dict[str, Any] = {"v": VERSION, "kind": "llm-embed-request", "model": request.model}
+    plain["input"] = _plain(given)
+    if request.dimensions is not None:
+        plain["dimensions"] = request.dimensions
+    return plain | _common(request)
+
+
+def _common(request: ModelRequest) -> dict[str, Any]:
+    plain: dict[str, Any] = {}
     extra = {name: value for name, value in request.extra.items() if name not in TRANSPORT}
     if extra:
         plain["extra"] = _plain(extra)

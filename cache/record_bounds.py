@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..providers.base import Completion, FinishReason
+from ..providers.base import Completion, Embedding, FinishReason, Usage, vector_fault
 
 #: Bytes of the largest block of a record.
 BLOCK_SIZE = 64 * 1024
@@ -32,13 +32,24 @@ def check(completion: Completion, names: tuple[str | None, ...]) -> None:
     """Raises `RecordError` for an answer that no record may hold."""
     if completion.finish_reason not in WHOLE:
         raise RecordError(f"an answer that ended by {completion.finish_reason} is not whole")
+    _check_head(names, completion.usage)
+    _check_json(completion.logprobs)
+
+
+def check_embedding(embedding: Embedding, names: tuple[str | None, ...]) -> None:
+    """Raises `RecordError` for an embedding that no record may hold."""
+    if fault := vector_fault(embedding.vector):
+        raise RecordError(fault)
+    _check_head(names, embedding.usage)
+
+
+def _check_head(names: tuple[str | None, ...], usage: Usage) -> None:
     for name in names:
         if name is not None and len(name) > MAX_NAME:
             raise RecordError(f"a name of {len(name)} characters")
-    for count in (completion.usage.prompt_tokens, completion.usage.completion_tokens):
+    for count in (usage.prompt_tokens, usage.completion_tokens):
         if not 0 <= count <= MAX_COUNT:
             raise RecordError(f"a count of {count} tokens")
-    _check_json(completion.logprobs)
 
 
 def _check_json(values: tuple[dict[str, Any], ...]) -> None:

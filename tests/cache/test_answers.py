@@ -48,7 +48,7 @@ def answers(database: Database) -> AnswerCache:
 
 async def store(answers: AnswerCache, completion: Completion = ANSWER, **more: Any) -> Cid:
     settings = {"key": KEY, "model": "m", "now": NOW, **more}
-    stored = await answers.store(completion=completion, **settings)
+    stored = await answers.store(content=completion, **settings)
     assert stored is not None
     return stored.cid
 
