@@ -24,6 +24,8 @@ from ..cache.blocks import SqliteBlocks
 from ..cache.cid import cid_text, parse_cid
 from ..cache.dag_json import encode
 from ..cache.database import Database
+from ..cache.records import EmbeddingRecord, Record
+from ..providers.base import floats
 from .http_server import Request, Responder
 from .openai_answers import usage_fields
 from .routes import Routes, problem
@@ -173,16 +175,11 @@ class CacheApi:
     async def _answer(self, cid: bytes) -> Any:
         """`GET /mesh/v1/cache/CID/answer`: all of it, also where it lies in leaves."""
         stored = await self._stored(cid)
-        completion = stored.completion
         return {
             "cid": stored.cid_text,
             "model": stored.record.model,
-            "text": completion.text,
-            "reasoning": completion.reasoning,
-            "tool_calls": completion.tool_calls,
-            "logprobs": completion.logprobs,
-            "finish_reason": completion.finish_reason,
-            "usage": usage_fields(completion.usage),
+            **_content(stored.record),
+            "usage": usage_fields(stored.record.usage),
             "weights": stored.record.weights,
             "engine": stored.record.engine,
             "numerics": stored.record.numerics,
@@ -235,9 +232,29 @@ class CacheApi:
                 found[row.cid.text]["hits"] += row.hits
                 continue
             stored = await self._answers.get(row.cid.raw, now=row.used_at)
-            found[row.cid.text] = _entry(row, stored.completion.text if stored else "")
+            found[row.cid.text] = _entry(row, _preview(stored.record) if stored else "")
             await trio.lowlevel.checkpoint()
         return list(found.values())
+
+
+def _content(record: Record) -> dict[str, Any]:
+    if isinstance(record, EmbeddingRecord):
+        return {"embedding": floats(record.embedding.vector)}
+    completion = record.completion
+    return {
+        "text": completion.text,
+        "reasoning": completion.reasoning,
+        "tool_calls": completion.tool_calls,
+        "logprobs": completion.logprobs,
+        "finish_reason": completion.finish_reason,
+    }
+
+
+def _preview(record: Record) -> str:
+    """What a listing shows of it."""
+    if isinstance(record, EmbeddingRecord):
+        return f"(embedding of {len(floats(record.embedding.vector))} numbers)"
+    return record.completion.text[:PREVIEW]
 
 
 def _entry(row: Row, text: str) -> dict[str, Any]:
@@ -247,7 +264,7 @@ def _entry(row: Row, text: str) -> dict[str, Any]:
         "bytes": row.size,
         "stored_at": int(row.stored_at),
         "expires_at": int(row.expires_at),
-        "text": text[:PREVIEW],
+        "text": text,
         "pinned": row.pinned,
         "hits": row.hits,
         "tokens": row.tokens,

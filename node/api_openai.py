@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from ..providers.base import Answering, GenerateError, Origin
+from ..providers.base import Answering, GenerateError, ModelRequest, Origin
 from .api_errors import error_body, error_event, error_headers, status_of
 from .cache_headers import cache_headers
 from .http_server import Request, Responder
@@ -89,11 +89,7 @@ class OpenAIApi:
     def _headers(
         self, call: ChatCall, answering: Answering, origin: Origin, cid: str | None = None
     ) -> list[tuple[str, str]]:
-        refresh = call.request.cache.mode == "refresh"
-        return [
-            *origin_headers(origin, call.request.id, cid),
-            *cache_headers(origin, self._key_text(answering.key), cid=cid, refresh=refresh),
-        ]
+        return answer_headers(call.request, origin, self._key_text(answering.key), cid)
 
     async def models(self, request: Request, responder: Responder) -> None:
         """`GET /v1/models`: everything that can be asked, over all peers."""
@@ -108,12 +104,24 @@ class OpenAIApi:
                 "created": 0,
                 "owned_by": sources[0].provider,
                 "promptmesh": {
+                    "tasks": sorted({task for s in sources for task in s.offer.tasks}),
                     "context_length": max(s.offer.context_length or 0 for s in sources) or None,
                     "sources": [
                         {"peer": s.peer, "node": s.node, "provider": s.provider} for s in sources
                     ],
                 },
             }
+
+
+def answer_headers(
+    request: ModelRequest, origin: Origin, key: str, cid: str | None
+) -> list[tuple[str, str]]:
+    """The headers of an answer: who gave it, and how the cache dealt with the request."""
+    refresh = request.cache.mode == "refresh"
+    return [
+        *origin_headers(origin, request.id, cid),
+        *cache_headers(origin, key, cid=cid, refresh=refresh),
+    ]
 
 
 async def send_error(responder: Responder, error: GenerateError, request_id: str) -> None:

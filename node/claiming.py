@@ -17,7 +17,7 @@ from ..cache.claim_index import ClaimIndex
 from ..cache.claims import MAX_ENTRIES, ClaimLog, Entry, unseal
 from ..cache.keys import mesh_key
 from ..cache.namespaces import Namespaces
-from ..providers.base import GenerateRequest
+from ..providers.base import ModelRequest
 from .claim_network import Link
 
 #: Sources of an answer that are enough: who then gets a copy does not say so.
@@ -57,7 +57,7 @@ class Claiming:
 
     # --- what comes in
 
-    def announce(self, key: bytes, request: GenerateRequest, stored: StoredAnswer) -> None:
+    def announce(self, key: bytes, request: ModelRequest, stored: StoredAnswer) -> None:
         """Tell the others that this node has the answer to that key."""
         namespace = self._namespaces.of(request.cache.namespace)
         if namespace is None or stored.stored_at is None or stored.expires_at is None:

@@ -92,14 +92,14 @@ def _shown(rows: Sequence[Mapping[str, Any]]) -> int | None:
 
 
 def get(args: argparse.Namespace) -> int:
-    """A stored answer: its text, its record, or the other answers to the same question."""
+    """A stored answer: its text or numbers, its record, or the other answers to its question."""
     if args.alternatives:
         return _alternatives(args)
     if args.json:
         print(_reply(args, "GET", _path(args.cid)).decode())
         return 0
     answer = _ask(args, "GET", _path(args.cid, "answer"))
-    text = answer["text"]
+    text = answer.get("text") or "\n".join(map(repr, answer.get("embedding", ())))
     if text:
         print(printable(text) if sys.stdout.isatty() else text)
     else:

@@ -18,14 +18,16 @@ from ..cache.layers import PublicStore
 from ..mesh.peers import Advert
 from ..mesh.serving import Services
 from ..mesh.transport import TransportError
-from ..providers.base import Answering, GenerateRequest
+from ..providers.base import Answering, Asked, EmbedRequest
 from ..providers.registry import SettingsError
 from .api_cache import CacheApi
+from .api_embeddings import EmbeddingsApi
 from .api_ipfs import IpfsApi
 from .api_kubo_commands import kubo_api
 from .api_mesh import MeshApi
 from .api_openai import OpenAIApi
 from .config import Config, child_environment, home_path
+from .embed_router import EmbedRouter
 from .home import Home, HomeError
 from .http_server import HttpServer, Limits, open_listeners
 from .logs import set_up_logging
@@ -113,6 +115,7 @@ class Node:
         self.stopping = trio.Event()
         self._sharing = parts.sharing
         self._router = parts.router(config, nursery)
+        self._embed_router = EmbedRouter(self._router)
         self._gpus = Gpus()
         self._machine = read_machine(self._gpus)
         self._membership = Membership(
@@ -188,9 +191,9 @@ class Node:
             claim_for=self._sharing.claim_for,
         )
 
-    def _answer_peer(
-        self, request: GenerateRequest, peer: str
-    ) -> AbstractAsyncContextManager[Answering]:
+    def _answer_peer(self, request: Asked, peer: str) -> AbstractAsyncContextManager[Answering]:
+        if isinstance(request, EmbedRequest):
+            return self._embed_router.open(request, local_only=True)
         return self._router.open(request, local_only=True)
 
     # --- what programs may ask
@@ -200,6 +203,7 @@ class Node:
         cache = self._config.cache
         written = functools.partial(key_text, form=cache.key, base=cache.cid_base)
         openai = OpenAIApi(self._router, parts.names, written)
+        embeddings = EmbeddingsApi(self._embed_router, written)
         ipfs = IpfsApi(parts.reading)
         kubo = kubo_api(
             parts,
@@ -223,6 +227,7 @@ class Node:
         )
         routes = Routes()
         routes.add("POST", "/v1/chat/completions", openai.chat_completions)
+        routes.add("POST", "/v1/embeddings", embeddings.embeddings)
         routes.add("GET", "/v1/models", openai.models)
         routes.add("GET", "/mesh/v1/status", mesh.status)
         routes.add("GET", "/mesh/v1/peers", mesh.peers)

@@ -19,10 +19,11 @@ from ..cache.homes import homes
 from ..cache.keys import mesh_key
 from ..cache.namespaces import Namespaces
 from ..cache.record_bounds import RecordError
+from ..cache.records import kind_for
 from ..cache.trust import Alternative, Trust
 from ..mesh.frames import RemoteProtocolError
 from ..mesh.transport import PeerId, TransportError
-from ..providers.base import GenerateRequest
+from ..providers.base import ModelRequest
 from .claim_network import Link
 from .fetching import Fetching
 from .hearing import Hearing
@@ -72,7 +73,7 @@ class Finding:
 
     # --- what lies here
 
-    def uses(self, key: bytes, request: GenerateRequest, stored: StoredAnswer) -> bool:
+    def uses(self, key: bytes, request: ModelRequest, stored: StoredAnswer) -> bool:
         """May an answer be given that lies here, whoever computed it?"""
 
         def claims() -> list[Claim]:
@@ -87,9 +88,7 @@ class Finding:
 
     # --- what others have
 
-    async def find(
-        self, key: bytes, request: GenerateRequest
-    ) -> tuple[StoredAnswer, PeerId] | None:
+    async def find(self, key: bytes, request: ModelRequest) -> tuple[StoredAnswer, PeerId] | None:
         """An answer that enough trusted peers claim, fetched and verified, and who gave it."""
         namespace = self._namespaces.of(request.cache.namespace)
         if self._link.network is None or namespace is None:
@@ -104,7 +103,7 @@ class Finding:
             return await self._fetch_any(key, request, found)
         return None
 
-    def _alternatives(self, wanted: bytes, request: GenerateRequest) -> list[Alternative]:
+    def _alternatives(self, wanted: bytes, request: ModelRequest) -> list[Alternative]:
         now = self._link.clock()
         claims = self._index.lookup(wanted, now)
         if not claims:
@@ -115,7 +114,7 @@ class Finding:
         return found[:MAX_ALTERNATIVES]
 
     async def _fetch_any(
-        self, key: bytes, request: GenerateRequest, found: list[Alternative]
+        self, key: bytes, request: ModelRequest, found: list[Alternative]
     ) -> tuple[StoredAnswer, PeerId] | None:
         for alternative in found:
             try:
@@ -131,7 +130,7 @@ class Finding:
         return None
 
     async def _fetch(
-        self, key: bytes, request: GenerateRequest, alternative: Alternative
+        self, key: bytes, request: ModelRequest, alternative: Alternative
     ) -> tuple[StoredAnswer, PeerId] | None:
         """Raises `RecordError` if what is claimed is no answer."""
         namespace = request.cache.namespace
@@ -147,6 +146,7 @@ class Finding:
             made_at=alternative.made_at,
             expires_at=alternative.expires_at,
             source=peer if peer in alternative.producers else alternative.producers[0],
+            kind=kind_for(request),
             claimed=len(alternative.producers),
             namespace=namespace,
         )
@@ -154,7 +154,7 @@ class Finding:
 
     # --- the homes of a key
 
-    async def _ask_homes(self, wanted: bytes, request: GenerateRequest) -> bool:
+    async def _ask_homes(self, wanted: bytes, request: ModelRequest) -> bool:
         """Ask the homes of a key for claims. Did that bring an answer that may be used?"""
         now = self._link.clock()
         network = self._link.network
@@ -183,7 +183,7 @@ class Finding:
             self._remember_miss(wanted)
         return found
 
-    async def _ask_home(self, home: PeerId, wanted: bytes, request: GenerateRequest) -> bool:
+    async def _ask_home(self, home: PeerId, wanted: bytes, request: ModelRequest) -> bool:
         network = self._link.network
         if network is None or self._conduct.silence(home, self._link.clock()) is not None:
             return False

@@ -7,14 +7,16 @@ for as it stands, and taken apart only if nobody offers it whole.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import msgspec
 
 from ..mesh.candidates import Source
-from ..providers.base import GenerateRequest, ModelNotFound
+from ..providers.base import ModelNotFound, ModelRequest
 
 AUTO = "auto"
+
+_Request = TypeVar("_Request", bound=ModelRequest)
 
 
 class Names:
@@ -33,7 +35,7 @@ class Names:
             for model in sorted(found)
         }
 
-    def resolve(self, request: GenerateRequest) -> GenerateRequest:
+    def resolve(self, request: _Request) -> _Request:
         """The request with a plain model id, and with the provider and peer its name pinned.
 
         A name that nobody offers is left as it is: who chooses says what there is. Raises
@@ -56,8 +58,9 @@ class Names:
                     )
         return request
 
-    def _best(self, sources: Sequence[Source], request: GenerateRequest) -> str:
+    def _best(self, sources: Sequence[Source], request: ModelRequest) -> str:
         """The model `auto` stands for: own before peers', free before paid; echo is the last."""
+        sources = [source for source in sources if request.task in source.offer.tasks]
         usable = [
             source
             for source in sources
@@ -73,10 +76,11 @@ class Names:
         ).offer.id
 
 
-def _nothing(sources: Sequence[Source], request: GenerateRequest) -> str:
+def _nothing(sources: Sequence[Source], request: ModelRequest) -> str:
     """Why `auto` stands for no model, and what to do."""
     if not sources:
-        return "no model can be asked: configure a provider, or join a mesh that has one"
+        what = "no model makes embeddings" if request.task == "embed" else "no model can be asked"
+        return f"{what}: configure a provider, or join a mesh that has one"
     wanted = {
         "provider": request.provider,
         "peer": request.peer,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Annotated, Any, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
@@ -24,6 +25,8 @@ from ..providers.base import (
     ToolCall,
     ToolChoice,
 )
+
+_Body = TypeVar("_Body", bound=msgspec.Struct)
 
 
 class _ImageUrl(msgspec.Struct):
@@ -102,7 +105,7 @@ class _Cache(msgspec.Struct, forbid_unknown_fields=True):
     any_sample: bool = False
 
 
-class _Mesh(msgspec.Struct, forbid_unknown_fields=True):
+class MeshFields(msgspec.Struct, forbid_unknown_fields=True):
     """The `promptmesh` object of a request."""
 
     provider: str | None = None
@@ -135,12 +138,12 @@ class _ChatBody(msgspec.Struct):
     tool_choice: Literal["auto", "none", "required"] | _NamedChoice | None = None
     parallel_tool_calls: bool | None = None
     response_format: _Format | None = None
-    promptmesh: _Mesh = msgspec.field(default_factory=_Mesh)
+    promptmesh: MeshFields = msgspec.field(default_factory=MeshFields)
 
 
 #: What a caller says about itself rather than about the answer: neither sent on nor in the key.
-_ABOUT_THE_CALLER = frozenset({"user", "metadata", "store", "safety_identifier"})
-_KNOWN = frozenset(_ChatBody.__struct_fields__) | _ABOUT_THE_CALLER
+ABOUT_THE_CALLER = frozenset({"user", "metadata", "store", "safety_identifier"})
+_KNOWN = frozenset(_ChatBody.__struct_fields__) | ABOUT_THE_CALLER
 _decode_body = msgspec.json.Decoder(_ChatBody).decode
 #: The fields without what is in them, which only the unknown ones need.
 _decode_names = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
@@ -181,19 +184,7 @@ def decode_chat(body: bytes, request_id: str) -> ChatCall:
 
 
 def _decode(body: bytes) -> ChatCall:
-    try:
-        chat = _decode_body(body)
-        extra = {
-            name: msgspec.json.decode(value)
-            for name, value in _decode_names(body).items()
-            if name not in _KNOWN
-        }
-    except msgspec.ValidationError as error:
-        reason, _, path = str(error).partition(" - at `$")
-        field = path.rstrip("`").lstrip(".") or None
-        raise RequestRejected(f"{field or 'body'}: {reason}", field=field) from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise RequestRejected(f"the body is not a JSON object: {error}") from None
+    chat, extra = decode_body(body, _decode_body, _KNOWN)
     return ChatCall(
         request=_request(chat, extra),
         stream=bool(chat.stream),
@@ -204,12 +195,44 @@ def _decode(body: bytes) -> ChatCall:
 _decode_again = functools.lru_cache(MAX_REMEMBERED)(_decode)
 
 
+def decode_body(
+    body: bytes, decode: Callable[[bytes], _Body], known: frozenset[str]
+) -> tuple[_Body, dict[str, Any]]:
+    """A body's fields that are known, and the others as they are. Raises `RequestRejected`."""
+    try:
+        fields = decode(body)
+        extra = {
+            name: msgspec.json.decode(value)
+            for name, value in _decode_names(body).items()
+            if name not in known
+        }
+    except msgspec.ValidationError as error:
+        reason, _, path = str(error).partition(" - at `$")
+        field = path.rstrip("`").lstrip(".") or None
+        raise RequestRejected(f"{field or 'body'}: {reason}", field=field) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RequestRejected(f"the body is not a JSON object: {error}") from None
+    return fields, extra
+
+
+def routing(mesh: MeshFields) -> dict[str, Any]:
+    """The fields that all requests have, of who may answer and how the cache is used."""
+    cache = msgspec.structs.asdict(mesh.cache)
+    return {
+        "provider": mesh.provider,
+        "peer": mesh.peer,
+        "policy": mesh.policy,
+        "privacy": mesh.privacy,
+        "cache": CacheControl(**cache),
+        "deadline": mesh.deadline_s,
+    }
+
+
 def _request(chat: _ChatBody, extra: dict[str, Any]) -> GenerateRequest:
     if not chat.messages:
         raise RequestRejected("messages: at least one is needed", field="messages")
     if chat.n not in (None, 1):
         raise RequestRejected("n: only 1 answer at a time is given", field="n")
-    mesh = chat.promptmesh
     return GenerateRequest(
         model=chat.model,
         messages=tuple(_message(m, i) for i, m in enumerate(chat.messages)),
@@ -220,20 +243,7 @@ def _request(chat: _ChatBody, extra: dict[str, Any]) -> GenerateRequest:
         response_format=_response_format(chat.response_format),
         dialect="openai",
         extra=extra,
-        provider=mesh.provider,
-        peer=mesh.peer,
-        policy=mesh.policy,
-        privacy=mesh.privacy,
-        cache=CacheControl(
-            mode=mesh.cache.mode,
-            ttl=mesh.cache.ttl,
-            max_age=mesh.cache.max_age,
-            scope=mesh.cache.scope,
-            namespace=mesh.cache.namespace,
-            min_agreement=mesh.cache.min_agreement,
-            any_sample=mesh.cache.any_sample,
-        ),
-        deadline=mesh.deadline_s,
+        **routing(chat.promptmesh),
     )
 
 

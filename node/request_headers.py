@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 import msgspec
 
-from ..providers.base import CacheControl, GenerateRequest, RequestRejected
+from ..providers.base import CacheControl, ModelRequest, RequestRejected
 
 
 class HasHeaders(Protocol):
@@ -48,9 +48,10 @@ _CACHE: dict[str, tuple[str, Callable[[str], Any]]] = {
 _PREFIX = "x-promptmesh-"
 
 _Struct = TypeVar("_Struct", bound=msgspec.Struct)
+_Request = TypeVar("_Request", bound=ModelRequest)
 
 
-def with_headers(request: GenerateRequest, http: HasHeaders) -> GenerateRequest:
+def with_headers(request: _Request, http: HasHeaders) -> _Request:
     """The request with what its headers say. Raises `RequestRejected` that names the header."""
     headers = http.headers
     control = headers.get("cache-control")
@@ -60,7 +61,7 @@ def with_headers(request: GenerateRequest, http: HasHeaders) -> GenerateRequest:
     changes = _changes(headers, _REQUEST)
     if cache:
         changes["cache"] = _replaced(request.cache, cache, CacheControl)
-    return _replaced(request, changes, GenerateRequest)
+    return _replaced(request, changes, type(request))
 
 
 def _changes(

@@ -11,8 +11,8 @@ import logging
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Literal, Protocol
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from typing import Literal, NamedTuple, Protocol, TypeVar
 
 import msgspec
 import trio
@@ -20,9 +20,11 @@ import trio
 from ..cache.answer_rows import StoredAnswer
 from ..cache.answers import AnswerCache
 from ..cache.keys import request_key
+from ..cache.records import kind_for
 from ..cache.uses import Kind
 from ..providers.base import (
     Answering,
+    Asked,
     CacheControl,
     CacheOnlyMiss,
     CacheStatus,
@@ -30,19 +32,21 @@ from ..providers.base import (
     Completion,
     CompletionBuilder,
     DeadlineExceeded,
+    Embedding,
     GenerateRequest,
+    ModelRequest,
     Origin,
-    Price,
-    Usage,
 )
 from .flights import Flights
+from .replays import Replayed, Saving, cost
 
 logger = logging.getLogger(__name__)
 
 Reuse = Literal["deterministic", "always", "never"]
+_Request = TypeVar("_Request", bound=ModelRequest)
 _BYPASS = CacheControl(mode="bypass")
 #: How an answer came, and what the statistics call that.
-_KINDS: dict[CacheStatus, Kind] = {
+KINDS: dict[CacheStatus, Kind] = {
     "hit-local": "hits_local",
     "hit-mesh": "hits_mesh",
     "coalesced": "coalesced",
@@ -55,22 +59,22 @@ class Backends(Protocol):
     """Who can compute an answer (`mesh.backends.BackendManager`)."""
 
     def open(
-        self, request: GenerateRequest, *, local_only: bool = False, key: bytes = b""
+        self, request: Asked, *, local_only: bool = False, key: bytes = b""
     ) -> AbstractAsyncContextManager[Answering]: ...
 
 
 class SharedAnswers(Protocol):
     """What the other members know (`node.sharing.Sharing`)."""
 
-    async def find(self, key: bytes, request: GenerateRequest) -> tuple[StoredAnswer, str] | None:
+    async def find(self, key: bytes, request: Asked) -> tuple[StoredAnswer, str] | None:
         """A stored answer of a peer, fetched and verified, and that peer's id."""
         ...
 
-    def uses(self, key: bytes, request: GenerateRequest, stored: StoredAnswer) -> bool:
+    def uses(self, key: bytes, request: Asked, stored: StoredAnswer) -> bool:
         """May an answer be given that another node computed and that lies here?"""
         ...
 
-    def announce(self, key: bytes, request: GenerateRequest, stored: StoredAnswer) -> None:
+    def announce(self, key: bytes, request: Asked, stored: StoredAnswer) -> None:
         """Tell the others that this node has the answer."""
         ...
 
@@ -78,7 +82,15 @@ class SharedAnswers(Protocol):
 class ModelNames(Protocol):
     """What a person's model name means now (`node.names`)."""
 
-    def resolve(self, request: GenerateRequest) -> GenerateRequest: ...
+    def resolve(self, request: _Request) -> _Request: ...
+
+
+class Found(NamedTuple):
+    """A stored answer, whether it was here or at a peer, and that peer."""
+
+    stored: StoredAnswer
+    status: CacheStatus
+    peer: str
 
 
 class Router:
@@ -99,10 +111,11 @@ class Router:
         min_agreement: int = 1,
     ) -> None:
         self._backends = backends
-        self._names = names
+        self.names = names
         self._answers = answers
+        self.uses = answers.uses
         self._shared = shared
-        self._flights = Flights(nursery)
+        self.flights = Flights(nursery)
         self._peer = peer
         #: The name of a peer's node, as far as it is known.
         self._node_of = node_of
@@ -119,23 +132,27 @@ class Router:
         With `local_only` (a peer asks) only this node's cache and own providers are used: a request
         makes one hop, and there are no loops.
         """
-        request = self._names.resolve(request)
+        request = self.names.resolve(request)
         key = request_key(request)
-        reusing = self._may_reuse(request)
-        stored = await self._stored(key, request, local_only) if reusing else None
-        if stored is not None:
-            yield self._noted(stored, key, local_only)
+        reusing = self.may_reuse(request)
+        found = await self.look_here(key, request, local_only) if reusing else None
+        if found is not None:
+            yield self._noted(self._replay(found), key, local_only)
             return
-        limit = self._deadline if request.deadline is None else request.deadline
-        with trio.move_on_after(limit) as whole:
+        with self.within_its_time(request):
             if reusing:
                 work = self._reuse_or_compute(key, request, local_only)
-            elif request.cache.mode == "only":
-                raise CacheOnlyMiss("this node reuses no answers (cache.reuse is `never`)")
             else:
                 work = self._compute(key, request, local_only)
             async with work as answering:
                 yield self._noted(answering, key, local_only)
+
+    @contextmanager
+    def within_its_time(self, request: Asked) -> Iterator[None]:
+        """The time that a request has. Raises `DeadlineExceeded` when it is over."""
+        limit = self._deadline if request.deadline is None else request.deadline
+        with trio.move_on_after(limit) as whole:
+            yield
         if whole.cancelled_caught:
             raise DeadlineExceeded(f"there was no whole answer within {limit:g} s")
 
@@ -148,83 +165,89 @@ class Router:
     def _count(self, answering: Answering) -> None:
         """Note how the request is answered, and what that saves."""
         status = answering.origin.cache
-        if isinstance(answering, _Replayed):
+        if isinstance(answering, Replayed):
             stored = answering.stored
-            self._answers.uses.count(
-                _KINDS[status],
+            self.uses.count(
+                KINDS[status],
                 tokens=stored.completion.usage.total_tokens,
                 seconds=stored.seconds,
                 money=stored.money,
             )
             return
-        self._answers.uses.count(_KINDS[status])
+        self.uses.count(KINDS[status])
         if status in ("hit-mesh", "coalesced"):  # somebody else's work, known at its end
-            answering.chunks = _Saving(self._answers, answering)
+            answering.chunks = Saving(self._answers, answering)
 
-    def _may_reuse(self, request: GenerateRequest) -> bool:
-        """May a stored answer be given, or an equal request's computation be shared?"""
-        if request.cache.mode not in ("use", "only") or self._reuse == "never":
+    def may_reuse(self, request: Asked) -> bool:
+        """May a stored answer be given, or an equal request's computation be shared?
+
+        Raises `CacheOnlyMiss` if it may not, and nothing else is wanted.
+        """
+        mode = request.cache.mode
+        if mode == "only" and self._reuse == "never":
+            raise CacheOnlyMiss("this node reuses no answers (cache.reuse is `never`)")
+        if mode not in ("use", "only") or self._reuse == "never":
             return False
         return (
             self._reuse == "always"
             or request.deterministic
             or request.cache.any_sample
-            or request.cache.mode == "only"
+            or mode == "only"
         )
 
     @asynccontextmanager
     async def _reuse_or_compute(
         self, key: bytes, request: GenerateRequest, local_only: bool
     ) -> AsyncIterator[Answering]:
-        found = await self._found(key, request, local_only)
+        found = await self.look_at_peers(key, request, local_only)
         if found is not None:
-            yield found
+            yield self._replay(found)
             return
         if request.cache.mode == "only":
             if not local_only:
-                self._answers.uses.count("misses")
+                self.uses.count("misses")
             raise CacheOnlyMiss("no stored answer to this request")
         # The work may outlive the first asker, so it must not end with that one's deadline.
         shared = msgspec.structs.replace(request, deadline=None)
-        flight = self._flights.join(
-            _flight_key(key, request), lambda: self._compute(key, shared, local_only)
+        flight = self.flights.join(
+            flight_key(key, request), lambda: self._compute(key, shared, local_only)
         )
         async with flight as (answering, joined):
             if joined:
                 answering.origin = msgspec.structs.replace(answering.origin, cache="coalesced")
             yield answering
 
-    async def _stored(
-        self, key: bytes, request: GenerateRequest, local_only: bool
-    ) -> Answering | None:
+    async def look_here(self, key: bytes, request: Asked, local_only: bool) -> Found | None:
         """An answer that is here: it takes no time worth a limit."""
-        now = time.time()
         stored = await self._answers.lookup(
-            key, now=now, max_age=request.cache.max_age, shared_only=local_only
+            key,
+            now=time.time(),
+            kind=kind_for(request),
+            max_age=request.cache.max_age,
+            shared_only=local_only,
         )
         if stored is None or not (
             stored.source == self._peer or self._shared.uses(key, request, stored)
         ):
             return None
-        return self._replay(stored, "hit-local", self._peer, now)
+        return Found(stored, "hit-local", self._peer)
 
-    async def _found(
-        self, key: bytes, request: GenerateRequest, local_only: bool
-    ) -> Answering | None:
+    async def look_at_peers(self, key: bytes, request: Asked, local_only: bool) -> Found | None:
         """An answer that a peer has."""
         if local_only or request.cache.scope == "local" or request.privacy == "local":
             return None
         found = await self._shared.find(key, request)
-        if found is None:
-            return None
-        stored, peer = found
-        return self._replay(stored, "hit-mesh", peer, time.time())
+        return None if found is None else Found(found[0], "hit-mesh", found[1])
 
-    def _replay(
-        self, stored: StoredAnswer, status: CacheStatus, peer: str, now: float
-    ) -> Answering:
+    def _replay(self, found: Found) -> Answering:
+        return Replayed(self.origin_of(found), found.stored)
+
+    def origin_of(self, found: Found) -> Origin:
+        """What is said of a stored answer."""
+        stored, status, peer = found
         record = stored.record
-        origin = Origin(
+        left = None if stored.expires_at is None else stored.expires_at - time.time()
+        return Origin(
             peer=peer,
             node=self._node_of(peer),
             provider="cache",
@@ -232,17 +255,26 @@ class Router:
             cache=status,
             cid=stored.cid_text,
             age=stored.age,
-            ttl=None if stored.expires_at is None else max(0.0, stored.expires_at - now),
+            ttl=None if left is None else max(0.0, left),
             weights=record.weights,
             engine=record.engine,
             numerics=record.numerics,
         )
-        return _Replayed(origin, stored)
 
     @asynccontextmanager
     async def _compute(
         self, key: bytes, request: GenerateRequest, local_only: bool
     ) -> AsyncIterator[Answering]:
+        async with self.ask(key, request, local_only) as (answering, started):
+            if request.cache.mode != "bypass":
+                answering.chunks = _Recording(self, key, request, answering, started)
+            yield answering
+
+    @asynccontextmanager
+    async def ask(
+        self, key: bytes, request: Asked, local_only: bool
+    ) -> AsyncIterator[tuple[Answering, float]]:
+        """The answer of a backend, not stored yet, and when it was asked."""
         started = trio.current_time()
         left = trio.current_effective_deadline() - started
         forwarded = msgspec.structs.replace(
@@ -252,9 +284,7 @@ class Router:
         )
         async with self._backends.open(forwarded, local_only=local_only, key=key) as answering:
             answering.origin = _seen_from_here(answering.origin, request, self._peer)
-            if request.cache.mode != "bypass":
-                answering.chunks = _Recording(self, key, request, answering, started)
-            yield answering
+            yield answering, started
 
     def _cache_at_peers(self, cache: CacheControl) -> CacheControl:
         if cache.scope == "local":
@@ -266,23 +296,22 @@ class Router:
     async def keep(
         self,
         key: bytes,
-        request: GenerateRequest,
-        completion: Completion,
+        request: Asked,
+        content: Completion | Embedding,
         origin: Origin,
         seconds: float,
     ) -> str | None:
-        """Store a whole answer, tell the others, and return its CID; None if it may not be kept.
+        """Store a whole answer or an embedding, tell the others, and return its CID.
 
-        `seconds`: how long it took to come.
+        None if it may not be kept. `seconds`: how long it took to come.
         """
         shared = request.cache.scope == "mesh" and request.privacy != "local"
-        cut = completion.finish_reason == "length" and request.sampling.max_tokens is None
-        if cut or completion.finish_reason == "content_filter":
+        if isinstance(content, Completion) and _is_cut(content, request):
             return None
         computed = origin.cache == "miss"  # and not a peer's stored answer
         stored = await self._answers.store(
             key,
-            completion,
+            content,
             model=origin.model or request.model,
             weights=origin.weights,
             engine=origin.engine,
@@ -294,7 +323,7 @@ class Router:
             namespace=request.cache.namespace,
             shared=shared,
             seconds=seconds if computed else None,
-            money=_cost(origin.price, completion.usage) if computed else None,
+            money=cost(origin.price, content.usage) if computed else None,
         )
         if stored is None:
             return None
@@ -303,96 +332,31 @@ class Router:
         return stored.cid_text
 
 
-def _flight_key(key: bytes, request: GenerateRequest) -> bytes:
+def flight_key(key: bytes, request: Asked) -> bytes:
     """Who may answer separates flights, though not stored answers."""
     cache = request.cache
     who = (request.provider, request.peer, request.privacy, cache.scope, str(cache.min_agreement))
     return key + "\0".join(part or "" for part in who).encode()
 
 
+def _is_cut(completion: Completion, request: Asked) -> bool:
+    """Is it less than the model would have said?"""
+    if completion.finish_reason == "length":
+        return isinstance(request, GenerateRequest) and request.sampling.max_tokens is None
+    return completion.finish_reason == "content_filter"
+
+
 def _least(*seconds: float | None) -> float | None:
     return min((s for s in seconds if s is not None), default=None)
 
 
-def _cost(price: Price | None, usage: Usage) -> float | None:
-    """US dollars; None where the price is not known, or is none that a peer may say."""
-    if price is None:
-        return None
-    cost = (
-        usage.prompt_tokens * price.prompt + usage.completion_tokens * price.completion
-    ) / 1_000_000
-    return cost if 0 <= cost < math.inf else None
-
-
-def _seen_from_here(origin: Origin, request: GenerateRequest, peer: str) -> Origin:
+def _seen_from_here(origin: Origin, request: Asked, peer: str) -> Origin:
     """A peer's own stored answer is a hit of the mesh to this node."""
     if request.cache.mode == "bypass":
         return msgspec.structs.replace(origin, cache="bypass")
     if origin.peer != peer and origin.cache == "hit-local":
         return msgspec.structs.replace(origin, cache="hit-mesh")
     return origin
-
-
-class _Replayed(Answering):
-    """A stored answer, whole or as a stream, at full speed."""
-
-    __slots__ = ("_completion", "stored")
-
-    def __init__(self, origin: Origin, stored: StoredAnswer) -> None:
-        usage = msgspec.structs.replace(stored.completion.usage, cached=True)
-        self.stored = stored
-        self._completion = msgspec.structs.replace(stored.completion, usage=usage)
-        super().__init__(origin, _Ready(self._stream()))
-
-    async def whole(self) -> tuple[Completion, Chunk]:
-        return self._completion, self._closing()
-
-    def _closing(self) -> Chunk:
-        completion = self._completion
-        return Chunk(
-            finish_reason=completion.finish_reason,
-            usage=completion.usage,
-            cid=self.stored.cid_text,
-        )
-
-    def _stream(self) -> Iterator[Chunk]:
-        for chunk in self._completion.chunks():
-            yield chunk if chunk.finish_reason is None else self._closing()
-
-
-class _Ready:
-    """Chunks that need not be waited for."""
-
-    def __init__(self, chunks: Iterator[Chunk]) -> None:
-        self._chunks = chunks
-
-    def __aiter__(self) -> _Ready:
-        return self
-
-    async def __anext__(self) -> Chunk:
-        chunk = next(self._chunks, None)
-        if chunk is None:
-            raise StopAsyncIteration
-        return chunk
-
-
-class _Saving:
-    """Passes an answer on that others computed, and notes at its end what that saved."""
-
-    def __init__(self, answers: AnswerCache, answering: Answering) -> None:
-        self._answers = answers
-        self._price = answering.origin.price
-        self._chunks = aiter(answering.chunks)
-
-    def __aiter__(self) -> _Saving:
-        return self
-
-    async def __anext__(self) -> Chunk:
-        chunk = await anext(self._chunks)
-        if chunk.usage is not None:
-            cost = _cost(self._price, chunk.usage)
-            self._answers.uses.saved(tokens=chunk.usage.total_tokens, money=cost)
-        return chunk
 
 
 class _Recording:

@@ -23,7 +23,7 @@ from ..cache.conduct import Conduct
 from ..cache.namespaces import Namespaces
 from ..cache.trust import Trust
 from ..mesh.transport import PeerId
-from ..providers.base import GenerateRequest
+from ..providers.base import ModelRequest
 from .claim_network import ClaimNetwork, Link, Versions
 from .claiming import Claiming
 from .fetching import Fetching
@@ -112,9 +112,7 @@ class Sharing:
 
     # --- what requests ask
 
-    async def find(
-        self, key: bytes, request: GenerateRequest
-    ) -> tuple[StoredAnswer, PeerId] | None:
+    async def find(self, key: bytes, request: ModelRequest) -> tuple[StoredAnswer, PeerId] | None:
         """A stored answer of a peer, fetched and verified, and who gave it; None if there is none.
 
         This node holds it then, and says so while few do.

@@ -3,39 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import trio
 import trio.testing
+from fakes_router import THERE, Backends, Setup, setup
 
-from promptmesh.cache.answer_rows import StoredAnswer
-from promptmesh.cache.answers import AnswerCache
-from promptmesh.cache.blocks import SqliteBlocks
-from promptmesh.cache.database import Database
 from promptmesh.cache.keys import request_key
-from promptmesh.node.router import Reuse, Router
+from promptmesh.node.router import Reuse
 from promptmesh.providers.base import (
-    Answering,
     CacheControl,
     CacheOnlyMiss,
-    Chunk,
     DeadlineExceeded,
     FinishReason,
     GenerateRequest,
     Message,
-    Origin,
     Price,
     Sampling,
     StreamInterrupted,
     Text,
     Usage,
 )
-
-HERE, THERE = "12D3-here", "12D3-there"
 
 
 def asking(prompt: str = "hi", *, temperature: float | None = 0, **fields: Any) -> GenerateRequest:
@@ -45,101 +34,6 @@ def asking(prompt: str = "hi", *, temperature: float | None = 0, **fields: Any) 
         sampling=Sampling(temperature=temperature),
         **fields,
     )
-
-
-@dataclass
-class Backends:
-    """Answers with the prompt and a number that rises, from the peer given."""
-
-    peer: str = HERE
-    origin: dict[str, Any] = field(default_factory=dict)
-    finish: FinishReason | None = "stop"
-    delay: float = 0
-    asked: list[GenerateRequest] = field(default_factory=list)
-    local_only: list[bool] = field(default_factory=list)
-
-    @asynccontextmanager
-    async def open(
-        self, request: GenerateRequest, *, local_only: bool = False, key: bytes = b""
-    ) -> AsyncIterator[Answering]:
-        self.asked.append(request)
-        self.local_only.append(local_only)
-        origin = Origin(
-            peer=self.peer, node="n", provider="p", model="m", attempts=1, **self.origin
-        )
-        yield Answering(origin, self._chunks(request.messages[0].text, len(self.asked)))
-
-    async def _chunks(self, prompt: str, number: int) -> AsyncIterator[Chunk]:
-        yield Chunk(text=f"{prompt} ")
-        await trio.sleep(self.delay)
-        yield Chunk(text=str(number))
-        if self.finish is not None:
-            usage = Usage(prompt_tokens=5, completion_tokens=2)
-            yield Chunk(finish_reason=self.finish, usage=usage)
-
-
-@dataclass
-class Shared:
-    """Other members: they know the answer given, and remember what they are told."""
-
-    knows: tuple[StoredAnswer, str] | None = None
-    asked: int = 0
-    told: list[str] = field(default_factory=list)
-    sources: list[str] = field(default_factory=list)
-    distrusted: set[str] = field(default_factory=set)
-
-    async def find(self, key: bytes, request: GenerateRequest) -> tuple[StoredAnswer, str] | None:
-        self.asked += 1
-        return self.knows
-
-    def uses(self, key: bytes, request: GenerateRequest, stored: StoredAnswer) -> bool:
-        return stored.source not in self.distrusted
-
-    def announce(self, key: bytes, request: GenerateRequest, stored: StoredAnswer) -> None:
-        self.told.append(stored.cid_text)
-        self.sources.append(stored.source)
-
-
-class AsIs:
-    def resolve(self, request: GenerateRequest) -> GenerateRequest:
-        return request
-
-
-@dataclass
-class Setup:
-    router: Router
-    backends: Backends
-    shared: Shared
-    answers: AnswerCache
-
-
-@asynccontextmanager
-async def setup(
-    backends: Backends | None = None,
-    *,
-    reuse: Reuse = "deterministic",
-    deadline: float = 60,
-    min_agreement: int = 1,
-) -> AsyncIterator[Setup]:
-    database = Database(None)
-    answers = AnswerCache(database, SqliteBlocks(database), peer=HERE)
-    backends, shared = backends or Backends(), Shared()
-    async with trio.open_nursery() as nursery:
-        router = Router(
-            backends=backends,
-            names=AsIs(),
-            answers=answers,
-            shared=shared,
-            nursery=nursery,
-            peer=HERE,
-            node_of={HERE: "here", THERE: "there"}.__getitem__,
-            reuse=reuse,
-            deadline=deadline,
-            min_agreement=min_agreement,
-        )
-        yield Setup(router, backends, shared, answers)
-        nursery.cancel_scope.cancel()
-    database.close()
 
 
 async def ask(s: Setup, request: GenerateRequest, **how: Any) -> tuple[str, str, str | None]:
