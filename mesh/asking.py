@@ -62,6 +62,7 @@ class Asking:
         *,
         deadlines: Deadlines,
         experience: Experience,
+        kind: str,
         stamp: Callable[[Origin], Origin],
         closed: Callable[[Candidate, PeerAnswer], None],
         embed: EmbedRequest | None = None,
@@ -72,6 +73,8 @@ class Asking:
         self._source = source
         self._deadlines = deadlines
         self._experience = experience
+        #: What lengths are remembered by (`GenerateRequest.kind`).
+        self._kind = kind
         #: Makes the answer's origin what it is to this node's callers.
         self._stamp = stamp
         #: Takes what the closing frame of a peer carries.
@@ -133,9 +136,9 @@ class Asking:
         self._origin = self._stamp(source.origin)
         self._first = await self._read()
         self._first_at = trio.current_time()
-        if self._computed and self.candidate.busy < self.candidate.slots:
+        if self._computed and self.candidate.busy.all < self.candidate.busy.slots:
             speed = self._experience.measures.of(self.candidate.measured)
-            speed.first_token(self._first_at - self._started)
+            speed.first_token(self._first_at - self._started, self._first_at)
 
     @property
     def _computed(self) -> bool:
@@ -227,8 +230,8 @@ class Asking:
         tokens = last.usage.completion_tokens if last.usage else 0
         if self._computed and tokens:
             now = self._remote.arrived if self._remote else trio.current_time()
-            self._experience.measures.of(what).finished(tokens, now - self._first_at)
-            self._experience.measures.add_length(what.model, tokens)
+            self._experience.measures.of(what).finished(tokens, now - self._first_at, now)
+            self._experience.measures.add_length(what.model, tokens, self._kind)
         if self._remote:
             self._closed(self.candidate, self._remote)
 
@@ -238,7 +241,12 @@ class Asking:
         self._settled = True
         self._end()
         self._experience.failed(
-            self.candidate.measured, fault, str(failure), trio.current_time(), failure.retry_after
+            self.candidate.measured,
+            fault,
+            str(failure),
+            trio.current_time(),
+            failure.retry_after,
+            seconds=self.seconds,
         )
         if self._remote:
             self._closed(self.candidate, self._remote)

@@ -144,17 +144,18 @@ class Attempts:
         self.request = request
         self.ruled_out = ruled_out
         self.tried: list[Attempt] = []
-        self._left = list(candidates)
+        #: Who may still be asked.
+        self.left = list(candidates)
         self._choose = choose
         self._models = models
         self._for_peer = for_peer
 
     def next(self) -> Candidate:
         """The candidate to ask now. Raises the error that ends the request if there is none."""
-        if not self._left:
+        if not self.left:
             raise self._all_failed() if self.tried else self._no_candidate()
-        chosen = self._choose(self._left)
-        self._left.remove(chosen)
+        chosen = self._choose(self.left)
+        self.left.remove(chosen)
         return chosen
 
     def failed(self, candidate: Candidate, error: GenerateError, seconds: float) -> None:
@@ -162,8 +163,8 @@ class Attempts:
         self.tried.append(Attempt(candidate, error, seconds))
         if isinstance(error, ContextTooLong):
             size = candidate.offer.context_length or 0
-            self._left = [c for c in self._left if (c.offer.context_length or 0) > size]
-            if not self._left:
+            self.left = [c for c in self.left if (c.offer.context_length or 0) > size]
+            if not self.left:
                 raise error
         elif isinstance(error, ModelNotFound):
             pass  # what that peer offered was old news

@@ -29,15 +29,17 @@ from ..providers.base import (
     Policy,
     ProviderUnavailable,
 )
+from .affinity import Affinity, Beginning, beginnings
 from .asking import Asking, Deadlines
 from .attempts import Attempt, Attempts, RuledOut
 from .candidates import Candidates, LocalBackend, Source, paused
 from .embedding import answer_of
-from .frames import Load
+from .frames import AskLoads, Load, PresentLoads
 from .measure import BackendId, Experience
 from .peers import Advert, PeerTable
-from .policies import Candidate, Turns, choose
+from .policies import Candidate, Choice, Turns, Work
 from .pool import PeerAnswer
+from .probing import Probes, worth_probing
 from .transport import PeerId
 
 logger = logging.getLogger(__name__)
@@ -60,6 +62,8 @@ class PeerNetwork(Protocol):
     def ask(
         self, peer: PeerId, request: Asked, *, connect: float
     ) -> AbstractAsyncContextManager[PeerAnswer]: ...
+
+    async def probe(self, peer: PeerId, question: AskLoads, *, limit: float) -> PresentLoads: ...
 
     def listen(
         self, *, advert: Callable[[Advert], None], connection: Callable[[PeerId, bool], None]
@@ -93,6 +97,8 @@ class BackendManager:
         self._deadlines = deadlines or Deadlines()
         self._on_claim = on_claim
         self._turns = Turns()
+        self._affinity = Affinity()
+        self._probes = Probes(self.experience.loads, self._providers_of)
         self._network: PeerNetwork | None = None
         self._logs: OrderedDict[str, RequestLog] = OrderedDict()
 
@@ -108,8 +114,9 @@ class BackendManager:
         self._network = None
 
     def _heard(self, advert: Advert) -> None:
+        now = trio.current_time()
         for provider in advert.providers:
-            self.experience.loads.report(BackendId(advert.peer, provider.name), provider.load)
+            self.experience.loads.report(BackendId(advert.peer, provider.name), provider.load, now)
 
     # --- what there is
 
@@ -168,15 +175,18 @@ class BackendManager:
     ) -> AsyncIterator[Answering]:
         policy = request.policy or self._policy
         started = trio.current_time()
-        attempts = self._attempts(request, policy, local_only, key)
+        attempts, choice, prompt = self._attempts(request, policy, local_only, key)
         self._remember(request.id, policy, attempts)
         while True:
+            if policy == "best_performance":
+                await self._look(attempts, choice)
             candidate = attempts.next()
             asking = self._asking(candidate, request, started, policy, len(attempts.tried) + 1)
             try:
                 self._check_breaker(candidate)
                 async with asking.open() as answering:
                     attempts.answered(candidate, asking.seconds)
+                    self._affinity.saw(prompt, candidate.backend, trio.current_time())
                     yield answering
             except GenerateError as error:
                 if asking.begun:
@@ -208,6 +218,7 @@ class BackendManager:
             lambda: self._source(candidate, forwarded),
             deadlines=self._deadlines,
             experience=self.experience,
+            kind=request.kind,
             stamp=stamp,
             closed=self._closed,
             embed=request if isinstance(request, EmbedRequest) else None,
@@ -230,14 +241,19 @@ class BackendManager:
         closing = answer.closing
         if closing is None:
             return
-        state = self._peers.get(candidate.peer)
-        for provider in state.providers if state else ():
-            load = closing.loads.get(provider.name)
+        now = trio.current_time()
+        for name in self._providers_of(candidate.peer):
+            load = closing.loads.get(name)
             if load is not None:
-                self.experience.loads.report(BackendId(candidate.peer, provider.name), load)
+                self.experience.loads.report(BackendId(candidate.peer, name), load, now)
         claim, chunk = getattr(closing, "claim", None), getattr(closing, "chunk", None)
         if claim is not None and chunk is not None and chunk.cid:
             self._on_claim(candidate.peer, claim, chunk.cid)
+
+    def _providers_of(self, peer: PeerId) -> Sequence[str]:
+        """The names under which a peer may say how busy it is."""
+        state = self._peers.get(peer)
+        return [provider.name for provider in state.providers] if state else []
 
     def _check_breaker(self, candidate: Candidate) -> None:
         """It may have opened since the candidates were weighed."""
@@ -251,21 +267,20 @@ class BackendManager:
             if len(self._logs) > MAX_LOGS:
                 self._logs.popitem(last=False)
 
-    def _attempts(self, request: Asked, policy: Policy, local_only: bool, key: bytes) -> Attempts:
-        tokens = self.experience.measures.length(request.model)
-        if isinstance(request, GenerateRequest) and request.sampling.max_tokens is not None:
-            tokens = min(tokens, request.sampling.max_tokens)
+    def _attempts(
+        self, request: Asked, policy: Policy, local_only: bool, key: bytes
+    ) -> tuple[Attempts, Choice, Sequence[Beginning]]:
         with_peers = self._network is not None and not local_only
         suitable, ruled_out = self._candidates.sort(
             request, with_peers=with_peers, only_shared=local_only
         )
-        return Attempts(
+        choice = Choice(policy, turns=self._turns, key=key, work=self._work(request), rng=self._rng)
+        prompt = self._compare(request, suitable) if policy == "best_performance" else ()
+        attempts = Attempts(
             request,
             suitable,
             ruled_out,
-            choose=lambda left: choose(
-                policy, left, turns=self._turns, key=key, tokens=tokens, rng=self._rng
-            ),
+            choose=lambda left: choice.take(left, trio.current_time()),
             models=lambda: (
                 source.offer.id
                 for source in self._candidates.sources(
@@ -274,6 +289,36 @@ class BackendManager:
             ),
             for_peer=local_only,
         )
+        return attempts, choice, prompt
+
+    def _work(self, request: Asked) -> Work:
+        measures = self.experience.measures
+        most = request.sampling.max_tokens if isinstance(request, GenerateRequest) else None
+        tokens = measures.length(request.model, kind=request.kind)
+        typical = measures.length(request.model)
+        return Work(tokens if most is None else min(tokens, most), typical)
+
+    def _compare(self, request: Asked, candidates: Sequence[Candidate]) -> Sequence[Beginning]:
+        """Note who has seen how much of the prompt. One candidate is taken in any case."""
+        if len(candidates) < 2 or not isinstance(request, GenerateRequest):
+            return ()
+        prompt = beginnings(request)
+        if prompt:
+            now = trio.current_time()
+            for candidate in candidates:
+                candidate.seen = self._affinity.share(prompt, candidate.backend, now)
+        return prompt
+
+    async def _look(self, attempts: Attempts, choice: Choice) -> None:
+        """Ask how busy those are that may be chosen, where it is not known well enough."""
+        if attempts.tried:
+            self._candidates.refresh(attempts.left)
+        now = trio.current_time()
+        drawn = choice.draw(attempts.left, now)
+        asked = worth_probing(drawn, choice.work, now) if self._network else ()
+        if asked and self._network is not None:
+            await self._probes.ask(asked, self._network.probe, now)
+            self._candidates.refresh(drawn)
 
 
 @asynccontextmanager

@@ -14,7 +14,7 @@ import trio
 from ..providers.base import Asked, ModelOffer, Provider
 from .attempts import Obstacle, RuledOut, rule_out
 from .frames import Load
-from .measure import BackendId, Experience, Measured
+from .measure import BackendId, Busy, Experience, Measured
 from .peers import Offered, PeerState, PeerTable, ProviderAdvert
 from .policies import Candidate
 from .transport import PeerId
@@ -29,6 +29,8 @@ class HasLoad(Protocol):
     def waiting(self) -> int: ...
     @property
     def slots(self) -> int: ...
+    @property
+    def wait(self) -> float | None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +106,23 @@ class Candidates:
                 ruled_out.append(reason)
         return suitable, ruled_out
 
+    def refresh(self, candidates: Sequence[Candidate]) -> None:
+        """Take over what was learnt of their load since they were sorted."""
+        now = trio.current_time()
+        loads = self._experience.loads
+        for candidate in candidates:
+            busy = None
+            if candidate.own:
+                backend = self.local(candidate.provider)
+                if backend is not None:
+                    busy = self._own_busy(backend)
+            else:
+                known = Load(running=candidate.busy.others, slots=candidate.busy.slots)
+                busy = loads.get(candidate.backend, known)
+                candidate.age = now - busy.at
+            if busy is not None:
+                candidate.busy = busy
+
     def _of(
         self, model: str, with_peers: bool, only_shared: bool
     ) -> Iterator[tuple[Candidate, Obstacle | None]]:
@@ -115,26 +134,30 @@ class Candidates:
                         candidate = self._own(backend, offer)
                         yield candidate, self._breaker_obstacle(candidate, now)
         for offered in self._peers.offers(model) if with_peers else ():
-            candidate = self._remote(offered)
+            candidate = self._remote(offered, now)
             obstacle = _obstacle(offered.peer, offered.provider)
             yield candidate, obstacle or self._breaker_obstacle(candidate, now)
 
     def _own(self, backend: LocalBackend, offer: ModelOffer) -> Candidate:
-        load = _load(backend)
+        busy = self._own_busy(backend)
         return Candidate(
             peer=self._peer_id,
             node=self._node,
             provider=backend.name,
             offer=offer,
             own=True,
-            slots=load.slots,
-            # It counts our requests too.
-            others=load.running + load.waiting,
+            busy=busy,
             speed=self._experience.measures.get(Measured(self._peer_id, backend.name, offer.id)),
             paid=backend.paid,
         )
 
-    def _remote(self, offered: Offered) -> Candidate:
+    def _own_busy(self, backend: LocalBackend) -> Busy:
+        """All its requests come through here: what it counts are ours."""
+        load = _load(backend)
+        count = load.running + load.waiting
+        return Busy(0, count, load.slots, told=count, wait=load.wait, at=trio.current_time())
+
+    def _remote(self, offered: Offered, now: float) -> Candidate:
         peer, provider, offer = offered
         busy = self._experience.loads.get(BackendId(peer.peer, provider.name), provider.load)
         return Candidate(
@@ -142,9 +165,9 @@ class Candidates:
             node=peer.node,
             provider=provider.name,
             offer=offer,
-            slots=busy.slots,
-            others=busy.others,
-            in_flight=busy.in_flight,
+            busy=busy,
+            age=now - busy.at,
+            rtt=peer.rtt,
             speed=self._experience.measures.get(Measured(peer.peer, provider.name, offer.id)),
             said_ttft=provider.ttft,
             said_rate=provider.rate,
@@ -158,7 +181,8 @@ class Candidates:
 
 def _load(backend: LocalBackend) -> Load:
     load = backend.load()
-    return Load(running=load.running, waiting=load.waiting, slots=max(load.slots, 1))
+    slots = max(load.slots, 1)
+    return Load(running=load.running, waiting=load.waiting, slots=slots, wait=load.wait)
 
 
 def _obstacle(peer: PeerState, provider: ProviderAdvert) -> Obstacle | None:

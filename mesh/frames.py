@@ -44,11 +44,16 @@ class RemoteProtocolError(Exception):
 
 
 class Load(Value, frozen=True, kw_only=True):
-    """How busy a provider is: requests running and waiting, and how many run at once."""
+    """How busy a provider is: requests running and waiting, and how many run at once.
+
+    `wait` is the seconds until one that comes now would begin, by what its node knows of those that
+    are there; None: at once, or it cannot tell.
+    """
 
     running: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 0
     waiting: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 0
     slots: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 1
+    wait: Annotated[float, msgspec.Meta(ge=0, le=1e9)] | None = None
 
 
 class Generate(Value, frozen=True, kw_only=True, tag_field="kind", tag="generate"):
@@ -102,6 +107,16 @@ class AskTable(Value, frozen=True, kw_only=True, tag_field="kind", tag="table"):
     """Give me the adverts you have."""
 
 
+class AskLoads(Value, frozen=True, kw_only=True, tag_field="kind", tag="probe"):
+    """How busy are your providers? I am about to choose who answers with that model.
+
+    `within` is the seconds until I shall have chosen.
+    """
+
+    model: str = ""
+    within: float = 0.0
+
+
 class Head(Value, frozen=True, kw_only=True, tag_field="kind", tag="head"):
     """Who answers."""
 
@@ -152,8 +167,18 @@ class End(Value, frozen=True, kw_only=True, tag_field="kind", tag="end"):
     """There are no more items; or what was put is taken."""
 
 
-Request = Generate | Embed | AskBlock | AskClaims | PutClaims | FindClaims | AskTable
-Reply = Head | Piece | Done | Failed | Block | Items | End
+class PresentLoads(Value, frozen=True, kw_only=True, tag_field="kind", tag="loads"):
+    """How busy the providers are that the asker may use.
+
+    `rivals` is how many others have asked this for the same model and may not have chosen yet.
+    """
+
+    loads: dict[str, Load] = msgspec.field(default_factory=dict)
+    rivals: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 0
+
+
+Request = Generate | Embed | AskBlock | AskClaims | PutClaims | FindClaims | AskTable | AskLoads
+Reply = Head | Piece | Done | Failed | Block | Items | End | PresentLoads
 Frame = Request | Reply
 
 # --- bytes --------------------------------------------------------------------------------------
@@ -273,6 +298,8 @@ def _check(frame: Frame) -> None:
         _check_request(frame.request)
     elif isinstance(frame, Failed):
         _check_times((frame.retry_after,))
+    elif isinstance(frame, AskLoads):
+        _check_times((frame.within,))
     elif isinstance(frame, Head):
         _check_origin(frame.origin)
     elif isinstance(frame, PutClaims) and sum(map(len, frame.envelopes)) > MAX_PUT_BYTES:

@@ -16,8 +16,9 @@ from .transport import PeerId
 
 #: Weight of the newest sample in the moving averages: half of the memory is the last 3 samples.
 ALPHA = 0.2
-#: Weight of the newest outcome in the error rate.
-ERROR_ALPHA = 0.25
+#: Weight of the newest outcome in the error rate, and the seconds in which half of it fades: who
+#: failed and is not asked would else never be asked again.
+ERROR_ALPHA, ERROR_HALF_LIFE = 0.25, 10.0
 #: (peer, provider, model) that are remembered; the least recently used are forgotten.
 MAX_MEASURED = 10_000
 #: A generation shorter than this (s) says nothing of the speed: it came in one piece.
@@ -26,6 +27,8 @@ MIN_GENERATION = 0.005
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 8.0
 #: A provider's own `retry_after` is believed up to this (s).
 LONGEST_RETRY_AFTER = 3600.0
+#: Seconds for which a peer may say that it is about to choose.
+LONGEST_CHOICE = 0.5
 #: An answer with an error of the server's own (5xx) opens the breaker at this count in a row.
 ERRORS_IN_A_ROW = 2
 
@@ -56,23 +59,39 @@ class Speed:
     ttft: float | None = None
     #: Tokens per second after the first token.
     rate: float | None = None
-    #: Whole answers seen.
+    #: When the last sample came.
+    at: float = -math.inf
+    #: Requests sent while there was no sample.
+    tries: int = 0
+    #: Whole answers since it was first asked, or since it came back.
     answers: int = 0
-    #: Share of recent attempts that failed, 0 to 1.
+    #: Share of recent attempts that failed, 0 to 1, as it was at `failed_at`.
     errors: float = 0.0
+    failed_at: float = -math.inf
+    #: Seconds until a failed attempt had failed.
+    failing: float | None = None
 
-    def first_token(self, seconds: float) -> None:
-        self.ttft = _average(self.ttft, seconds)
+    def first_token(self, seconds: float, now: float) -> None:
+        self.ttft, self.at = _average(self.ttft, seconds), now
 
-    def finished(self, tokens: int, seconds: float) -> None:
+    def finished(self, tokens: int, seconds: float, now: float) -> None:
         """A whole answer: so many tokens, so long from the first to the last."""
         self.answers += 1
         self.errors *= 1 - ERROR_ALPHA
         if tokens > 1 and seconds >= MIN_GENERATION:
-            self.rate = _average(self.rate, min((tokens - 1) / seconds, 1e6))
+            self.rate, self.at = _average(self.rate, min((tokens - 1) / seconds, 1e6)), now
 
-    def failed(self) -> None:
-        self.errors += ERROR_ALPHA * (1 - self.errors)
+    def failed(self, seconds: float, now: float) -> None:
+        """An attempt failed after so long."""
+        faded = self.errors_at(now)
+        self.errors, self.failed_at = faded + ERROR_ALPHA * (1 - faded), now
+        self.failing = _average(self.failing, seconds)
+
+    def errors_at(self, now: float) -> float:
+        """The share of attempts that fail, as far as it is still remembered."""
+        if not self.errors:
+            return 0.0
+        return self.errors * math.exp2(min(self.failed_at - now, 0.0) / ERROR_HALF_LIFE)
 
 
 def _average(old: float | None, new: float) -> float:
@@ -84,7 +103,8 @@ class Measures:
 
     def __init__(self) -> None:
         self._speeds: OrderedDict[Measured, Speed] = OrderedDict()
-        self._lengths: OrderedDict[str, float] = OrderedDict()
+        #: By model and kind of request ("": all of them).
+        self._lengths: OrderedDict[tuple[str, str], float] = OrderedDict()
 
     def get(self, what: Measured) -> Speed | None:
         """What was seen; None: nothing."""
@@ -100,15 +120,23 @@ class Measures:
         self._speeds.move_to_end(what)
         return speed
 
-    def add_length(self, model: str, tokens: int) -> None:
-        """An answer of that model had so many tokens."""
-        self._lengths[model] = _average(self._lengths.pop(model, None), min(tokens, 10**6))
-        if len(self._lengths) > MAX_MEASURED:
-            self._lengths.popitem(last=False)
+    def came_back(self, peer: PeerId, provider: str = "") -> None:
+        """What its answers were before counts no more: its share grows from the first one on."""
+        for what, speed in self._speeds.items():
+            if what.peer == peer and provider in ("", what.provider):
+                speed.answers = 0
 
-    def length(self, model: str, default: float = 200.0) -> float:
-        """Tokens to expect of an answer."""
-        return self._lengths.get(model, default)
+    def add_length(self, model: str, tokens: int, kind: str = "") -> None:
+        """An answer of that model, to a request of that kind, had so many tokens."""
+        for key in {(model, kind), (model, "")}:
+            self._lengths[key] = _average(self._lengths.pop(key, None), min(tokens, 10**6))
+            if len(self._lengths) > MAX_MEASURED:
+                self._lengths.popitem(last=False)
+
+    def length(self, model: str, default: float = 200.0, *, kind: str = "") -> float:
+        """Tokens to expect of an answer, by others of its kind, else by all of the model."""
+        of_model = self._lengths.get((model, ""), default)
+        return self._lengths.get((model, kind), of_model)
 
 
 # --- breakers -----------------------------------------------------------------------------------
@@ -203,9 +231,20 @@ class Breakers:
 class Busy(NamedTuple):
     """Requests of others (running and waiting), our own in flight, and how many run at once."""
 
-    others: int
-    in_flight: int
-    slots: int
+    others: int = 0
+    in_flight: int = 0
+    slots: int = 1
+    #: What it said last: how many were there, and the seconds until another would begin.
+    told: int = 0
+    wait: float | None = None
+    #: Other nodes that were about to choose when it was told, and when that was.
+    rivals: int = 0
+    at: float = -math.inf
+
+    @property
+    def all(self) -> int:
+        """How many are there now."""
+        return self.others + self.in_flight
 
 
 @dataclass(slots=True)
@@ -214,7 +253,13 @@ class _Seen:
     others: int = 0
     slots: int = 1
     in_flight: int = 0
-    reported: bool = False
+    #: How many it said were there, and how long another would wait.
+    told: int = 0
+    wait: float | None = None
+    #: Other nodes that had just asked for its load when it was reported, and may choose it too.
+    rivals: int = 0
+    #: When it was reported; None: never.
+    at: float | None = None
 
 
 @dataclass(slots=True)
@@ -235,19 +280,44 @@ class Loads:
         """Its last byte came, or it was given up."""
         self._of(backend).in_flight -= 1
 
-    def report(self, backend: BackendId, load: Load) -> None:
-        """The peer said how busy it is."""
+    def report(
+        self,
+        backend: BackendId,
+        load: Load,
+        now: float,
+        *,
+        known: int | None = None,
+        rivals: int = 0,
+    ) -> None:
+        """The peer said how busy it is.
+
+        Of our requests it knew at most `known`: those sent after it was asked came too late.
+        """
         seen = self._of(backend)
-        seen.others = max(load.running + load.waiting - seen.in_flight, 0)
-        seen.slots, seen.reported = load.slots, True
+        ours = seen.in_flight if known is None else min(known, seen.in_flight)
+        seen.told, seen.wait = load.running + load.waiting, load.wait
+        seen.others = max(seen.told - ours, 0)
+        seen.slots, seen.rivals, seen.at = load.slots, rivals, now
+
+    def told(self, backend: BackendId) -> float | None:
+        """When it was last reported; None: never."""
+        seen = self._seen.get(backend)
+        return seen.at if seen else None
+
+    def in_flight(self, backend: BackendId) -> int:
+        """Our own requests there."""
+        seen = self._seen.get(backend)
+        return seen.in_flight if seen else 0
 
     def get(self, backend: BackendId, advertised: Load) -> Busy:
         """How busy it is now; as advertised if it never said otherwise."""
         seen = self._seen.get(backend)
-        if seen is None or not seen.reported:
+        if seen is None or seen.at is None:
             others = advertised.running + advertised.waiting
             return Busy(others, seen.in_flight if seen else 0, advertised.slots)
-        return Busy(seen.others, seen.in_flight, seen.slots)
+        return Busy(
+            seen.others, seen.in_flight, seen.slots, seen.told, seen.wait, seen.rivals, seen.at
+        )
 
     def forget(self, peer: PeerId) -> None:
         """The peer is gone: what it said holds no more."""
@@ -260,6 +330,32 @@ class Loads:
         if seen is None:
             seen = self._seen[backend] = _Seen()
         return seen
+
+
+# --- others who choose --------------------------------------------------------------------------
+
+
+class Choosing:
+    """Peers that have asked how busy this node is, and are about to choose whom to ask.
+
+    Nodes that look at the same moment see the same, and would all go to the same place. So each is
+    told how many looked before it and may not have chosen yet.
+    """
+
+    def __init__(self) -> None:
+        #: The model each asks for, and until when it may be choosing.
+        self._askers: dict[PeerId, tuple[str, float]] = {}
+
+    def enter(self, asker: PeerId, model: str, within: float, now: float) -> int:
+        """It will have chosen within so many seconds. Returns how many others are choosing."""
+        self._askers = {p: entry for p, entry in self._askers.items() if entry[1] > now}
+        others = sum(entry[0] == model for p, entry in self._askers.items() if p != asker)
+        self._askers[asker] = model, now + min(within, LONGEST_CHOICE)
+        return others
+
+    def chose(self, asker: PeerId) -> None:
+        """Its request is here: it is counted as such."""
+        self._askers.pop(asker, None)
 
 
 # --- all of it ----------------------------------------------------------------------------------
@@ -288,8 +384,10 @@ class Experience:
 
     def begin(self, what: Measured) -> None:
         """A request is sent."""
-        backend = BackendId(what.peer, what.provider)
-        self.loads.begin(backend)
+        self.loads.begin(BackendId(what.peer, what.provider))
+        speed = self.measures.of(what)
+        if speed.ttft is None:
+            speed.tries += 1
         for breaker in self._made_breakers(what):
             breaker.begin()
 
@@ -308,17 +406,25 @@ class Experience:
             breaker.abandoned()
 
     def failed(
-        self, what: Measured, fault: Fault, reason: str, now: float, retry_after: float | None
+        self,
+        what: Measured,
+        fault: Fault,
+        reason: str,
+        now: float,
+        retry_after: float | None,
+        *,
+        seconds: float,
     ) -> None:
-        """There was no whole answer."""
+        """There was no whole answer; that took so long."""
         self.abandoned(what)
         if fault is Fault.NONE:
             return
-        self.measures.of(what).failed()
+        self.measures.of(what).failed(seconds, now)
         at_fault = BackendId(what.peer, "" if fault is Fault.PEER else what.provider)
-        self.breakers.of(at_fault).failed(
-            now, reason, at_once=fault is not Fault.PROVIDER, retry_after=retry_after
-        )
+        breaker = self.breakers.of(at_fault)
+        breaker.failed(now, reason, at_once=fault is not Fault.PROVIDER, retry_after=retry_after)
+        if breaker.tripped:
+            self.measures.came_back(*at_fault)
 
     def connection(self, peer: PeerId, connected: bool) -> None:
         """A connection to the peer came or went."""
@@ -327,6 +433,7 @@ class Experience:
             breaker.succeeded()
         if not connected:
             self.loads.forget(peer)
+            self.measures.came_back(peer)
 
     def _made_breakers(self, what: Measured) -> list[Breaker]:
         ids = BackendId(what.peer, what.provider), BackendId(what.peer, "")

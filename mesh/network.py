@@ -15,6 +15,7 @@ from .dialing import Dialing
 from .frames import (
     AskBlock,
     AskClaims,
+    AskLoads,
     AskTable,
     Block,
     Embed,
@@ -24,6 +25,7 @@ from .frames import (
     Generate,
     Items,
     Known,
+    PresentLoads,
     PutClaims,
     RemoteProtocolError,
     Request,
@@ -166,6 +168,20 @@ class Network:
             answer = PeerAnswer(stream)
             await answer.wait_head()
             yield answer
+
+    async def probe(self, peer: PeerId, question: AskLoads, *, limit: float) -> PresentLoads:
+        """How busy the peer's providers are, if it says so within `limit` seconds.
+
+        Raises `TransportError`, `RemoteProtocolError`.
+        """
+        loads = PresentLoads()
+
+        def take(frame: PresentLoads) -> None:
+            nonlocal loads
+            loads = frame
+
+        await self._collect(peer, question, limit, take)
+        return loads
 
     async def fetch_block(self, peer: PeerId, cid: bytes, proof: bytes = b"") -> bytes | None:
         """The block with that CID, not checked yet; None if the peer does not give it.

@@ -1,30 +1,45 @@
 """Which of the candidates that could answer is asked: three policies. Pure.
 
-A policy is told the candidates, a random generator and what else decides; it reads no clock and
-keeps nothing, but for the counts of `round_robin`, which are `Turns`.
+A policy is told the candidates, the time (monotonic seconds), a random generator and what else
+decides; it reads no clock and keeps nothing, but for `Turns`, the counts of `round_robin`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from random import Random
+from typing import NamedTuple
 
 from ..providers.base import ModelOffer, Policy
-from .measure import BackendId, Measured, Speed
+from .measure import BackendId, Busy, Measured, Speed
 from .transport import PeerId
 
-#: Up to so many candidates `best_performance` weighs all; of more, two drawn at random: nodes that
-#: know the same and all take the best would all go to the same one.
+#: Up to so many candidates `best_performance` weighs all; of more, so many are drawn at random, by
+#: how much they get done: nodes that know the same and all take the best would meet there.
 FEW = 8
-#: Seconds that a failed attempt costs, of finding out and starting again elsewhere.
-FAILURE_COST = 5.0
-#: Expected seconds of an answer where nothing was ever measured.
+#: Seconds that a failed attempt costs beside those until it has failed: starting again elsewhere.
+FAILURE_COST = 2.0
+#: Seconds that a candidate is put back which did not answer when asked how busy it is.
+SILENCE_COST = 5.0
+#: Seconds of an answer where nothing was ever measured.
 UNKNOWN = 1.0
-#: An unmeasured candidate is taken for this much of the best measured one: so it is tried.
-OPTIMISM = 0.9
+#: An unmeasured candidate is taken for this much of the best measured one, so that it is tried; and
+#: for this much more after each try that measured nothing.
+OPTIMISM, DISAPPOINTMENT = 0.9, 0.5
+#: Seconds in which half of the trust in our own measurements goes over to what its node says.
+TRUST_HALF_LIFE = 120.0
+#: Share of the time to the first token that a prompt saves which was seen there.
+PREFIX_SAVES = 0.7
+#: Seconds to load a model that is not in memory.
+LOADING = 10.0
+#: Candidates whose times differ by less than this share of them are equally good.
+NEAR = 0.02
+#: Others who choose at the same moment that are reckoned with.
+MAX_RIVALS = 64
 #: Models whose turns are remembered.
 MAX_MODELS = 1024
 
@@ -39,15 +54,20 @@ class Candidate:
     offer: ModelOffer
     #: Is it this node's own?
     own: bool = False
-    slots: int = 1
-    #: Requests of others that run or wait there, and this node's own in flight.
-    others: int = 0
-    in_flight: int = 0
+    busy: Busy = field(default_factory=Busy)
+    #: Seconds since its node said how busy it is; 0: it is our own.
+    age: float = 0.0
+    #: Did it leave the last question how busy it is without an answer?
+    silent: bool = False
+    #: Seconds to its node and back; None: not connected, or not known yet.
+    rtt: float | None = None
     #: What this node measured; None: nothing yet.
     speed: Speed | None = None
     #: What its own node says it measured: seconds to the first token, tokens per second.
     said_ttft: float | None = None
     said_rate: float | None = None
+    #: Share of the prompt that it has seen lately, 0 to 1 (`affinity`).
+    seen: float = 0.0
     #: It spends somebody's money or subscription.
     paid: bool = False
 
@@ -58,10 +78,6 @@ class Candidate:
     @property
     def measured(self) -> Measured:
         return Measured(self.peer, self.provider, self.offer.id)
-
-    @property
-    def busy(self) -> int:
-        return self.others + self.in_flight
 
     def __str__(self) -> str:
         return f"{self.node or self.peer}:{self.provider}"
@@ -112,7 +128,7 @@ def least_loaded(candidates: Sequence[Candidate], key: bytes, rng: Random) -> Ca
     Ties go by rendezvous hash of the request's key, so that equal requests at two nodes meet at one
     peer and share its work; without a key, at random.
     """
-    loads = [c.busy / c.slots for c in candidates]
+    loads = [c.busy.all / c.busy.slots for c in candidates]
     least = min(loads)
     tied = [c for c, load in zip(candidates, loads, strict=True) if load == least]
     if len(tied) == 1:
@@ -126,67 +142,173 @@ def rendezvous(key: bytes, backend: BackendId) -> bytes:
     return hashlib.blake2b(name, key=hashlib.sha256(key).digest(), digest_size=16).digest()
 
 
-def best_performance(candidates: Sequence[Candidate], tokens: float, rng: Random) -> Candidate:
-    """The one expected to finish first, an answer being `tokens` long."""
-    few = candidates if len(candidates) <= FEW else rng.sample(candidates, 2)
-    expected = expected_times(few, tokens)
-    best = min(expected)
-    return rng.choice([c for c, time in zip(few, expected, strict=True) if time == best])
+class Work(NamedTuple):
+    """Tokens to expect of the answer, and of those that it may have to wait for."""
+
+    tokens: float
+    typical: float
 
 
-def expected_times(candidates: Sequence[Candidate], tokens: float) -> list[float]:
-    """Seconds until each would have finished: waiting, first token, the rest, and its failures."""
-    alone = [_time_alone(c, tokens) for c in candidates]
-    known = [time for time in alone if time is not None]
-    guess = min(known) * OPTIMISM if known else UNKNOWN
+class Expected(NamedTuple):
+    """Seconds until an answer is whole: if nobody is there before it, and as far as is known."""
+
+    idle: float
+    total: float
+    #: Seconds that each request before it adds, once there is a queue.
+    each: float = 0.0
+
+
+def best_performance(
+    candidates: Sequence[Candidate], work: Work, now: float, rng: Random
+) -> Candidate:
+    """The one expected to finish first; of those that are equally good, any.
+
+    Others who choose at this moment know what we know, and take the best before us: we take what is
+    then the best.
+    """
+    expected = expected_times(candidates, work, now)
+    times = [e.total for e in expected]
+    for _ in range(min(max(c.busy.rivals for c in candidates), MAX_RIVALS)):
+        taken = times.index(min(times))
+        times[taken] += expected[taken].each
+    enough = min(times) * (1 + NEAR)
+    return rng.choice([c for c, time in zip(candidates, times, strict=True) if time <= enough])
+
+
+def expected_times(candidates: Sequence[Candidate], work: Work, now: float) -> list[Expected]:
+    """When each would have finished: waiting, the first token, the rest, and its failures."""
+    speeds = [_speed(c, now) for c in candidates]
+    best = min((ttft + work.typical * pace for ttft, pace in filter(None, speeds)), default=UNKNOWN)
     times = []
-    for candidate, time in zip(candidates, alone, strict=True):
-        if time is None:
-            # One try tells what a second would: the optimism is for one request at a time.
-            time = guess * (1 + candidate.in_flight)
-        times.append(time + _wait(candidate, time) + _failures(candidate))
+    for candidate, speed in zip(candidates, speeds, strict=True):
+        if speed is None:
+            alone = typical = _guess(candidate, best)
+        else:
+            ttft, pace = speed
+            alone, typical = ttft + work.tokens * pace, ttft + work.typical * pace
+            alone -= ttft * PREFIX_SAVES * candidate.seen
+        idle = alone + _trouble(candidate, now)
+        wait = _wait(candidate, typical)
+        times.append(Expected(idle, idle + wait, typical / candidate.busy.slots))
     return times
 
 
-def _time_alone(candidate: Candidate, tokens: float) -> float | None:
-    """Seconds of an answer that does not wait, by our own measurements, else by what its node says.
+def _speed(candidate: Candidate, now: float) -> tuple[float, float] | None:
+    """Seconds to the first token, and for each further one; None where nobody has measured any.
 
-    None where neither tells.
+    What this node measured itself counts before what the candidate's node says, but the longer ago
+    the less: who was slow once is tried again.
     """
-    speed = candidate.speed
-    ttft = speed.ttft if speed and speed.ttft is not None else candidate.said_ttft
-    rate = speed.rate if speed and speed.rate is not None else candidate.said_rate
+    ours = candidate.speed
+    trust = 0.5 ** (max(now - ours.at, 0.0) / TRUST_HALF_LIFE) if ours else 0.0
+    said = candidate.said_ttft
+    ttft = _blend(
+        ours.ttft if ours else None, None if said is None else said + (candidate.rtt or 0), trust
+    )
     if ttft is None:
         return None
-    return ttft + (tokens / rate if rate else 0.0)
+    rate = candidate.said_rate
+    return ttft, _blend(_pace(ours.rate if ours else None), _pace(rate), trust) or 0.0
+
+
+def _pace(rate: float | None) -> float | None:
+    return 1 / max(rate, 1e-3) if rate else None
+
+
+def _blend(ours: float | None, said: float | None, trust: float) -> float | None:
+    if ours is None or said is None:
+        return said if ours is None else ours
+    return trust * ours + (1 - trust) * said
+
+
+def _guess(candidate: Candidate, best: float) -> float:
+    """Seconds of an answer of one that nobody has measured.
+
+    One try tells what a second would, so the optimism is for one request at a time; and it wears
+    off where a try tells nothing.
+    """
+    tries = candidate.speed.tries if candidate.speed else 0
+    in_flight = candidate.busy.in_flight
+    disappointed = 1 + DISAPPOINTMENT * max(tries - in_flight, 0)
+    return best * OPTIMISM * (1 + in_flight) * disappointed
 
 
 def _wait(candidate: Candidate, service: float) -> float:
-    """Seconds until a slot is free, each of the requests before ours taking `service`."""
-    before = candidate.busy + 1 - candidate.slots
-    return max(before, 0) / candidate.slots * service
+    """Seconds until a slot is free, each of the requests before ours taking `service`.
+
+    One that has just come (back) takes as many at once as it has answered, and one more: so its
+    share grows with what it shows.
+    """
+    busy, answers = candidate.busy, candidate.speed.answers if candidate.speed else 0
+    growing = _rounds(busy.in_flight, min(busy.slots, 1 + answers)) * service
+    return max(_queue(busy, candidate.age, service), growing)
 
 
-def _failures(candidate: Candidate) -> float:
-    """Seconds that its failures are expected to cost."""
-    errors = candidate.speed.errors if candidate.speed else 0.0
-    return FAILURE_COST * errors / (1 - min(errors, 0.9))
+def _queue(busy: Busy, age: float, service: float) -> float:
+    """Its node knows what those that are there are doing; of those that came since we know."""
+    if busy.all < busy.slots:
+        return 0.0
+    if busy.wait is None or busy.told < busy.slots or busy.all < busy.told:
+        return _rounds(busy.all, busy.slots) * service
+    return max(busy.wait - age, 0.0) + (busy.all - busy.told) / busy.slots * service
 
 
-def choose(
-    policy: Policy,
-    candidates: Sequence[Candidate],
-    *,
-    turns: Turns,
-    key: bytes,
-    tokens: float,
-    rng: Random,
-) -> Candidate:
-    """The candidate to ask. `candidates` is not empty and all offer the same model."""
-    if len(candidates) == 1:
-        return turns.take(candidates, rng) if policy == "round_robin" else candidates[0]
-    if policy == "round_robin":
-        return turns.take(candidates, rng)
-    if policy == "least_loaded":
-        return least_loaded(candidates, key, rng)
-    return best_performance(candidates, tokens, rng)
+def _rounds(busy: int, slots: int) -> float:
+    return max(busy + 1 - slots, 0) / slots
+
+
+def _trouble(candidate: Candidate, now: float) -> float:
+    """Seconds that its failures, its silence and the loading of the model are expected to cost."""
+    cost = LOADING if candidate.offer.loaded is False else 0.0
+    if candidate.silent:
+        cost += SILENCE_COST
+    speed = candidate.speed
+    if speed is not None and (errors := speed.errors_at(now)):
+        cost += (FAILURE_COST + (speed.failing or 0.0)) * errors / (1 - min(errors, 0.9))
+    return cost
+
+
+def draw(candidates: Sequence[Candidate], work: Work, now: float, rng: Random) -> list[Candidate]:
+    """Those that are weighed: all where they are few, else a few, the likelier the more they do."""
+    if len(candidates) <= FEW:
+        return list(candidates)
+    idle = [e.idle for e in expected_times(candidates, work, now)]
+    # Efraimidis and Spirakis: the largest of random ** (1 / weight) are a weighted sample.
+    keys = [
+        math.log(max(rng.random(), 1e-300)) * max(time, 1e-6) / c.busy.slots
+        for c, time in zip(candidates, idle, strict=True)
+    ]
+    order = sorted(range(len(keys)), key=keys.__getitem__, reverse=True)
+    return [candidates[i] for i in order[:FEW]]
+
+
+class Choice:
+    """The choices of one request, by the policy that is named. `left` is never empty."""
+
+    def __init__(
+        self, policy: Policy, *, turns: Turns, key: bytes, work: Work, rng: Random
+    ) -> None:
+        self._policy = policy
+        self._turns = turns
+        self._key = key
+        self.work = work
+        self._rng = rng
+        self._drawn: Sequence[Candidate] = ()
+
+    def draw(self, left: Sequence[Candidate], now: float) -> Sequence[Candidate]:
+        """Those of many between whom `best_performance` will choose next."""
+        self._drawn = draw(left, self.work, now, self._rng)
+        return self._drawn
+
+    def take(self, left: Sequence[Candidate], now: float) -> Candidate:
+        """The one to ask."""
+        if self._policy == "best_performance":
+            return self._best(left, now)
+        if self._policy == "round_robin":
+            return self._turns.take(left, self._rng)
+        return left[0] if len(left) == 1 else least_loaded(left, self._key, self._rng)
+
+    def _best(self, left: Sequence[Candidate], now: float) -> Candidate:
+        drawn = self._drawn or self.draw(left, now)
+        self._drawn = ()
+        return drawn[0] if len(drawn) == 1 else best_performance(drawn, self.work, now, self._rng)

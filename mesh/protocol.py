@@ -9,6 +9,7 @@ asks; the other end answers; then the stream is idle again and may carry the nex
     claims, find_claims, table
                   ->  items*, end         | error
     put_claims    ->  end                 | error
+    probe         ->  loads               | error
 
 `TRANSITIONS` is the whole order, for both ends. There is no frame for cancelling: the asker resets
 the stream. A stream that ends anywhere but in the idle state was cut.
@@ -24,6 +25,7 @@ from .frames import (
     MAX_BLOCK,
     AskBlock,
     AskClaims,
+    AskLoads,
     AskTable,
     Block,
     Done,
@@ -38,6 +40,7 @@ from .frames import (
     Items,
     Load,
     Piece,
+    PresentLoads,
     PutClaims,
     RemoteProtocolError,
     Reply,
@@ -71,6 +74,7 @@ class State(Enum):
     AWAIT_BLOCK = auto()
     AWAIT_ITEMS = auto()
     AWAIT_END = auto()
+    AWAIT_LOADS = auto()
 
 
 #: In this state, this frame leads to that state. What is not here is refused at both ends.
@@ -82,6 +86,7 @@ TRANSITIONS: dict[tuple[State, type[Frame]], State] = {
     (State.IDLE, FindClaims): State.AWAIT_ITEMS,
     (State.IDLE, AskTable): State.AWAIT_ITEMS,
     (State.IDLE, PutClaims): State.AWAIT_END,
+    (State.IDLE, AskLoads): State.AWAIT_LOADS,
     (State.AWAIT_HEAD, Head): State.ANSWERING,
     (State.AWAIT_HEAD, Failed): State.IDLE,
     (State.ANSWERING, Piece): State.ANSWERING,
@@ -94,6 +99,8 @@ TRANSITIONS: dict[tuple[State, type[Frame]], State] = {
     (State.AWAIT_ITEMS, Failed): State.IDLE,
     (State.AWAIT_END, End): State.IDLE,
     (State.AWAIT_END, Failed): State.IDLE,
+    (State.AWAIT_LOADS, PresentLoads): State.IDLE,
+    (State.AWAIT_LOADS, Failed): State.IDLE,
 }
 
 
@@ -150,7 +157,7 @@ class Asker(Exchange):
     """The end that opened the stream: sends requests, receives replies."""
 
     _receives = Reply
-    _sends = (Generate, Embed, AskBlock, AskClaims, FindClaims, PutClaims, AskTable)
+    _sends = (Generate, Embed, AskBlock, AskClaims, FindClaims, PutClaims, AskTable, AskLoads)
     _limit = MAX_REPLY
 
     def send(self, frame: Frame) -> bytes:
@@ -164,7 +171,7 @@ class Server(Exchange):
     """The end that accepted the stream: receives requests, sends replies."""
 
     _receives = Request
-    _sends = (Head, Piece, Done, Failed, Block, Items, End)
+    _sends = (Head, Piece, Done, Failed, Block, Items, End, PresentLoads)
     _limit = MAX_REQUEST
 
 

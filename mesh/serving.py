@@ -27,6 +27,7 @@ from .embedding import pieces
 from .frames import (
     AskBlock,
     AskClaims,
+    AskLoads,
     AskTable,
     Block,
     Done,
@@ -40,11 +41,13 @@ from .frames import (
     Known,
     Load,
     Piece,
+    PresentLoads,
     PutClaims,
     RemoteProtocolError,
     Reply,
     Request,
 )
+from .measure import Choosing
 from .protocol import LocalProtocolError, Server, error_frame, merge_text
 from .transport import PeerId, Stream, TransportError
 
@@ -86,10 +89,11 @@ class Serving:
         self._services = services
         #: The adverts to tell a peer.
         self._table = table
+        self._choosing = Choosing()
 
     async def handle(self, stream: Stream) -> None:
         """Answer the requests on one stream until the peer ends it."""
-        conversation = _Conversation(stream, self._services, self._table)
+        conversation = _Conversation(stream, self._services, self._table, self._choosing)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(conversation.read, nursery.cancel_scope)
             nursery.start_soon(conversation.write, nursery.cancel_scope)
@@ -102,11 +106,16 @@ class _Conversation:
     """One inbound stream: a task reads, one answers, one writes."""
 
     def __init__(
-        self, stream: Stream, services: Services, table: Callable[[PeerId], Iterable[bytes]]
+        self,
+        stream: Stream,
+        services: Services,
+        table: Callable[[PeerId], Iterable[bytes]],
+        choosing: Choosing,
     ) -> None:
         self._stream = stream
         self._services = services
         self._table = table
+        self._choosing = choosing
         self._exchange = Server()
         self._requests: list[Request] = []
         self._arrival = trio.lowlevel.ParkingLot()
@@ -184,9 +193,12 @@ class _Conversation:
             self._put(End())
         elif isinstance(request, AskTable):
             await self._list(self._table(self._stream.peer))
+        elif isinstance(request, AskLoads):
+            self._tell_loads(request)
 
     async def _generate(self, request: Asked) -> None:
         peer = self._stream.peer
+        self._choosing.chose(peer)
         if not self._services.may_serve(peer):
             raise ProviderUnavailable("this node does not answer that peer")
         last: Chunk | None = None
@@ -207,6 +219,14 @@ class _Conversation:
         claim = self._services.claim_for(last.cid) if last.cid else None
         last = msgspec.structs.replace(last, origin=None)  # the asker knows whom it asked
         self._put(Done(chunk=last, loads=self._services.loads(), claim=claim))
+
+    def _tell_loads(self, request: AskLoads) -> None:
+        asker = self._stream.peer
+        if not self._services.may_serve(asker):
+            self._put(PresentLoads())
+            return
+        rivals = self._choosing.enter(asker, request.model, request.within, trio.current_time())
+        self._put(PresentLoads(loads=self._services.loads(), rivals=rivals))
 
     async def _list(self, items: Iterable[bytes]) -> None:
         for group in _grouped(items):

@@ -53,6 +53,7 @@ class OwnProvider:
             running=load.running,
             waiting=load.waiting,
             slots=UNBOUNDED_SLOTS if load.slots is None else load.slots,
+            wait=load.wait,
         )
 
     def backend(self) -> LocalBackend:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import heapq
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
@@ -29,14 +31,23 @@ MAX_RETRY_AFTER = 600.0
 MIN_SPAN = 0.001
 #: The weight of a new measurement in a moving average: about the last ten count.
 WEIGHT = 0.2
+#: Kinds of requests (`GenerateRequest.kind`) whose time in a slot is remembered.
+MAX_KINDS = 64
+#: One that is longer in its slot than was expected is expected to take this share of that still.
+LEFT = 0.3
 
 
 class Load(Value, frozen=True, kw_only=True):
-    """How busy a provider is. `slots` None: it takes as many as come."""
+    """How busy a provider is. `slots` None: it takes as many as come.
+
+    `wait` is the seconds until one that comes now would have a slot; None: there is one free, or it
+    cannot be told yet.
+    """
 
     running: int = 0
     waiting: int = 0
     slots: int | None = None
+    wait: float | None = None
 
 
 class Admission:
@@ -53,7 +64,11 @@ class Admission:
         self._max_waiting = max_waiting
         self._running = 0
         self._queue = trio.lowlevel.ParkingLot()
+        #: Those that have a slot, and since when; those that wait, in their order.
+        self._inside: dict[_Place, float] = {}
+        self._outside: dict[_Place, None] = {}
         self._held: float | None = None
+        self._held_by_kind: OrderedDict[str, float] = OrderedDict()
         self._ttft: float | None = None
         self._rate: float | None = None
 
@@ -71,17 +86,21 @@ class Admission:
         return _Admitted(self, request)
 
     async def embed(self, request: EmbedRequest) -> Sequence[Embedding]:
-        await self.enter()
-        since = trio.current_time()
+        place = await self.enter(request.kind)
         try:
             return await self.provider.embed(request)
         finally:
-            self.leave(trio.current_time() - since)
+            self.leave(place)
 
     @property
     def load(self) -> Load:
         """How busy it is now."""
-        return Load(running=self._running, waiting=len(self._queue), slots=self._slots)
+        return Load(
+            running=self._running,
+            waiting=len(self._queue),
+            slots=self._slots,
+            wait=self._expected_wait(),
+        )
 
     @property
     def ttft(self) -> float | None:
@@ -97,22 +116,35 @@ class Admission:
 
     # What an admitted request calls.
 
-    async def enter(self) -> None:
+    async def enter(self, kind: str) -> _Place:
         """Take a slot, after those who came before. Raises `ProviderUnavailable`."""
+        place = _Place(kind)
         if self._slots is None or (self._running < self._slots and not len(self._queue)):
             self._running += 1
-            return
+            self._inside[place] = trio.current_time()
+            return place
         if len(self._queue) >= self._max_waiting:
             raise ProviderUnavailable(
                 f"the queue of {self.name} is full: {self._running} are running and "
                 f"{len(self._queue)} wait",
                 retry_after=self._wait_estimate(),
             )
-        await self._queue.park()  # Whoever leaves hands the slot over.
+        self._outside[place] = None
+        try:
+            await self._queue.park()  # Whoever leaves hands the slot over.
+        finally:
+            del self._outside[place]
+        self._inside[place] = trio.current_time()
+        return place
 
-    def leave(self, held: float) -> None:
-        """Give a slot back, held for that many seconds."""
+    def leave(self, place: _Place) -> None:
+        """Give a slot back."""
+        held = trio.current_time() - self._inside.pop(place)
         self._held = _average(self._held, held)
+        kind = place.kind
+        self._held_by_kind[kind] = _average(self._held_by_kind.pop(kind, None), held)
+        if len(self._held_by_kind) > MAX_KINDS:
+            self._held_by_kind.popitem(last=False)
         if len(self._queue):
             self._queue.unpark()
         else:
@@ -123,6 +155,23 @@ class Admission:
 
     def observe_rate(self, tokens: int, seconds: float) -> None:
         self._rate = _average(self._rate, tokens / max(seconds, MIN_SPAN))
+
+    def _expected_wait(self) -> float | None:
+        """Seconds until one that comes now would have a slot."""
+        average = self._held
+        if self._slots is None or self._running < self._slots or average is None:
+            return None
+        now = trio.current_time()
+        # One that was just handed its slot has it, and stands outside until it runs.
+        free = [0.0] * max(self._slots - len(self._inside), 0)
+        for place, since in self._inside.items():
+            whole = self._held_by_kind.get(place.kind, average)
+            free.append(max(whole - (now - since), LEFT * whole))
+        heapq.heapify(free)
+        for place in self._outside:
+            whole = self._held_by_kind.get(place.kind, average)
+            heapq.heapreplace(free, free[0] + whole)
+        return free[0]
 
     def _wait_estimate(self) -> float:
         """Seconds until the queue has moved by one."""
@@ -135,6 +184,16 @@ def _average(old: float | None, new: float) -> float:
     return new if old is None else old + WEIGHT * (new - old)
 
 
+class _Place:
+    """A request in a slot, or in the queue for one."""
+
+    __slots__ = ("kind",)
+
+    def __init__(self, kind: str) -> None:
+        #: What is known of how long it will take.
+        self.kind = kind
+
+
 class _Admitted:
     """One request, and the iterator of its chunks."""
 
@@ -145,6 +204,7 @@ class _Admitted:
         "_first",
         "_held_since",
         "_pieces",
+        "_place",
         "_request",
     )
 
@@ -156,8 +216,8 @@ class _Admitted:
         self._pieces = 0
 
     async def __aenter__(self) -> Answering:
-        await self._admission.enter()
-        self._held_since: float | None = trio.current_time()
+        self._place: _Place | None = await self._admission.enter(self._request.kind)
+        self._held_since = trio.current_time()
         try:
             self._context: AbstractAsyncContextManager[Answering] = self._admission.provider.open(
                 self._request
@@ -191,7 +251,7 @@ class _Admitted:
             self._release()
             raise
         since = self._held_since
-        if since is None:
+        if self._place is None:
             return chunk
         self._pieces += 1
         if self._pieces == 1:
@@ -206,6 +266,6 @@ class _Admitted:
         return chunk
 
     def _release(self) -> None:
-        if self._held_since is not None:
-            since, self._held_since = self._held_since, None
-            self._admission.leave(trio.current_time() - since)
+        if self._place is not None:
+            place, self._place = self._place, None
+            self._admission.leave(place)

@@ -181,6 +181,16 @@ class GenerateRequest(ModelRequest, frozen=True, kw_only=True):
     prefix: str = ""
 
     @property
+    def kind(self) -> str:
+        """What is known beforehand of how long an answer will be.
+
+        Programs ask for the same again and again, each with its own limit: one that sorts mails
+        allows 10 tokens, one that writes code 4096.
+        """
+        form = self.response_format.type if self.response_format else "text"
+        return f"{self.sampling.max_tokens}/{form}/{bool(self.tools)}"
+
+    @property
     def deterministic(self) -> bool:
         """Would an honest engine give the same answer again? (greedy, or with a seed)"""
         return self.sampling.temperature == 0 or self.sampling.seed is not None
@@ -197,6 +207,8 @@ class EmbedRequest(ModelRequest, frozen=True, kw_only=True):
     task = "embed"
     #: The same model makes the same vector of the same text.
     deterministic: ClassVar[bool] = True
+
+    kind: ClassVar[str] = "embed"
 
     inputs: Annotated[tuple[Input, ...], msgspec.Meta(min_length=1, max_length=MAX_INPUTS)]
     #: Numbers of each vector; None: as many as the model likes.
@@ -468,6 +480,8 @@ class ModelOffer(Value, frozen=True, kw_only=True):
     numerics: str | None = None
     #: A greedy answer is the same alone, in a batch, and restarted.
     repeatable: bool = False
+    #: It is in memory: the next answer does not wait until it is loaded.
+    loaded: bool | None = None
     #: A prompt leaves the members' machines for a third party.
     egress: bool = False
     price: Price | None = None

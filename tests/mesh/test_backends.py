@@ -250,7 +250,9 @@ async def test_a_stored_answer_says_nothing_of_the_speed(autojump_clock: Clock) 
     manager = manager_of(Stored())
     _, origin = await ask(manager)
     assert origin.provider == "cache"
-    assert manager.experience.measures.get(Measured("me", "fake", "m")) is None
+    speed = manager.experience.measures.get(Measured("me", "fake", "m"))
+    assert speed is not None
+    assert (speed.ttft, speed.rate, speed.answers) == (None, None, 0)
     assert manager.experience.measures.length("m", 5.0) == 5.0
 
 

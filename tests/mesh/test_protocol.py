@@ -14,6 +14,7 @@ from promptmesh.mesh.frames import (
     MAX_BLOCK,
     AskBlock,
     AskClaims,
+    AskLoads,
     AskTable,
     Block,
     Done,
@@ -26,6 +27,7 @@ from promptmesh.mesh.frames import (
     Items,
     Load,
     Piece,
+    PresentLoads,
     PutClaims,
     RemoteProtocolError,
     Request,
@@ -88,6 +90,7 @@ FRAMES: list[Frame] = [
     FindClaims(keys=(b"k" * 32,)),
     PutClaims(envelopes=(b"one", b"two")),
     AskTable(),
+    AskLoads(model="m", within=0.1),
     HEAD,
     PIECE,
     DONE,
@@ -95,6 +98,7 @@ FRAMES: list[Frame] = [
     Block(block=b"data"),
     Items(items=(b"one", b"two")),
     End(),
+    PresentLoads(loads={"p": Load(running=1, wait=0.5)}, rivals=3),
 ]
 #: A whole exchange of each kind: what the asker sends, and the reply.
 EXCHANGES: list[tuple[Frame, list[Frame]]] = [
@@ -104,6 +108,7 @@ EXCHANGES: list[tuple[Frame, list[Frame]]] = [
     (GENERATE, [HEAD, PIECE, FAILED]),
     (AskBlock(cid=b"c"), [Block(block=None)]),
     (AskBlock(cid=b"c"), [FAILED]),
+    (AskLoads(model="m", within=0.1), [PresentLoads(loads={"p": Load(wait=2.5)}, rivals=3)]),
     (AskTable(), [Items(items=(b"a",)), Items(items=(b"b",)), End()]),
     (AskClaims(), [End()]),
     (FindClaims(keys=(b"k" * 32,)), [Items(items=(b"a",)), End()]),
@@ -118,6 +123,7 @@ LEADING_TO: dict[State, list[Frame]] = {
     State.AWAIT_BLOCK: [AskBlock(cid=b"c")],
     State.AWAIT_ITEMS: [AskTable()],
     State.AWAIT_END: [PutClaims(envelopes=(b"a",))],
+    State.AWAIT_LOADS: [AskLoads()],
 }
 
 

@@ -17,6 +17,7 @@ from promptmesh.mesh.embedding import answer_of
 from promptmesh.mesh.frames import (
     AskBlock,
     AskClaims,
+    AskLoads,
     AskTable,
     Block,
     Done,
@@ -28,6 +29,7 @@ from promptmesh.mesh.frames import (
     Items,
     Load,
     Piece,
+    PresentLoads,
     PutClaims,
     Request,
 )
@@ -53,8 +55,7 @@ class World:
     """A node that serves with a fake provider, and an asker with a bare stream."""
 
     def __init__(self, nursery: trio.Nursery) -> None:
-        network = MemoryNetwork(nursery)
-        self.asker = network.transport("asker")
+        self.network = network = MemoryNetwork(nursery)
         self.server: MemoryTransport = network.transport("server")
         self.provider = FakeProvider()
         self.table: list[bytes] = []
@@ -62,6 +63,8 @@ class World:
         self.allowed = True
         self.put: list[tuple[str, tuple[bytes, ...]]] = []
         self.writes: list[int] = []
+        self.askers: dict[str, MemoryTransport] = {}
+        self._serving = Serving(self.services(), lambda peer: self.table)
         self.server.handle(PROTOCOL, self._handle)
 
     def services(self) -> Services:
@@ -77,7 +80,7 @@ class World:
         )
 
     async def _handle(self, stream: Stream) -> None:
-        await Serving(self.services(), lambda peer: self.table).handle(self._counted(stream))
+        await self._serving.handle(self._counted(stream))
 
     def _counted(self, stream: Stream) -> Stream:
         send_all = stream.send_all
@@ -95,9 +98,12 @@ class World:
             raise self.block
         return proof or self.block
 
-    async def open(self) -> "Line":
-        await self.asker.connect(self.server.peer_id, self.server.addresses)
-        return Line(await self.asker.open_stream(self.server.peer_id, PROTOCOL))
+    async def open(self, name: str = "asker") -> "Line":
+        """A stream of the node of that name."""
+        asker = self.askers.get(name) or self.network.transport(name)
+        self.askers[name] = asker
+        await asker.connect(self.server.peer_id, self.server.addresses)
+        return Line(await asker.open_stream(self.server.peer_id, PROTOCOL))
 
 
 class Line:
@@ -187,7 +193,7 @@ async def test_an_asker_who_leaves_stops_the_provider(
     elif how == "close":
         await line.stream.aclose()
     elif how == "disconnect":
-        await world.asker.disconnect(world.server.peer_id)
+        await world.askers["asker"].disconnect(world.server.peer_id)
     elif how == "nonsense":
         await line.stream.send_all(b"\xc1")
     else:
@@ -275,6 +281,31 @@ async def test_without_permission(autojump_clock: Clock, world: World) -> None:
     assert world.provider.requests == []
 
 
+async def test_a_probe_is_told_the_load_and_who_else_is_choosing(
+    autojump_clock: Clock, world: World, nursery: trio.Nursery
+) -> None:
+    world.provider.running = 3
+    line = await world.open()
+    question = AskLoads(model="m", within=0.1)
+    load = {"fake": Load(running=3, slots=4)}
+    for _ in range(2):  # nobody is a rival of itself
+        assert await line.ask(question) == [PresentLoads(loads=load)]
+    other = await world.open("other")
+    assert await other.ask(question) == [PresentLoads(loads=load, rivals=1)]
+    await line.ask(ASK)  # it has chosen
+    (said,) = await other.ask(question)
+    assert said.rivals == 0
+    assert said.loads == load
+
+
+async def test_a_peer_that_may_not_be_served_learns_no_load(
+    autojump_clock: Clock, world: World
+) -> None:
+    world.allowed = False
+    line = await world.open()
+    assert await line.ask(AskLoads(model="m")) == [PresentLoads()]
+
+
 async def test_blocks_claims_and_table(autojump_clock: Clock, world: World) -> None:
     line = await world.open()
     assert await line.ask(AskBlock(cid=b"c")) == [Block(block=None)]
@@ -295,7 +326,7 @@ async def test_blocks_claims_and_table(autojump_clock: Clock, world: World) -> N
     reply = await line.ask(FindClaims(keys=(b"k" * 32,)))
     assert reply == [Items(items=(b"claim of " + b"k" * 32,)), End()]
     assert await line.ask(PutClaims(envelopes=(b"one", b"two"))) == [End()]
-    assert world.put == [(world.asker.peer_id, (b"one", b"two"))]
+    assert world.put == [(world.askers["asker"].peer_id, (b"one", b"two"))]
 
 
 async def test_a_request_in_pieces_and_two_lines_at_once(

@@ -6,22 +6,25 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from promptmesh.providers.admission import Admission, Load
+from promptmesh.providers.admission import LEFT, MAX_KINDS, Admission, Load
 from promptmesh.providers.base import (
     Completion,
     GenerateRequest,
     Message,
     Provider,
     ProviderUnavailable,
+    Sampling,
     StreamInterrupted,
     Text,
 )
 from promptmesh.providers.echo import Echo, EchoSettings
 
 
-def request(text: str = "one two three") -> GenerateRequest:
+def request(text: str = "one two three", max_tokens: int | None = None) -> GenerateRequest:
     return GenerateRequest(
-        model="echo", messages=(Message(role="user", content=(Text(text=text),)),)
+        model="echo",
+        messages=(Message(role="user", content=(Text(text=text),)),),
+        sampling=Sampling(max_tokens=max_tokens),
     )
 
 
@@ -67,7 +70,7 @@ async def test_slots_and_order() -> None:
         go[1].set()
         await wait_all_tasks_blocked()
         assert order == [0, 1, 2]
-        assert wrapped.load == Load(running=2, waiting=2, slots=2)
+        assert (wrapped.load.running, wrapped.load.waiting) == (2, 2)
         go[0].set()
         await wait_all_tasks_blocked()
         assert order == [0, 1, 2, 3]
@@ -75,6 +78,50 @@ async def test_slots_and_order() -> None:
             event.set()
     assert order == [0, 1, 2, 3, 4]
     assert wrapped.load == Load(slots=2)
+
+
+async def test_the_wait_is_told_by_what_those_inside_are_expected_to_take(
+    autojump_clock: MockClock,
+) -> None:
+    """Short ones take 2 s and long ones 20 s, in two slots."""
+    wrapped = admission(2)
+
+    async def one(tokens: int, seconds: float) -> None:
+        async with wrapped.open(request(max_tokens=tokens)):
+            await trio.sleep(seconds)
+
+    async with trio.open_nursery() as nursery:
+        assert wrapped.load.wait is None
+        for tokens, seconds in ((10, 2.0), (1000, 20.0)):
+            await one(tokens, seconds)
+        assert wrapped.load.wait is None  # a slot is free
+        nursery.start_soon(one, 10, 2.0)
+        nursery.start_soon(one, 1000, 50.0)
+        await trio.sleep(0.5)
+        assert wrapped.load.wait == pytest.approx(1.5)
+        nursery.start_soon(one, 1000, 20.0)
+        await trio.sleep(0.5)
+        assert wrapped.load.wait == pytest.approx(19.0)  # behind the other long one's slot
+        await trio.sleep(20.0)  # the first long one takes longer than was expected, and may go on
+        assert wrapped.load.wait == pytest.approx(LEFT * 20.0)
+
+
+async def test_a_kind_that_never_came_is_taken_for_the_average(autojump_clock: MockClock) -> None:
+    wrapped = admission(1, max_waiting=2 * MAX_KINDS)
+
+    async def one(tokens: int) -> None:
+        async with wrapped.open(request(max_tokens=tokens)):
+            await trio.sleep(4.0)
+
+    async with trio.open_nursery() as nursery:
+        await one(10)
+        for tokens in range(1, 1 + MAX_KINDS + 3):
+            nursery.start_soon(one, tokens)
+            await wait_all_tasks_blocked()
+            if tokens == 1:
+                await trio.sleep(1.0)
+                assert wrapped.load.wait == pytest.approx(3.0)
+    assert len(wrapped._held_by_kind) == MAX_KINDS
 
 
 async def test_newcomer_does_not_overtake_the_queue() -> None:
