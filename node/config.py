@@ -277,8 +277,10 @@ class _Loader:
             text = f"expected at most {MAX_PROVIDERS} tables, each written [[providers]]"
             self._problem(FILE_NAME, "providers", text)
             return
-        # The local model is a provider as well.
+        # The local models are providers as well.
         names = {"local_hf"} if self._values["local_hf.model"] else set()
+        if self._values["local_hf.embedding_model"]:
+            names.add("local_hf_embed")
         for number, table in enumerate(tables, 1):
             before = len(self.problems)
             where = f"providers (number {number})"

@@ -201,6 +201,12 @@ class LocalHFConfig:
     model: str = setting(
         "", "A transformers id or a folder; empty for none.", left_out="no model of its own"
     )
+    embedding_model: str = setting(
+        "",
+        "A transformers id or a folder of a model that makes embeddings; it runs in a process of "
+        "its own, as the provider `local_hf_embed`.",
+        left_out="none",
+    )
     device: str = setting("auto", "`auto`, `cpu`, `cuda`, `cuda:1`...: where it runs.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto",

@@ -147,6 +147,8 @@ def build_providers(config: Config, environment: Mapping[str, str], folder: Path
     found = []
     if config.local_hf.model:
         found.append(_local_hf(config, environment, folder))
+    if config.local_hf.embedding_model:
+        found.append(_local_hf_embed(config, environment, folder))
     for table in config.providers:
         settings = dict(table.options)
         if table.api_key is not None:
@@ -170,24 +172,45 @@ def build_providers(config: Config, environment: Mapping[str, str], folder: Path
 
 def _local_hf(config: Config, environment: Mapping[str, str], folder: Path) -> OwnProvider:
     local = config.local_hf
-    settings: dict[str, Any] = {
+    special = {
         "model": local.model,
+        "max_context": local.max_context,
+        "memory": local.memory_fraction,
+    }
+    return _local("local_hf", special, local.max_batch, config, environment, folder)
+
+
+def _local_hf_embed(config: Config, environment: Mapping[str, str], folder: Path) -> OwnProvider:
+    """One request at a time: its inputs fill a batch by themselves."""
+    special = {"model": config.local_hf.embedding_model, "task": "embed"}
+    return _local("local_hf_embed", special, 1, config, environment, folder)
+
+
+def _local(
+    name: str,
+    special: Mapping[str, Any],
+    slots: int,
+    config: Config,
+    environment: Mapping[str, str],
+    folder: Path,
+) -> OwnProvider:
+    local = config.local_hf
+    settings: dict[str, Any] = {
         "device": local.device,
         "dtype": local.dtype,
         "threads": local.threads,
         "max_batch": local.max_batch,
         "max_waiting": config.limits.max_waiting,
-        "max_context": local.max_context,
-        "memory": local.memory_fraction,
         "environment": dict(environment),
         "cache_dir": str(folder),
+        **special,
     }
     return OwnProvider(
-        name="local_hf",
+        name=name,
         kind="local_hf",
         admission=Admission(
-            build("local_hf", "local_hf", settings),
-            slots=local.max_batch,
+            build("local_hf", name, settings),
+            slots=slots,
             max_waiting=config.limits.max_waiting,
         ),
         shared=local.share,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import trio
@@ -9,6 +10,7 @@ import trio
 from .base import (
     ERRORS,
     Chunk,
+    Embedding,
     GenerateError,
     ProviderUnavailable,
     RequestRejected,
@@ -16,7 +18,45 @@ from .base import (
     ToolCallDelta,
     Usage,
 )
-from .hf_frames import Begun, Failed, Finished, Piece
+from .hf_frames import Begun, Failed, Finished, Piece, Vectors
+
+
+class EmbedCall:
+    """The embeddings of one request, as the node waits for them."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self._found: dict[int, Embedding] = {}
+        self._over = trio.Event()
+        self._error: GenerateError | None = None
+
+    def take(self, event: Begun | Piece | Vectors | Finished | Failed) -> None:
+        """An event about this request."""
+        match event:
+            case Vectors():
+                self._found.update(zip(event.places, event.embeddings, strict=True))
+            case Failed():
+                self.fail(failure_of(event))
+            case Finished():
+                self._over.set()
+
+    def fail(self, error: GenerateError) -> None:
+        """There will be no more of them."""
+        self._error = error
+        self._over.set()
+
+    async def embeddings(self) -> Sequence[Embedding]:
+        """All of them, in the order of the inputs. Raises the worker's `GenerateError`."""
+        await self._over.wait()
+        if self._error is not None:
+            raise self._error
+        return [self._found[place] for place in sorted(self._found)]
+
+
+def failure_of(event: Failed) -> GenerateError:
+    """What a worker says of a failure."""
+    kind = ERRORS.get(event.code, ProviderUnavailable)
+    return kind(event.message, field=event.field, retry_after=event.retry_after)
 
 
 class Call:
@@ -40,7 +80,7 @@ class Call:
 
     # --- what comes -----------------------------------------------------------------------------
 
-    def take(self, event: Begun | Piece | Finished | Failed) -> None:
+    def take(self, event: Begun | Piece | Vectors | Finished | Failed) -> None:
         """An event about this answer."""
         match event:
             case Begun():
@@ -53,8 +93,7 @@ class Call:
             case Finished():
                 self._finished = event
             case Failed():
-                kind = ERRORS.get(event.code, ProviderUnavailable)
-                self.fail(kind(event.message, field=event.field, retry_after=event.retry_after))
+                self.fail(failure_of(event))
         self._changed.set()
 
     def fail(self, error: GenerateError) -> None:

@@ -13,7 +13,15 @@ from typing import Any
 
 import msgspec
 
-from .base import FinishReason, GenerateRequest, ModelOffer, ToolCallDelta
+from .base import (
+    Embedding,
+    EmbedRequest,
+    FinishReason,
+    GenerateRequest,
+    ModelOffer,
+    Task,
+    ToolCallDelta,
+)
 
 _LENGTH = struct.Struct(">I")
 #: Longest frame, in bytes: the largest request that the HTTP server takes, twice over.
@@ -31,6 +39,7 @@ class Load(Frame, frozen=True, kw_only=True, tag="load"):
     """The first order: which model, and how. The fields are those of `LocalHFSettings`."""
 
     model: str
+    task: Task = "generate"
     device: str
     dtype: str
     threads: int
@@ -47,13 +56,20 @@ class Generate(Frame, frozen=True, kw_only=True, tag="generate"):
     request: GenerateRequest
 
 
+class Embed(Frame, frozen=True, kw_only=True, tag="embed"):
+    """Make vectors. They come as pieces, and then the end, as an answer's."""
+
+    call: int
+    request: EmbedRequest
+
+
 class Cancel(Frame, frozen=True, kw_only=True, tag="cancel"):
     """Nobody wants that answer any more."""
 
     call: int
 
 
-Order = Load | Generate | Cancel
+Order = Load | Generate | Embed | Cancel
 
 
 # --- from the worker ----------------------------------------------------------------------------
@@ -94,6 +110,14 @@ class Piece(Frame, frozen=True, kw_only=True, tag="piece"):
     tool_calls: tuple[ToolCallDelta, ...] = ()
 
 
+class Vectors(Frame, frozen=True, kw_only=True, tag="vectors"):
+    """Some of the embeddings, with the places of their inputs."""
+
+    call: int
+    places: tuple[int, ...]
+    embeddings: tuple[Embedding, ...]
+
+
 class Finished(Frame, frozen=True, kw_only=True, tag="finished"):
     """An answer is complete. Token counts are the engine's own."""
 
@@ -127,7 +151,7 @@ class Counters(Frame, frozen=True, kw_only=True, tag="counters"):
     tokens: int = 0
 
 
-Event = Loading | Loaded | LoadFailed | Begun | Piece | Finished | Failed | Counters
+Event = Loading | Loaded | LoadFailed | Begun | Piece | Vectors | Finished | Failed | Counters
 
 
 # --- bytes --------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import msgspec
 
+from .base import Task
+
 
 class LocalHFSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Which model, and how it runs. Only `model` must be given."""
@@ -14,6 +16,8 @@ class LocalHFSettings(msgspec.Struct, frozen=True, kw_only=True):
     #: A folder with a transformers model, or an id of the hub.
     model: str
     name: str = "local_hf"
+    #: What the model is for.
+    task: Task = "generate"
     #: `auto` (the first CUDA device, else the CPU), `cpu`, `cuda`, `cuda:1`.
     device: str = "auto"
     #: `auto` (float32 on a CPU; bfloat16 on CUDA, float16 on old cards), or a dtype of torch.

