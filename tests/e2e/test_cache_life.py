@@ -7,7 +7,7 @@ from pathlib import Path
 import httpx
 import pytest
 import trio
-from daemons import ECHO, Daemon
+from daemons import ECHO, MEET_S, Daemon, mesh, until
 
 from promptmesh.cache.cid import cid_bytes, cid_text
 
@@ -170,3 +170,42 @@ async def test_without_a_node_answers_are_stored_and_counted_too(tmp_path: Path)
     stat = json.loads(await nobody.cli("cache", "stat", "--json"))
     assert (stat["answers"], stat["misses"], stat["hits_local"]) == (1, 1, 1)
     assert stat["tokens_saved"] > 0
+
+
+async def test_what_is_not_for_all_goes_only_to_whom_it_is_for(tmp_path: Path) -> None:
+    async with mesh(tmp_path, {"a": ECHO, "b": ""}) as (a, b):
+        await b.wait_for_model("echo")
+        await a.wait_for_peers("b")
+
+        async def ask(node: Daemon, prompt: str, **cache: str) -> httpx.Response:
+            fields = {"promptmesh": {"cache": cache}}
+            return await node.chat(prompt, "echo", temperature=0, **fields)
+
+        async def claimed(number: int) -> None:
+            async def heard() -> bool:
+                status = await b.json("/mesh/v1/status")
+                return bool(status["cache"]["claims"] >= number)
+
+            await until(heard, f"b has heard {number} claims; {b.log}", MEET_S)
+
+        team = (await ask(a, LONG, namespace="team")).headers["x-promptmesh-cid"]
+        own = (await ask(a, "own", scope="local")).headers["x-promptmesh-cid"]
+        public = (await ask(a, "public")).headers["x-promptmesh-cid"]
+        await claimed(2)
+
+        # Who names the namespace gets the answer, root and leaves, and nobody else.
+        hit = await ask(b, LONG, namespace="team")
+        assert hit.headers["x-promptmesh-cache"] == "hit-mesh"
+        assert hit.headers["x-promptmesh-cid"] == team
+        assert hit.json()["choices"][0]["message"]["content"] == LONG
+        for node in (a, b):
+            refused = await node.get(f"/ipfs/{team}?format=raw")
+            assert refused.status_code == 404
+            assert f"promptmesh cache get {team}" in refused.text
+            assert await node.cli("cache", "get", team) == f"{LONG}\n"
+        # An answer of scope `local` is computed anew for another node, which gives it to all.
+        assert (await a.get(f"/ipfs/{own}?format=raw")).status_code == 404
+        assert (await ask(a, "own", scope="local")).headers["x-promptmesh-cache"] == "hit-local"
+        assert (await ask(b, "own")).headers["x-promptmesh-cache"] == "miss"
+        assert (await a.get(f"/ipfs/{public}?format=raw")).status_code == 200
+        assert (await ask(b, "public")).headers["x-promptmesh-cache"] == "hit-mesh"
