@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tempfile
 import time
 from collections.abc import AsyncIterator
@@ -14,6 +15,8 @@ import cbrrr
 import httpx
 import pytest
 import trio
+from daemons import ROOT
+from doc_blocks import tables
 from fakes_ipfs import PEER, IpfsNode, ipfs_node
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -581,6 +584,14 @@ async def test_any_call_gets_an_answer_in_form(
                     is_refused(response, 400, "")
                 else:
                     assert response.status_code == 200
+
+
+async def test_the_commands_of_the_documentation(node: IpfsNode) -> None:
+    rows = tables((ROOT / "docs" / "ipfs.md").read_text())["command"]
+    written = {name for row in rows for name in re.findall("[a-z]+(?:/[a-z]+)?", row[0])}
+    assert written == set(COMMANDS.split())
+    for name in written:
+        assert (await node.rpc(name)).status_code != 404
 
 
 def test_the_cids_of_version_0_are_kept_as_version_1() -> None:
