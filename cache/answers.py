@@ -136,6 +136,10 @@ class AnswerCache:
         )
         return answer_rows.row(found) if found else None
 
+    async def rows(self, cid: bytes) -> list[Row]:
+        """What the index says of an answer: a row for each question that it is one to."""
+        return self._listed(answer_rows.OF_ANSWER, (split(cid)[1],))
+
     async def listing(
         self,
         limit: int = 100,
@@ -149,7 +153,7 @@ class AnswerCache:
         return self._listed(answer_rows.LISTING, (now, limit, model, namespace))
 
     async def alternatives(self, cid: bytes, *, now: float) -> list[Row]:
-        """The answers to the questions that this one answers, it among them, the best first."""
+        """The other answers to the questions that this one answers, the best first."""
         wanted = (now, split(cid)[1], answer_rows.MAX_ALTERNATIVES)
         return self._listed(answer_rows.ALTERNATIVES, wanted)
 

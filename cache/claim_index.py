@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import trio
@@ -94,6 +95,28 @@ class ClaimIndex:
         sql = "SELECT count(*) FROM claim WHERE expires_at > ? AND NOT held"
         found = self._database.attempt("claims", lambda: self._database.row(sql, (now,)), (0,))
         return int(found[0])
+
+    def statements(self, mesh_key: bytes, cid: bytes, now: float) -> list[bytes]:
+        """One signed envelope of each peer, this node among them, that claims that CID for the key.
+
+        That it computed it before that it has it, then what names the fewest other answers.
+        """
+        wanted = (now, mesh_key, cid, self._peer)
+        rows: list[tuple[bytes]] = self._database.attempt(
+            "claims", lambda: self._database.rows(claim_rows.CLAIMING, wanted), []
+        )
+        found: list[tuple[bool, int, str, bytes]] = []
+        for (envelope,) in rows:
+            with suppress(ClaimError):  # the file is damaged
+                opened = unseal(envelope)
+                batch = opened.batch
+                said = [e.held for e in batch.entries if (e.key, e.cid) == (mesh_key, cid)]
+                if said:
+                    found.append((min(said), len(batch.entries), opened.peer, envelope))
+        first: dict[str, bytes] = {}
+        for _, _, peer, envelope in sorted(found):
+            first.setdefault(peer, envelope)
+        return list(first.values())
 
     # --- taking ---------------------------------------------------------------------------------
 

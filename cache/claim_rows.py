@@ -106,6 +106,14 @@ DROP = (
     "DELETE FROM claim WHERE publisher = ? AND number = ?",
     "DELETE FROM batch WHERE publisher = ? AND number = ?",
 )
+#: (now, the key, its CID, this node) -> the live envelopes that claim that. This node's own claims
+#: are in its batches only; nobody else's bytes hold that key by chance.
+CLAIMING = """
+    SELECT b.envelope FROM claim AS c
+    JOIN batch AS b ON b.publisher = c.publisher AND b.number = c.number
+    WHERE c.key = ?2 AND c.cid = ?3 AND c.expires_at > ?1
+    UNION SELECT b.envelope FROM batch AS b JOIN publisher AS p ON p.id = b.publisher
+    WHERE p.peer = ?4 AND b.expires_at > ?1 AND instr(b.envelope, ?2)"""
 #: The epoch of this node's own batches and the number of the last.
 NUMBERING = "SELECT epoch, number FROM numbering"
 PUBLISHERS = "SELECT id, peer, epoch FROM publisher"

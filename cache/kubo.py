@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import msgspec
 import trio
 
+from . import kubo_replies as replies
 from .blocks import StoreSize, check
 from .cid import Codec, cid_of, cid_text, parse_cid, split, verify
 from .kubo_address import endpoint, is_private
@@ -92,7 +93,7 @@ class KuboBlocks:
         opts = {**_PUT, **self._patience}
 
         def kept(reply: Any) -> bool:
-            name = _read(reply, _Block).Key
+            name = replies.read(reply, replies.Block).Key
             if split(parse_cid(name))[1] != split(cid)[1]:
                 raise ValueError(f"it says {name[:100]} to what is {cid_text(cid)}")
             return True
@@ -121,7 +122,9 @@ class KuboBlocks:
         asked = self._call(
             lambda client: client.block.stat(name, offline=True, opts=self._patience)
         )
-        return await self._attempt("look for a block", asked, lambda r: _there(r, _Block), False)
+        return await self._attempt(
+            "look for a block", asked, lambda r: replies.there(r, replies.Block), False
+        )
 
     async def delete(self, cid: bytes) -> bool:
         name = _name(cid)
@@ -130,7 +133,7 @@ class KuboBlocks:
         await self._unpin(cid)
 
         def gone(body: Any) -> bool:
-            return not msgspec.json.decode(body, type=_Removed).Error
+            return not msgspec.json.decode(body, type=replies.Removed).Error
 
         asked = self._call(self._lacking("block/rm", name))
         return await self._attempt("delete a block", asked, gone, False)
@@ -143,11 +146,16 @@ class KuboBlocks:
             await self._unpin(cid)
             return await self.has(cid)
         asked = self._call(lambda client: client.pin.add(name, offline=True, opts=self._patience))
-        return await self._attempt("pin a block", asked, lambda r: _there(r, _Pins), False)
+        return await self._attempt(
+            "pin a block", asked, lambda r: replies.there(r, replies.Pins), False
+        )
 
     async def size(self) -> StoreSize:
-        def read(replies: Any) -> StoreSize:
-            repository, pins = _read(replies[0], _Repository), _read(replies[1], _PinList)
+        def read(both: Any) -> StoreSize:
+            repository, pins = (
+                replies.read(both[0], replies.Repository),
+                replies.read(both[1], replies.PinList),
+            )
             return StoreSize(repository.NumObjects, repository.RepoSize, len(pins.Keys))
 
         asked = self._call(lambda client: (client.repo.stat(), client.pin.ls(type="recursive")))
@@ -176,9 +184,12 @@ class KuboBlocks:
         except (KuboRefused, KuboLacks) as error:
             return f"it does not tell: {error}"
         try:
-            known = _read(bootstrap, _Bootstrap).Peers or ()
-            connected = [peer.Addr for peer in _read(peers, _Peers).Peers or ()]
-            listening = [*(_read(identity, _Identity).Addresses or ()), *await self._listening()]
+            known = replies.read(bootstrap, replies.Bootstrap).Peers or ()
+            connected = [peer.Addr for peer in replies.read(peers, replies.Peers).Peers or ()]
+            listening = [
+                *(replies.read(identity, replies.Identity).Addresses or ()),
+                *await self._listening(),
+            ]
         except ValueError as error:
             raise KuboError(f"its answer makes no sense: {error}") from error
         self.problem = ""
@@ -196,7 +207,7 @@ class KuboBlocks:
             body = await self._call(self._lacking("swarm/addrs/listen"))
         except (KuboRefused, KuboLacks):
             return ()
-        return msgspec.json.decode(body, type=_Strings).Strings or ()
+        return msgspec.json.decode(body, type=replies.Strings).Strings or ()
 
     # --- asking ---------------------------------------------------------------------------------
 
@@ -319,7 +330,7 @@ def _unpinned(client: Any, *, name: str, opts: Mapping[str, str]) -> Any:
 
 def _refusal(status: int, body: bytes) -> KuboError:
     try:
-        return KuboRefused(msgspec.json.decode(body, type=_No).Message[:500])
+        return KuboRefused(msgspec.json.decode(body, type=replies.No).Message[:500])
     except ValueError:
         kind = KuboLacks if status == 404 else KuboError
         return kind(f"it answered with the status {status}")
@@ -341,63 +352,3 @@ def _name(cid: bytes) -> str:
     except ValueError:
         return ""
     return cid_text(cid)
-
-
-# --- its answers --------------------------------------------------------------------------------
-
-
-class _Block(msgspec.Struct):
-    Key: str
-
-
-class _Pins(msgspec.Struct):
-    Pins: list[str]
-
-
-class _PinList(msgspec.Struct):
-    Keys: dict[str, Any]
-
-
-class _Repository(msgspec.Struct):
-    NumObjects: int
-    RepoSize: int
-
-
-class _Removed(msgspec.Struct):
-    Hash: str
-    Error: str = ""
-
-
-class _Bootstrap(msgspec.Struct):
-    Peers: tuple[str, ...] | None
-
-
-class _Peer(msgspec.Struct):
-    Addr: str = ""
-
-
-class _Peers(msgspec.Struct):
-    Peers: tuple[_Peer, ...] | None
-
-
-class _Identity(msgspec.Struct):
-    Addresses: tuple[str, ...] | None
-
-
-class _Strings(msgspec.Struct):
-    Strings: tuple[str, ...] | None
-
-
-class _No(msgspec.Struct):
-    Message: str
-
-
-def _read(reply: Any, form: type[T]) -> T:
-    """A reply of the library as a value. Raises `ValueError`."""
-    # js-ipfs writes large numbers as text.
-    return msgspec.convert(getattr(reply, "_raw", reply), form, strict=False)
-
-
-def _there(reply: Any, form: type) -> bool:
-    _read(reply, form)
-    return True

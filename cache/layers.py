@@ -162,7 +162,8 @@ class LayeredBlocks:
         """
         await self._look()
         if self._state != "ready":
-            raise KuboError(self.state().problem)
+            problem = self._refusal() if self._state == "public" else self.state().problem
+            raise KuboError(problem)
         for cid, block in blocks:
             if not await self._further.put(cid, block):
                 raise KuboError(self._further.problem)
@@ -175,11 +176,14 @@ class LayeredBlocks:
         """Look at the further store once. Raises `PublicStore` for one that may not be used."""
         await self._look()
         if self._state == "public":
-            raise PublicStore(
-                f"the Kubo at {self._further.url} may be on the public network "
-                f"({self._exposure}): what is in it, all the world can read. Set "
-                "kubo.publish = true if that is what you want"
-            )
+            raise PublicStore(self._refusal())
+
+    def _refusal(self) -> str:
+        return (
+            f"the Kubo at {self._further.url} may be on the public network ({self._exposure}): "
+            "what is in it, all the world can read. Set kubo.publish = true if that is what you "
+            "want"
+        )
 
     async def _look(self) -> None:
         try:

@@ -26,7 +26,6 @@ from ..cache.dag_json import encode
 from ..cache.database import Database
 from ..cache.records import EmbeddingRecord, Record
 from ..providers.base import floats
-from .finding import Claimed
 from .http_server import Request, Responder
 from .openai_answers import usage_fields
 from .routes import Routes, problem
@@ -67,19 +66,11 @@ class CacheApi:
         answers: AnswerCache,
         blocks: SqliteBlocks,
         bring: Callable[[bytes], Awaitable[bool]] | None = None,
-        *,
-        claimed: Callable[[bytes, str], Sequence[Claimed]] = lambda key, namespace: (),
-        node_of: Callable[[str], str] = lambda peer: "",
     ) -> None:
-        """`bring` gets an answer that is not here from a further store.
-
-        `claimed` says what others claim of a key in a namespace, `node_of` how a peer is called.
-        """
+        """`bring` gets an answer that is not here from a further store."""
         self._answers = answers
         self._blocks = blocks
         self._bring = bring
-        self._claimed = claimed
-        self._node_of = node_of
         self._whole: dict[str, Callable[[Query], Awaitable[Any]]] = {
             "GET": self._list,
             "DELETE": self._purge,
@@ -128,22 +119,7 @@ class CacheApi:
         each = self._each.get(f"{method} {action}".strip())
         if each is None or not name:
             raise Refusal(404, f"there is no {method} {PATH}/{rest} here")
-        return await each(await self._cid(name))
-
-    async def _cid(self, text: str) -> bytes:
-        """The CID of that text, or of the one answer whose CID begins with it."""
-        with suppress(ValueError):
-            return parse_cid(text)
-        try:
-            found = await self._answers.beginning(text)
-        except ValueError:
-            raise Refusal(400, f"{text[:100]!r} is no CID, and no answer's begins so") from None
-        if len(found) > 1:
-            some = " and ".join(cid.text for cid in found)
-            raise Refusal(400, f"{text} is ambiguous: it begins {some}, among others")
-        if not found:
-            raise Refusal(404, f"this node holds no answer whose CID begins with {text}")
-        return found[0].raw
+        return await each(await named(self._answers, name))
 
     # --- all of them
 
@@ -198,33 +174,14 @@ class CacheApi:
         }
 
     async def _alternatives(self, cid: bytes) -> Any:
-        """`GET /mesh/v1/cache/CID/alternatives`: the answers to the same question, best first.
-
-        The one asked for is among them, and those that are only claimed come last.
-        """
+        """`GET /mesh/v1/cache/CID/alternatives`: other answers to the same question, best first."""
         await self._stored(cid)
         now = time.time()
         rows = await self._answers.alternatives(cid, now=now)
-        claims = self._claims_of(rows)
-        known = [
-            {
-                **shown,
-                "age": max(0, int(now - shown["stored_at"])),
-                "asked": parse_cid(shown["cid"]) == cid,
-                "here": True,
-                "claims": [_claim(each, self._node_of) for each in claims.pop(shown["cid"], ())],
-            }
+        return [
+            {**shown, "age": max(0, int(now - shown["stored_at"]))}
             for shown in await self._shown(rows)
         ]
-        return known + [_only_claimed(text, each, self._node_of) for text, each in claims.items()]
-
-    def _claims_of(self, rows: Iterable[Row]) -> dict[str, list[Claimed]]:
-        """Who claims which answer to the questions of these rows, by CID."""
-        found: dict[str, dict[str, Claimed]] = {}
-        for key, namespace in dict.fromkeys((row.key, row.namespace) for row in rows):
-            for each in self._claimed(key, namespace):
-                found.setdefault(cid_text(each.claim.cid), {})[each.claim.peer] = each
-        return {text: list(by_peer.values()) for text, by_peer in found.items()}
 
     async def _pin(self, cid: bytes) -> Any:
         """`PUT /mesh/v1/cache/CID/pin`: keep it for ever."""
@@ -306,30 +263,20 @@ def _entry(row: Row, text: str) -> dict[str, Any]:
     }
 
 
-def _claim(claimed: Claimed, node_of: Callable[[str], str]) -> dict[str, Any]:
-    claim = claimed.claim
-    return {
-        "peer": claim.peer,
-        "node": node_of(claim.peer),
-        "kind": "held" if claim.held else "computed",
-        "trusted": not claimed.doubt,
-        "reason": claimed.doubt,
-        "made_at": claim.made_at,
-        "expires_at": claim.expires_at,
-    }
-
-
-def _only_claimed(
-    text: str, claims: Sequence[Claimed], node_of: Callable[[str], str]
-) -> dict[str, Any]:
-    """An answer that peers claim and that is not here."""
-    return {
-        "cid": text,
-        "bytes": claims[0].claim.size,
-        "here": False,
-        "asked": False,
-        "claims": [_claim(each, node_of) for each in claims],
-    }
+async def named(answers: AnswerCache, text: str) -> bytes:
+    """The CID of that text, or of the one answer whose CID begins with it. Raises `Refusal`."""
+    with suppress(ValueError):
+        return parse_cid(text)
+    try:
+        found = await answers.beginning(text)
+    except ValueError:
+        raise Refusal(400, f"{text[:100]!r} is no CID, and no answer's begins so") from None
+    if len(found) > 1:
+        some = " and ".join(cid.text for cid in found)
+        raise Refusal(400, f"{text} is ambiguous: it begins {some}, among others")
+    if not found:
+        raise Refusal(404, f"this node holds no answer whose CID begins with {text}")
+    return found[0].raw
 
 
 def _missing(cid: bytes) -> Refusal:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias, get_args
 
 from ..providers.base import Policy
-from . import cli_ask, cli_cache, cli_mesh, cli_tables
+from . import cli_ask, cli_cache, cli_mesh, cli_share, cli_tables
 from .cli_output import fail, prepare_streams
 from .client import NodeError, NodeNotRunning
 from .config import ConfigError
@@ -206,7 +206,55 @@ def _add_tables(commands: _Commands) -> None:
     for name, run, summary in tables:
         _json_flag(_command(commands, name, run, summary))
     _add_cache(commands)
+    _add_share(commands)
     _command(commands, "version", cli_tables.version, "say the version")
+
+
+def _add_share(commands: _Commands) -> None:
+    share = _command(
+        commands,
+        "share",
+        cli_share.share,
+        "write an answer into a CAR file, which may leave the mesh",
+        "The file holds the answer and the signed claims for it, and your node signs it. `open` "
+        "verifies it anywhere, without a network.",
+    )
+    share.add_argument("cid", metavar="CID", help="the answer, as `cache ls` shows it")
+    share.add_argument(
+        "-o", "--output", metavar="FILE", help="instead of CID.car; `-`: standard output"
+    )
+    share.add_argument("--force", action="store_true", help="write over a file that is there")
+    share.add_argument(
+        "--with-request",
+        action="store_true",
+        help="put in the question as well, which is read from standard input: no node stores it",
+    )
+    share.add_argument(
+        "--request",
+        metavar="FILE",
+        help="put in the question from this file: a prompt as `ask` sent it, or the JSON body of "
+        "a chat completion",
+    )
+    share.add_argument(
+        "--no-claims", action="store_true", help="leave out the claims, which name other answers"
+    )
+    share.add_argument(
+        "--private", action="store_true", help="also what has the scope `local`, or a namespace"
+    )
+    share.add_argument(
+        "--pin", action="store_true", help="no file: put it into the Kubo of kubo.api, and pin it"
+    )
+    _json_flag(share)
+    opened = _command(
+        commands,
+        "open",
+        cli_share.open_share,
+        "verify a share, and show it",
+        "Every block against its CID, every signature, and the keys where the question is there. "
+        "A file needs no node and no network; a CID is read through the running node.",
+    )
+    opened.add_argument("source", metavar="FILE-or-CID", help="`-`: standard input")
+    _json_flag(opened)
 
 
 def _add_cache(commands: _Commands) -> None:
@@ -225,9 +273,7 @@ def _add_cache(commands: _Commands) -> None:
     get = _command(actions, "get", cli_cache.get, "print a stored answer")
     _cid(get)
     get.add_argument(
-        "--alternatives",
-        action="store_true",
-        help="list the answers to the same question, and who claims them",
+        "--alternatives", action="store_true", help="list the other answers to the same question"
     )
     _json_flag(get, "print the record as `ipfs dag get` does")
     _json_flag(_command(actions, "stat", cli_cache.stat, "show what is held and what it saved"))

@@ -54,6 +54,11 @@ def ask(args: argparse.Namespace) -> int:
     return 0
 
 
+def body_of(prompt: str) -> dict[str, Any]:
+    """What `ask PROMPT` without flags asks, in the OpenAI dialect."""
+    return {"model": "auto", "messages": [{"role": "user", "content": prompt}]}
+
+
 def _prompt(given: str | None) -> str:
     """The prompt of the command line, or all of standard input. Raises `ValueError`."""
     if given is None and sys.stdin is not None and sys.stdin.isatty():

@@ -44,9 +44,9 @@ class NodeClient:
         """The JSON of the answer. Raises `NodeError`."""
         return self._ask("POST", path, {} if body is None else body, timeout)
 
-    def ask(self, method: str, path: str, *, timeout: float = QUICK) -> bytes:
+    def ask(self, method: str, path: str, body: object = None, *, timeout: float = QUICK) -> bytes:
         """The body of the answer as it came. Raises `NodeError`."""
-        return self._body(method, path, None, timeout)
+        return self._body(method, path, body, timeout)
 
     def stream(self, path: str, body: object, *, timeout: float) -> EventStream:
         """Begin a streamed answer. `timeout` (s) is for each piece. Raises `NodeError`."""

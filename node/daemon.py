@@ -26,6 +26,7 @@ from .api_ipfs import IpfsApi
 from .api_kubo_commands import kubo_api
 from .api_mesh import MeshApi
 from .api_openai import OpenAIApi
+from .api_share import ShareApi
 from .config import Config, child_environment, home_path
 from .embed_router import EmbedRouter
 from .home import Home, HomeError
@@ -237,13 +238,8 @@ class Node:
         routes.add("GET", "/healthz", mesh.healthz)
         routes.add("GET", "/readyz", mesh.readyz)
         bring = parts.layers.bring if parts.layers else None
-        CacheApi(
-            parts.answers,
-            parts.blocks,
-            bring,
-            claimed=self._sharing.claimed,
-            node_of=parts.node_of,
-        ).add_to(routes)
+        CacheApi(parts.answers, parts.blocks, bring).add_to(routes)
+        ShareApi(parts).add_to(routes)
         routes.add_below("GET", "/ipfs/", ipfs.content)
         kubo.add_to(routes)
         return routes

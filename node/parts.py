@@ -14,7 +14,7 @@ import trio
 from ..cache.answers import AnswerCache, Limits
 from ..cache.blocks import SqliteBlocks
 from ..cache.claim_index import ClaimIndex
-from ..cache.claims import ClaimLog
+from ..cache.claims import ClaimLog, Sign
 from ..cache.conduct import Conduct
 from ..cache.database import Database
 from ..cache.kubo import KuboBlocks
@@ -45,6 +45,8 @@ class Parts:
     """What answers requests here. `database` is open for as long as they are."""
 
     peer: str
+    #: Signs as this node.
+    sign: Sign
     node: str
     providers: OwnProviders
     database: Database
@@ -52,6 +54,7 @@ class Parts:
     #: With the Kubo behind them; None: there is none.
     layers: LayeredBlocks | None
     answers: AnswerCache
+    namespaces: Namespaces
     permissions: Permissions
     reading: Reading
     peers: PeerTable
@@ -70,14 +73,13 @@ class Parts:
             shared=self.sharing,
             nursery=nursery,
             peer=self.peer,
-            node_of=self.node_of,
+            node_of=self._node_of,
             reuse=config.cache.reuse,
             deadline=config.deadlines.whole,
             min_agreement=config.cache.min_agreement,
         )
 
-    def node_of(self, peer: str) -> str:
-        """The name of a peer's node, as far as it is known."""
+    def _node_of(self, peer: str) -> str:
         if peer == self.peer:
             return self.node
         state = self.peers.get(peer)
@@ -140,12 +142,14 @@ def open_parts(config: Config, home: Home, environment: Mapping[str, str]) -> It
         )
         yield Parts(
             peer=peer,
+            sign=identity.sign,
             node=config.node.name,
             providers=providers,
             database=database,
             blocks=blocks,
             layers=layers,
             answers=answers,
+            namespaces=namespaces,
             permissions=permissions,
             reading=Reading(
                 blocks=blocks, permissions=permissions, beyond=layers.beyond if layers else None

@@ -257,6 +257,23 @@ def test_the_envelopes_of_a_key(index: ClaimIndex) -> None:
 # --- what is told unasked -----------------------------------------------------------------------
 
 
+def test_what_each_peer_signed_of_an_answer(index: ClaimIndex, database: Database) -> None:
+    alone, crowded = envelope("p", 1), envelope("p", 2, entry(), entry(2, "b"))
+    held, computed = envelope("q", 1, entry(held=True)), envelope("q", 2, entry(2), entry())
+    other = envelope("r", 1, entry(answer="b"))
+    for data in (crowded, alone, held, computed, other):
+        index.ingest(data, NOW)
+    log = ClaimLog(database, peer="me", sign=sign_as("me"))
+    own = log.seal([entry()], namespace=TAG, now=NOW)
+    log.seal([entry(2)], namespace=TAG, now=NOW)
+    found = index.statements(KEY, entry().cid, NOW)
+    assert set(found[:2]) <= {own, alone, crowded}
+    assert {unseal(each).peer for each in found} == {"me", "p", "q"}
+    assert (own in found, computed in found) == (True, True)
+    assert index.statements(KEY, entry().cid, NOW + 1000) == []
+    assert index.statements(KEY, cid_bytes(b"c"), NOW) == []
+
+
 class Counted:
     """Counts the signatures that are checked."""
 
