@@ -3,6 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -178,7 +179,7 @@ async def test_what_is_not_for_all_goes_only_to_whom_it_is_for(tmp_path: Path) -
         await a.wait_for_peers("b")
 
         async def ask(node: Daemon, prompt: str, **cache: str) -> httpx.Response:
-            fields = {"promptmesh": {"cache": cache}}
+            fields: dict[str, Any] = {"promptmesh": {"cache": cache}}
             return await node.chat(prompt, "echo", temperature=0, **fields)
 
         async def claimed(number: int) -> None:
