@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from time import time
@@ -193,7 +193,6 @@ def _secret_of(home: Home) -> Callable[[str], bytes | None]:
 def _fields(found: Checked) -> dict[str, Any]:
     """What `--json` gives."""
     from ..cache.cid import cid_text
-    from ..cache.dag_json import encode
 
     return {
         "cid": cid_text(found.cid),
@@ -206,7 +205,7 @@ def _fields(found: Checked) -> dict[str, Any]:
         **_content(found),
         "peer": found.peer or None,
         "made_at": found.made_at,
-        "request": None if found.request is None else json.loads(encode(dict(found.request))),
+        "request": None if found.request is None else _as_json(found.request),
         "claims": [
             {
                 "peer": claim.peer,
@@ -218,6 +217,18 @@ def _fields(found: Checked) -> dict[str, Any]:
             for claim in found.claims
         ],
     }
+
+
+def _as_json(request: Mapping[str, Any]) -> Any:
+    """The request in dag-json; its bytes where that has no form for what somebody wrote."""
+    import cbrrr
+
+    from ..cache.dag_json import encode
+
+    try:
+        return json.loads(encode(dict(request)))
+    except ValueError:
+        return json.loads(encode(cbrrr.encode_dag_cbor(dict(request))))
 
 
 def _content(found: Checked) -> dict[str, Any]:
@@ -238,7 +249,7 @@ def _content(found: Checked) -> dict[str, Any]:
 def _show(found: Checked) -> None:
     for name, value in _lines(found):
         say(f"{name:<9} {value}")
-    for message in (found.request or {}).get("messages", ()):
+    for message in _list(found.request, "messages"):
         say(f"{_text(message, 'role')}: {_said(message)}")
     text = _content(found).get("text", "")
     if text:
@@ -277,10 +288,14 @@ def _whose_word(found: Checked) -> str:
     return "that the answer is to it, who shared it says: only members can tell by the claims"
 
 
-def _said(message: Mapping[str, Any]) -> str:
-    content = message.get("content", ())
-    parts = content if isinstance(content, list) else ()
-    return " ".join(_text(part, "text") or "[no text]" for part in parts)
+def _said(message: object) -> str:
+    return " ".join(_text(part, "text") or "[no text]" for part in _list(message, "content"))
+
+
+def _list(value: object, name: str) -> Sequence[object]:
+    """A list in what somebody wrote; empty if it is none."""
+    found = value.get(name) if isinstance(value, dict) else None
+    return found if isinstance(found, list) else ()
 
 
 def _text(value: object, name: str) -> str:
