@@ -146,9 +146,9 @@ LISTING = f"""{_ROW}
     WHERE (a.expires_at > ?1 OR b.pinned) AND (?3 IS NULL OR a.model = ?3)
         AND (?4 IS NULL OR a.namespace = ?4)
     ORDER BY b.pinned DESC, b.used_at DESC LIMIT ?2"""
-#: (now, digest, limit) -> the other answers to the questions that it answers, best first.
+#: (now, digest, limit) -> the answers to the questions that it answers, best first.
 ALTERNATIVES = f"""{_ROW}
-    WHERE (a.expires_at > ?1 OR b.pinned) AND a.digest != ?2
+    WHERE (a.expires_at > ?1 OR b.pinned OR a.digest = ?2)
         AND a.key IN (SELECT key FROM answer WHERE digest = ?2)
     ORDER BY a.own DESC, a.claimed DESC, a.stored_at DESC LIMIT ?3"""
 #: (digest,) -> all rows of an answer: to which questions it is one.

@@ -153,7 +153,7 @@ class AnswerCache:
         return self._listed(answer_rows.LISTING, (now, limit, model, namespace))
 
     async def alternatives(self, cid: bytes, *, now: float) -> list[Row]:
-        """The other answers to the questions that this one answers, the best first."""
+        """The answers to the questions that this one answers, it among them, the best first."""
         wanted = (now, split(cid)[1], answer_rows.MAX_ALTERNATIVES)
         return self._listed(answer_rows.ALTERNATIVES, wanted)
 

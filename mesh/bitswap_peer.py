@@ -94,6 +94,7 @@ class Correspondent:
         if message.full:
             self._waiting.clear()
             self._missing.clear()
+            self._room.unpark_all()
         for want in message.wants:
             digest = digest_of(want.cid) or b""
             self._missing.pop(digest, None)
@@ -150,8 +151,8 @@ class Correspondent:
     async def _answer(self, want: Want, message: Message) -> int:
         """Look a want up and write the answer; returns how many bytes of blocks that is."""
         digest = digest_of(want.cid)
-        block = None if digest is None else await self._get(self.peer, as_v1(want.cid))
-        if block is None or len(block) > MAX_BLOCK:
+        block = None if digest is None else await self._look_up(as_v1(want.cid))
+        if block is None:
             if want.send_dont_have:
                 message.presences.append(Presence(want.cid, have=False))
             if digest is not None:
@@ -162,6 +163,14 @@ class Correspondent:
             return 0
         message.blocks.append((want.cid, block))
         return len(block)
+
+    async def _look_up(self, cid: bytes) -> bytes | None:
+        try:
+            block = await self._get(self.peer, cid)
+        except Exception:  # the log has it, and the peer hears that the block is not here
+            logger.exception("a block for %s could not be read", self.peer)
+            return None
+        return None if block is None or len(block) > MAX_BLOCK else block
 
     def _remember(self, digest: bytes, want: Want) -> None:
         if len(self._missing) >= MAX_MISSING:

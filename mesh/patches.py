@@ -383,9 +383,7 @@ class LibraryHost(BasicHost):
         if peer_id not in self._identified_peers:
             try:
                 await self._identify_peer(peer_id, reason="asked")
-            except (
-                Exception
-            ) as error:  # the library takes a stranger's fields apart; who asks sees it
+            except Exception as error:  # from the library, by a stranger's fields: who asks sees it
                 raise TransportError(f"{peer_id} does not say what it is: {error}") from error
         return self._identified_peers.get(peer_id, "")
 

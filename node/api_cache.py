@@ -26,6 +26,7 @@ from ..cache.dag_json import encode
 from ..cache.database import Database
 from ..cache.records import EmbeddingRecord, Record
 from ..providers.base import floats
+from .finding import Claimed
 from .http_server import Request, Responder
 from .openai_answers import usage_fields
 from .routes import Routes, problem
@@ -66,11 +67,19 @@ class CacheApi:
         answers: AnswerCache,
         blocks: SqliteBlocks,
         bring: Callable[[bytes], Awaitable[bool]] | None = None,
+        *,
+        claimed: Callable[[bytes, str], Sequence[Claimed]] = lambda key, namespace: (),
+        node_of: Callable[[str], str] = lambda peer: "",
     ) -> None:
-        """`bring` gets an answer that is not here from a further store."""
+        """`bring` gets an answer that is not here from a further store.
+
+        `claimed` says what others claim of a key in a namespace, `node_of` how a peer is called.
+        """
         self._answers = answers
         self._blocks = blocks
         self._bring = bring
+        self._claimed = claimed
+        self._node_of = node_of
         self._whole: dict[str, Callable[[Query], Awaitable[Any]]] = {
             "GET": self._list,
             "DELETE": self._purge,
@@ -174,14 +183,33 @@ class CacheApi:
         }
 
     async def _alternatives(self, cid: bytes) -> Any:
-        """`GET /mesh/v1/cache/CID/alternatives`: other answers to the same question, best first."""
+        """`GET /mesh/v1/cache/CID/alternatives`: the answers to the same question, best first.
+
+        The one asked for is among them, and those that are only claimed come last.
+        """
         await self._stored(cid)
         now = time.time()
         rows = await self._answers.alternatives(cid, now=now)
-        return [
-            {**shown, "age": max(0, int(now - shown["stored_at"]))}
+        claims = self._claims_of(rows)
+        known = [
+            {
+                **shown,
+                "age": max(0, int(now - shown["stored_at"])),
+                "asked": parse_cid(shown["cid"]) == cid,
+                "here": True,
+                "claims": [_claim(each, self._node_of) for each in claims.pop(shown["cid"], ())],
+            }
             for shown in await self._shown(rows)
         ]
+        return known + [_only_claimed(text, each, self._node_of) for text, each in claims.items()]
+
+    def _claims_of(self, rows: Iterable[Row]) -> dict[str, list[Claimed]]:
+        """Who claims which answer to the questions of these rows, by CID."""
+        found: dict[str, dict[str, Claimed]] = {}
+        for key, namespace in dict.fromkeys((row.key, row.namespace) for row in rows):
+            for each in self._claimed(key, namespace):
+                found.setdefault(cid_text(each.claim.cid), {})[each.claim.peer] = each
+        return {text: list(by_peer.values()) for text, by_peer in found.items()}
 
     async def _pin(self, cid: bytes) -> Any:
         """`PUT /mesh/v1/cache/CID/pin`: keep it for ever."""
@@ -260,6 +288,32 @@ def _entry(row: Row, text: str) -> dict[str, Any]:
         "claimed": row.claimed,
         "namespace": row.namespace,
         "scope": "mesh" if row.shared else "local",
+    }
+
+
+def _claim(claimed: Claimed, node_of: Callable[[str], str]) -> dict[str, Any]:
+    claim = claimed.claim
+    return {
+        "peer": claim.peer,
+        "node": node_of(claim.peer),
+        "kind": "held" if claim.held else "computed",
+        "trusted": not claimed.doubt,
+        "reason": claimed.doubt,
+        "made_at": claim.made_at,
+        "expires_at": claim.expires_at,
+    }
+
+
+def _only_claimed(
+    text: str, claims: Sequence[Claimed], node_of: Callable[[str], str]
+) -> dict[str, Any]:
+    """An answer that peers claim and that is not here."""
+    return {
+        "cid": text,
+        "bytes": claims[0].claim.size,
+        "here": False,
+        "asked": False,
+        "claims": [_claim(each, node_of) for each in claims],
     }
 
 

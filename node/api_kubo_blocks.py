@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from pathlib import Path
+
+import trio
 
 from ..cache.answers import AnswerCache
 from ..cache.blocks import MAX_BLOCK, SqliteBlocks
@@ -103,10 +106,14 @@ class BlockCommands:
         """The CIDs of all blocks that programs may have, as of raw blocks: so does Kubo."""
 
         async def lines() -> AsyncGenerator[bytes, None]:
-            async for digests in self._blocks.digests():
-                cids = [cid_of(digest, "raw") for digest in digests]
-                served = [c for c in cids if await self._permissions.may_serve(None, c)]
-                yield b"".join(b'{"Ref":"%b","Err":""}\n' % cid_text(c).encode() for c in served)
+            async with aclosing(self._blocks.digests()) as some:
+                async for digests in some:
+                    cids = [cid_of(digest, "raw") for digest in digests]
+                    served = [c for c in cids if await self._permissions.may_serve(None, c)]
+                    yield b"".join(
+                        b'{"Ref":"%b","Err":""}\n' % cid_text(c).encode() for c in served
+                    )
+                    await trio.lowlevel.checkpoint()
 
         await call.stream(lines(), content_type="application/json")
 

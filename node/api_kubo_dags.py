@@ -81,7 +81,7 @@ class DagCommands:
         count = size = 0
         for part in call.files("path"):
             try:
-                read = car.read(part.data, limits)
+                read = await dags.aside(partial(car.read, part.data, limits), len(part.data))
             except car.CarError as error:
                 raise Failed(f"import failed: {error}") from error
             for cid, block in read.blocks.items():

@@ -45,13 +45,15 @@ class FileCommands:
     async def _add(
         self, call: Call, part: Part, version: int, raw_leaves: bool, keep: bool, pin: bool
     ) -> dict[str, Any]:
+        cids = []
         for built in unixfs.build(part.data, version=version, raw_leaves=raw_leaves):
+            cids.append(stored(built.cid))
             if keep:
-                await call.keep(stored(built.cid), built.block)
+                await call.keep(cids[-1], built.block)
             # A file is many blocks, and other requests wait.
             await trio.lowlevel.checkpoint()
         if keep and pin:
-            await self._pins.pin(call, built.cid, recursive=True)
+            await self._pins.pin_these(built.cid, cids)
         text = link_text(built.cid)
         name = (part.filename or "").strip("/") or text
         return {"Name": name, "Hash": text, "Size": str(built.size)}

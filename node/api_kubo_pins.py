@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing
+
+import trio
 
 from ..cache.dags import PathError, walk
 from ..cache.links import link_text, stored
@@ -59,6 +61,7 @@ class PinCommands:
                 may = await self._permissions.may_serve(None, stored(pin.cid))
                 if may and kind in (pin.kind, "all"):
                     keys[link_text(pin.cid)] = {"Type": pin.kind}
+                await trio.lowlevel.checkpoint()  # there may be many
         await call.emit({"Keys": keys})
 
     async def kind(self, cid: bytes) -> Kind | None:
@@ -75,8 +78,17 @@ class PinCommands:
             async with aclosing(walk(call.fetch, named, deep=recursive)) as blocks:
                 async for cid, _ in blocks:
                     below.append(stored(cid))
+        except PathError as error:
+            raise Failed(str(error)) from error
+        await self.pin_these(named, below, recursive=recursive)
+
+    async def pin_these(
+        self, named: bytes, below: Sequence[bytes], *, recursive: bool = True
+    ) -> None:
+        """Pin a block and those below it, which are here. Raises `Failed`."""
+        try:
             kept = await self._pins.add(named, recursive=recursive, below=below)
-        except (PathError, PinsFull) as error:
+        except PinsFull as error:
             raise Failed(str(error)) from error
         if not kept:
             raise Failed("the pin could not be written")

@@ -273,7 +273,9 @@ def _add_cache(commands: _Commands) -> None:
     get = _command(actions, "get", cli_cache.get, "print a stored answer")
     _cid(get)
     get.add_argument(
-        "--alternatives", action="store_true", help="list the other answers to the same question"
+        "--alternatives",
+        action="store_true",
+        help="list the answers to the same question, and who claims them",
     )
     _json_flag(get, "print the record as `ipfs dag get` does")
     _json_flag(_command(actions, "stat", cli_cache.stat, "show what is held and what it saved"))

@@ -92,7 +92,7 @@ def _shown(rows: Sequence[Mapping[str, Any]]) -> int | None:
 
 
 def get(args: argparse.Namespace) -> int:
-    """A stored answer: its text or numbers, its record, or the other answers to its question."""
+    """A stored answer: its text or numbers, its record, or all answers to its question."""
     if args.alternatives:
         return _alternatives(args)
     if args.json:
@@ -113,30 +113,44 @@ def _alternatives(args: argparse.Namespace) -> int:
     if args.json:
         print_json(rows)
         return 0
-    if not rows:
-        say("This node holds no other answer to the same question.")
-        return 0
     shown = _shown(rows)
     columns = (
         Column("CID"),
         Column("COMPUTED BY"),
-        Column("CLAIMED", right=True),
         Column("AGE", right=True),
         Column("TEXT", shrink=True),
     )
     print_table(columns, [_alternative_row(row, shown) for row in rows])
+    claims = [_claim_row(row, claim, shown) for row in rows for claim in row["claims"]]
+    if claims:
+        print()
+        columns = (Column("CID"), Column("NODE"), Column("CLAIM"), Column("COUNTS", shrink=True))
+        print_table(columns, claims)
+    if len(rows) == 1:
+        say("There is no other answer to the same question, as far as this node knows.", "dim")
     return 0
 
 
 def _alternative_row(row: Mapping[str, Any], shown: int | None) -> Sequence[str]:
-    source = "this node" if row["own"] else f"…{row['source'][-8:]}"
-    return (
-        row["cid"][:shown],
-        source,
-        str(row["claimed"]),
-        duration(row["age"]),
-        row["text"],
-    )
+    cid = row["cid"][:shown]
+    if not row["here"]:
+        return cid, "", "", "(not here, but claimed)"
+    source = "this node" if row["own"] else _peer(row["source"])
+    return cid, source, duration(row["age"]), row["text"]
+
+
+def _claim_row(
+    row: Mapping[str, Any], claim: Mapping[str, Any], shown: int | None
+) -> Sequence[str]:
+    if claim["reason"]:
+        counts = f"no: {claim['reason']}"
+    else:
+        counts = "yes" if claim["kind"] == "computed" else "as a source"
+    return row["cid"][:shown], claim["node"] or _peer(claim["peer"]), claim["kind"], counts
+
+
+def _peer(peer: str) -> str:
+    return f"…{peer[-8:]}"
 
 
 def stat(args: argparse.Namespace) -> int:

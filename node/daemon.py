@@ -238,7 +238,13 @@ class Node:
         routes.add("GET", "/healthz", mesh.healthz)
         routes.add("GET", "/readyz", mesh.readyz)
         bring = parts.layers.bring if parts.layers else None
-        CacheApi(parts.answers, parts.blocks, bring).add_to(routes)
+        CacheApi(
+            parts.answers,
+            parts.blocks,
+            bring,
+            claimed=self._sharing.claimed,
+            node_of=parts.node_of,
+        ).add_to(routes)
         ShareApi(parts).add_to(routes)
         routes.add_below("GET", "/ipfs/", ipfs.content)
         kubo.add_to(routes)

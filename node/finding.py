@@ -7,6 +7,7 @@ where claims are at the homes of their keys, two homes are asked, for a short ti
 from __future__ import annotations
 
 import logging
+from typing import NamedTuple
 
 import trio
 
@@ -44,6 +45,14 @@ MISS_TIME, MAX_MISSES = 5.0, 4096
 MAX_ENVELOPES = 32
 
 
+class Claimed(NamedTuple):
+    """A claim as this node sees it."""
+
+    claim: Claim
+    #: Why it does not count; "": it does.
+    doubt: str
+
+
 class Finding:
     """Stored answers of the other members."""
 
@@ -77,14 +86,25 @@ class Finding:
         """May an answer be given that lies here, whoever computed it?"""
 
         def claims() -> list[Claim]:
-            namespace = self._namespaces.of(request.cache.namespace)
-            if namespace is None:
-                return []
-            found = self._index.lookup(mesh_key(namespace.secret, key), self._link.clock())
+            found = self._claims(key, request.cache.namespace)
             return [claim for claim in found if claim.cid == stored.cid.raw]
 
         wanted = request.cache.min_agreement
         return self._trust.uses(stored.source, claims, self._link.clock(), wanted=wanted)
+
+    def claimed(self, key: bytes, namespace: str) -> list[Claimed]:
+        """What others claim of a key, and whether that counts."""
+        now = self._link.clock()
+        return [
+            Claimed(claim, self._trust.doubt(claim.peer, now))
+            for claim in self._claims(key, namespace)
+        ]
+
+    def _claims(self, key: bytes, name: str) -> list[Claim]:
+        namespace = self._namespaces.of(name)
+        if namespace is None:
+            return []
+        return self._index.lookup(mesh_key(namespace.secret, key), self._link.clock())
 
     # --- what others have
 

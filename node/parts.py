@@ -73,13 +73,14 @@ class Parts:
             shared=self.sharing,
             nursery=nursery,
             peer=self.peer,
-            node_of=self._node_of,
+            node_of=self.node_of,
             reuse=config.cache.reuse,
             deadline=config.deadlines.whole,
             min_agreement=config.cache.min_agreement,
         )
 
-    def _node_of(self, peer: str) -> str:
+    def node_of(self, peer: str) -> str:
+        """The name of a peer's node, as far as it is known."""
         if peer == self.peer:
             return self.node
         state = self.peers.get(peer)

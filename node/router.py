@@ -341,8 +341,10 @@ def flight_key(key: bytes, request: Asked) -> bytes:
 
 def _is_cut(completion: Completion, request: Asked) -> bool:
     """Is it less than the model would have said?"""
-    if completion.finish_reason == "length":
-        return isinstance(request, GenerateRequest) and request.sampling.max_tokens is None
+    if completion.finish_reason == "length" and isinstance(request, GenerateRequest):
+        most, usage = request.sampling.max_tokens, completion.usage
+        # Fewer tokens than it was allowed: the model's context was full.
+        return most is None or (usage.exact and 0 < usage.completion_tokens < most)
     return completion.finish_reason == "content_filter"
 
 

@@ -76,9 +76,10 @@ class Sharing:
         self.hear = self._hearing.hear
         self.meet = self._hearing.meet
         self.claim_for = self._claiming.claim_for
-        # What answers requests.
+        # What answers requests, and shows what is known.
         self.announce = self._claiming.announce
         self.uses = self._finding.uses
+        self.claimed = self._finding.claimed
 
     # --- the network, which may come and go
 

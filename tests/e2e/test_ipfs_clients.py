@@ -14,18 +14,21 @@ import cbrrr
 import httpx
 import pytest
 import trio
-from daemons import ECHO, ROOT, Daemon, clean_environment, until
+from daemons import ECHO, ROOT, Daemon, clean_environment, mesh, until
+from helia import NODE_JS, PEERS
 from kubo import kubo, needs_kubo
 
 from promptmesh.cache import car, unixfs
 from promptmesh.cache.cid import cid_bytes, cid_text, parse_cid
-from promptmesh.cache.links import link_text
+from promptmesh.cache.links import link_text, stored
 
 pytestmark = pytest.mark.e2e
 
 CALLS = ROOT / "tests" / "clients" / "ipfshttpclient_calls.py"
 #: Made by scripts/get-clients.
 OLDER = ROOT / "build" / "clients" / "ipfshttpclient-0.7.0"
+#: Made by scripts/install-peers.
+JS_CLIENT = PEERS / "kubo-rpc-client" / "node_modules"
 LARGE = bytes(range(256)) * 2400
 
 
@@ -144,6 +147,64 @@ async def test_kubo_and_the_rpc_read_what_the_other_has(daemon: Daemon, tmp_path
             assert await other.read(added.json()["Hash"]) == data
         dag = await rpc.post("dag/put", files={"file": b'{"of":"the mesh"}'})
         assert await other.pin(dag.json()["Cid"]["/"])
+
+
+@pytest.mark.interop
+@pytest.mark.skipif(not JS_CLIENT.exists(), reason="scripts/install-peers installs it")
+async def test_the_present_client_of_javascript(daemon: Daemon) -> None:
+    done = await trio.run_process(
+        [str(NODE_JS), str(JS_CLIENT.parent / "calls.mjs"), daemon.url],
+        capture_stdout=True,
+        capture_stderr=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    found = json.loads(done.stdout)
+    block = cid_bytes(b"a block", "raw")
+    dag = cid_bytes(cbrrr.encode_dag_cbor({"link": cbrrr.CID(block), "list": [1, {"deep": "x"}]}))
+    *_, large = unixfs.build(bytes(i % 251 for i in range(600_000)), version=0)
+    assert "could not find" in found.pop("absent")
+    assert "404" in found.pop("unknown")
+    assert found == {
+        "id": (await daemon.json("/mesh/v1/status"))["peer"],
+        "version": "0.7.0",
+        "block": cid_text(block),
+        "read": "a block",
+        "size": 7,
+        "dag": cid_text(dag),
+        "deep": "x",
+        "linked": "a block",
+        "resolved": "list/1",
+        "small": "bafkreicysg23kiwv34eg2d7qweipxwosdo2py4ldv42nbauguluen5v6am",
+        "large": link_text(large.cid),
+        "cat": True,
+        "part": "el",
+        "pinned": cid_text(dag),
+        "kinds": ["recursive"],
+        "unpinned": cid_text(dag),
+        "imported": [cid_text(dag)],
+        "removed": [cid_text(block)],
+        "refs": True,
+        "objects": True,
+        "peers": 0,
+    }
+
+
+async def test_what_a_program_puts_here_is_read_at_another_node(tmp_path: Path) -> None:
+    async with (
+        mesh(tmp_path, {"alpha": ECHO, "beta": ""}) as (alpha, beta),
+        httpx.AsyncClient(timeout=30) as http,
+    ):
+        await alpha.wait_for_peers("beta")
+        await beta.wait_for_peers("alpha")
+        added = await http.post(f"{alpha.url}/api/v0/add", files={"file": LARGE})
+        cid = added.json()["Hash"]
+        got = await http.post(f"{beta.url}/api/v0/cat", params={"arg": cid})
+        assert got.content == LARGE
+        exported = await http.get(f"{beta.url}/ipfs/{cid}", params={"format": "car"})
+        blocks = list(unixfs.build(LARGE, version=0))
+        assert car.read(exported.content).roots == (blocks[-1].cid,)
+        assert car.read(exported.content).blocks.keys() == {stored(b.cid) for b in blocks}
 
 
 async def test_curl_and_a_browser(daemon: Daemon) -> None:

@@ -477,6 +477,17 @@ async def test_who_may_not_have_a_block_hears_that_it_is_not_here(
     assert (heard.presences, heard.blocks) == ([Presence(CID, have=False)], [])
 
 
+async def test_a_store_that_fails_has_nothing(
+    nursery: trio.Nursery, memory: MakeTransport, caplog: pytest.LogCaptureFixture
+) -> None:
+    node, stranger = await node_and_stranger(nursery, memory)
+    node.blocks = None  # type: ignore[assignment]
+    for count in (1, 2):
+        await stranger.say(node, Message(wants=[Want(CID, send_dont_have=True)]))
+        assert len((await stranger.hears(count)).presences) == count
+    assert "could not be read" in caplog.text
+
+
 async def test_a_want_is_remembered_until_the_block_is_here(
     nursery: trio.Nursery, make: MakeTransport
 ) -> None:

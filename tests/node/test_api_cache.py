@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +16,11 @@ from serving import serving
 
 from promptmesh.cache.answers import AnswerCache, Limits
 from promptmesh.cache.blocks import SqliteBlocks
-from promptmesh.cache.cid import cid_bytes, cid_text
+from promptmesh.cache.cid import cid_bytes, cid_text, parse_cid
+from promptmesh.cache.claim_rows import Claim
 from promptmesh.cache.database import Database
 from promptmesh.node.api_cache import MAX_LISTED, PATH, CacheApi
+from promptmesh.node.finding import Claimed
 from promptmesh.node.routes import Routes
 from promptmesh.providers.base import Completion, ToolCall, Usage
 
@@ -55,12 +57,16 @@ class World:
 
 
 @asynccontextmanager
-async def world(**limits: Any) -> AsyncIterator[World]:
+async def world(
+    *, claimed: Callable[[bytes, str], Sequence[Claimed]] = lambda key, namespace: (), **limits: Any
+) -> AsyncIterator[World]:
     database = Database(None)
     blocks = SqliteBlocks(database)
     answers = AnswerCache(database, blocks, peer="me", limits=Limits(**limits))
     routes = Routes()
-    CacheApi(answers, blocks).add_to(routes)
+    CacheApi(answers, blocks, claimed=claimed, node_of=lambda peer: f"name of {peer}").add_to(
+        routes
+    )
     async with serving(routes) as client:
         yield World(client, answers, blocks)
     database.close()
@@ -176,21 +182,48 @@ async def test_the_beginning_of_a_cid_is_enough_while_it_is_one_answers() -> Non
             assert missing in (await w.get(f"/{what}", 404))["error"]["message"]
 
 
-async def test_alternatives_are_the_other_answers_to_the_question() -> None:
+async def test_alternatives_are_the_answers_to_the_question() -> None:
     async with world() as w:
         mine = await w.store("mine", now=time.time() - 100)
         theirs = await w.store("theirs", source="other")
         await w.store("something else", b"2" * 32)
-        (row,) = await w.get(f"/{mine}/alternatives")
-        assert (row["cid"], row["own"], row["source"], row["claimed"]) == (
-            theirs,
-            False,
-            "other",
-            0,
-        )
-        (row,) = await w.get(f"/{theirs}/alternatives")
-        assert (row["cid"], row["own"]) == (mine, True)
-        assert 100 <= row["age"] < 160
+        for asked in (mine, theirs):
+            own, others = await w.get(f"/{asked}/alternatives")
+            assert (own["cid"], own["own"], own["asked"]) == (mine, True, asked == mine)
+            assert 100 <= own["age"] < 160
+            assert (others["cid"], others["own"], others["source"]) == (theirs, False, "other")
+            assert (others["asked"], others["here"]) == (asked == theirs, True)
+            assert others["claims"] == []
+
+
+async def test_alternatives_say_who_claims_what() -> None:
+    made = int(time.time())
+    claims: list[Claimed] = []
+    async with world(claimed=lambda key, namespace: claims) as w:
+        cid = parse_cid(await w.store("mine"))
+        elsewhere = cid_bytes(b"another answer")
+        claims += [
+            Claimed(Claim("peer-1", cid, 9, made, made + 60, False), ""),
+            Claimed(Claim("peer-2", cid, 9, made, made + 60, True), ""),
+            Claimed(Claim("peer-3", elsewhere, 77, made, made + 60, False), "it flooded"),
+        ]
+        mine, claimed = await w.get(f"/{cid_text(cid)}/alternatives")
+        assert mine["claims"] == [
+            {
+                "peer": f"peer-{number}",
+                "node": f"name of peer-{number}",
+                "kind": kind,
+                "trusted": True,
+                "reason": "",
+                "made_at": made,
+                "expires_at": made + 60,
+            }
+            for number, kind in ((1, "computed"), (2, "held"))
+        ]
+        assert (claimed["cid"], claimed["here"]) == (cid_text(elsewhere), False)
+        assert (claimed["bytes"], claimed["asked"]) == (77, False)
+        (claim,) = claimed["claims"]
+        assert (claim["trusted"], claim["reason"]) == (False, "it flooded")
 
 
 async def test_pins() -> None:

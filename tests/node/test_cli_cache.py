@@ -113,8 +113,8 @@ def test_a_beginning_of_several(tmp_path: Path) -> None:
 def test_alternatives(tmp_path: Path) -> None:
     cids = filled(tmp_path, "mine", "theirs", key=b"k" * 32)
     assert "theirs" in ok(tmp_path, "get", cids[0], "--alternatives")
-    (row,) = json.loads(ok(tmp_path, "get", cids[0], "--alternatives", "--json"))
-    assert (row["cid"], row["own"], row["claimed"]) == (cids[1], True, 0)
+    rows = json.loads(ok(tmp_path, "get", cids[0], "--alternatives", "--json"))
+    assert [row["cid"] for row in rows if not row["asked"]] == [cids[1]]
     alone = filled(tmp_path, "alone", key=b"a" * 32)
     assert "no other answer" in run(tmp_path, "cache", "get", *alone, "--alternatives").err
 
@@ -156,6 +156,10 @@ def test_wrong_usage(tmp_path: Path, command: tuple[str, ...]) -> None:
 # --- through a node -------------------------------------------------------------------------------
 
 
+def claimed(node: str, kind: str, reason: str = "") -> dict[str, str]:
+    return {"node": node, "peer": "12D3KooW987654321", "kind": kind, "reason": reason}
+
+
 def test_a_running_node_is_asked(tmp_path: Path) -> None:
     cid = ROW["cid"]
     gone = {"removed": 2, "pinned": 1}
@@ -163,7 +167,10 @@ def test_a_running_node_is_asked(tmp_path: Path) -> None:
         f"GET {PATH}?limit=100&model=a%2Fb": [ROW],
         f"GET {PATH}/{cid}": b'{"v":1}',
         f"GET {PATH}/{cid}/answer": {"cid": cid, "model": "smol", "text": "Two\nlines"},
-        f"GET {PATH}/{cid}/alternatives": [ROW],
+        f"GET {PATH}/{cid}/alternatives": [
+            ROW | {"here": True, "claims": [claimed("alpha", "computed"), claimed("beta", "held")]},
+            {"cid": "bafy2", "here": False, "claims": [claimed("", "computed", "it flooded")]},
+        ],
         f"PUT {PATH}/{cid}/pin": {"cid": cid, "pinned": True},
         f"DELETE {PATH}/{cid}/pin": {"cid": cid, "pinned": False},
         f"DELETE {PATH}/{cid}": {"cid": cid, "removed": True},
@@ -176,9 +183,14 @@ def test_a_running_node_is_asked(tmp_path: Path) -> None:
         assert row.endswith("pinned     3  Two \N{REPLACEMENT CHARACTER}lines")
         assert ok(tmp_path, "get", cid) == "Two\nlines\n"
         assert ok(tmp_path, "get", cid, "--json") == '{"v":1}\n'
-        assert ok(tmp_path, "get", cid, "--alternatives").splitlines()[1].split()[1:5] == [
-            "…abcdefgh", "2", "2", "h",
-        ]  # fmt: skip
+        shown = [line.split() for line in ok(tmp_path, "get", cid, "--alternatives").splitlines()]
+        assert shown[1][1:4] == ["…abcdefgh", "2", "h"]
+        assert shown[2][1:] == ["(not", "here,", "but", "claimed)"]
+        assert [line[1:] for line in shown[5:]] == [
+            ["alpha", "computed", "yes"],
+            ["beta", "held", "as", "a", "source"],
+            ["…87654321", "computed", "no:", "it", "flooded"],
+        ]
         assert ok(tmp_path, "pin", cid) == f"pinned {cid}\n"
         assert ok(tmp_path, "unpin", cid) == f"unpinned {cid}\n"
         assert ok(tmp_path, "rm", cid) == f"removed {cid}\n"

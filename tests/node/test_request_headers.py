@@ -31,11 +31,12 @@ def test_headers_stand_over_the_body() -> None:
                 "x-promptmesh-policy": "least_loaded",
                 "x-promptmesh-deadline-s": "2.5",
                 "x-promptmesh-cache-scope": "local",
+                "x-promptmesh-cache-min-agreement": "2",
             }
         ),
     )
     assert (request.provider, request.policy, request.deadline) == ("header", "least_loaded", 2.5)
-    assert request.cache == CacheControl(ttl=5, namespace="n", scope="local")
+    assert request.cache == CacheControl(ttl=5, namespace="n", scope="local", min_agreement=2)
 
 
 @pytest.mark.parametrize(
@@ -59,6 +60,8 @@ def test_cache_control(value: str, mode: str, max_age: float | None) -> None:
 @pytest.mark.parametrize(
     "headers",
     [
+        {"x-promptmesh-cache-min-agreement": "two"},
+        {"x-promptmesh-cache-min-agreement": "0"},
         {"x-promptmesh-policy": "best"},
         {"x-promptmesh-privacy": "none"},
         {"x-promptmesh-deadline-s": "nan"},

@@ -155,7 +155,12 @@ async def test_the_answer_of_a_peer_is_kept_and_told_as_a_copy() -> None:
 
 @pytest.mark.parametrize(
     ("finish", "max_tokens", "kept"),
-    [("length", 5, True), ("length", None, False), ("content_filter", None, False)],
+    [
+        ("length", 2, True),
+        ("length", 5, False),  # the context was full
+        ("length", None, False),
+        ("content_filter", None, False),
+    ],
 )
 async def test_only_whole_answers_are_kept(
     finish: FinishReason, max_tokens: int | None, kept: bool
