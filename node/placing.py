@@ -73,15 +73,19 @@ class Placing:
         }
 
     async def place(self) -> None:
-        """Put something at one home, and pause as the budget wants it."""
+        """Put something at one home, and pause as the budget wants it, or until there is more."""
         network = self._link.network
+        home: PeerId | None = None
         if network is not None:
             await self._follow(network)
             self._take_new()
             home = self._next()
             if home is not None:
                 await self._put(network, home)
-        await trio.sleep(PAUSE)
+        if home is not None or self.waiting:
+            await trio.sleep(PAUSE)
+        else:
+            await self._claiming.wait()
 
     async def _follow(self, network: ClaimNetwork) -> None:
         """See who came and went, and what that moves."""

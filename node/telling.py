@@ -47,7 +47,8 @@ class Telling:
             except TransportError as error:
                 # The batches are kept: whoever lacks them asks for them.
                 logger.debug("claims were not gossiped: %s", error)
-        members = network.members() if network is not None else 0
+        # Who had nothing to say has not used up its turn.
+        members = network.members() if message and network is not None else 0
         await trio.sleep(max(SHORTEST_PAUSE, members / NODES_A_SECOND))
 
     def _fill(self) -> list[bytes]:

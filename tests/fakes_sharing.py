@@ -56,7 +56,7 @@ def asking(prompt: str = "hi", **cache: object) -> GenerateRequest:
 class Member:
     """A node's cache and sharing, and what its peers may ask of it."""
 
-    def __init__(self, name: str, trusted: Sequence[str] = ("all",)) -> None:
+    def __init__(self, name: str, trusted: Sequence[str] = ("all",), *, seed: int = 1) -> None:
         # As the transport of that name in a `MemoryNetwork`.
         self.identity = Identity(hashlib.sha256(name.encode()).digest())
         self.peer = self.identity.peer_id
@@ -66,6 +66,7 @@ class Member:
         self.checked = 0
         self._sealed = 0
         self._trusted = trusted
+        self._seed = seed
         self.start()
 
     def start(self) -> None:
@@ -86,7 +87,7 @@ class Member:
             namespaces=namespaces,
             permissions=Permissions(answers=self.answers, namespaces=namespaces),
             peer=self.peer,
-            rng=Random(1),
+            rng=Random(self._seed),
             clock=now,
         )
 

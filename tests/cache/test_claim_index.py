@@ -429,6 +429,40 @@ def test_a_late_joiner_pages_through() -> None:
     assert later.versions(NOW) == old.versions(NOW)
 
 
+def test_a_thousand_publishers_in_bounded_pages() -> None:
+    old, _ = member("old")
+    full = [entry(number) for number in range(64)]
+    for publisher in range(1000):
+        for number in (1, 2, 7):
+            claims = full if publisher % 10 == 0 else [entry(publisher)]
+            old.ingest(envelope(f"p{publisher}", number, *claims), NOW)
+    late, _ = member("late")
+    pages = 0
+    while page := old.since(late.versions(NOW), now=NOW):
+        assert len(page) <= 64
+        assert sum(map(len, page)) <= 256 * 1024
+        assert {late.ingest(data, NOW).status for data in page} == {"new"}
+        pages += 1
+    assert pages < 60
+    assert late.versions(NOW) == old.versions(NOW)
+    assert late.versions(NOW)["p7"] == Version(5, ((1, 2), (7, 7)))
+
+
+def test_a_publisher_that_starts_again_is_followed(tmp_path: Path) -> None:
+    """Its numbers go on with a gap, and nothing of it is asked for again and again."""
+    here, _ = member("here")
+    for start in range(3):
+        database = Database(tmp_path / "cache.sqlite")
+        there = ClaimIndex(database, peer="p", verify=verify)
+        log = ClaimLog(database, peer="p", sign=sign_as("p"))
+        for number in range(5):
+            log.seal([entry(start * 10 + number)], namespace=TAG, now=NOW)
+        assert repair(here, there, 64) == 2
+        assert here.live(NOW) == 5 * (start + 1)
+        assert repair(here, there, 64) == 1
+        database.close()
+
+
 @settings(max_examples=30)
 @given(st.randoms(use_true_random=False))
 def test_whatever_gossip_loses_repair_brings(random: Random) -> None:
