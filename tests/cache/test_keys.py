@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from hypothesis import given
 from hypothesis import strategies as st
 
+from promptmesh.cache import keys
 from promptmesh.cache.cid import cid_bytes, cid_text, parse_cid
 from promptmesh.cache.keys import (
     KEYED,
@@ -535,3 +536,20 @@ def test_mesh_keys_differ_by_namespace_mesh_and_request() -> None:
     tags = {namespace_tag(namespace_secret(b"a" * 32, name)) for name in ("", "team")}
     assert len(tags) == 2
     assert {len(tag) for tag in tags} == {8}
+
+
+def _asked(**sampling: Any) -> GenerateRequest:
+    return msgspec.structs.replace(PLAIN, sampling=Sampling(**sampling))
+
+
+def test_a_remembered_key_is_the_one_that_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where two requests that mean the same are remembered apart."""
+    monkeypatch.setattr(keys, "_keys", {})
+    whole, fraction = (_asked(temperature=t) for t in (1, 1.0))
+    made = [request_key(each) for each in (whole, fraction)]
+    assert [request_key(each) for each in (whole, fraction)] == made
+    assert made[0] == made[1] == hashlib.sha256(canonical(whole)).digest()
+    monkeypatch.setattr(keys, "MAX_REMEMBERED", 2)
+    others = [_asked(seed=seed) for seed in range(5)]
+    assert len({request_key(each) for each in others}) == 5
+    assert len(keys._keys) <= 2

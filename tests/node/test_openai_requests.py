@@ -140,3 +140,17 @@ json_values = st.recursive(
 def test_any_json_is_decoded_or_rejected(fields: dict[str, Any]) -> None:
     with suppress(RequestRejected):
         decode(**fields)
+
+
+@pytest.mark.parametrize("size", [10, 20_000])
+def test_the_same_bytes_again_are_another_request(size: int) -> None:
+    body = msgspec.json.encode(
+        {"model": "m", "messages": [{"role": "user", "content": "x" * size}], "seed": 1}
+    )
+    first, again = decode_chat(body, "first"), decode_chat(body, "again")
+    assert (first.request.id, again.request.id) == ("first", "again")
+    assert msgspec.structs.replace(again.request, id="first") == first.request
+    wrong = body.replace(b'"m"', b"7")
+    for _ in range(2):
+        with pytest.raises(RequestRejected, match="model"):
+            decode_chat(wrong, "wrong")
