@@ -10,7 +10,6 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
-import msgspec
 import trio
 
 from ..providers.base import (
@@ -161,7 +160,7 @@ class Asking:
             self._text.append(chunk.text)
             return chunk
         self._finish(chunk)
-        return msgspec.structs.replace(chunk, origin=self._origin)
+        return chunk
 
     async def _read(self) -> Chunk:
         """The next chunk that holds anything."""

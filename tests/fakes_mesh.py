@@ -221,8 +221,9 @@ class Node:
 
     async def ask(self, request: GenerateRequest | None = None) -> tuple[str, Origin]:
         """The whole text, and the origin as its last chunk tells it."""
-        text, origin = "", Origin()
+        text = ""
         async with self.manager.open(request or asking()) as answering:
+            origin = answering.origin
             async for chunk in answering.chunks:
                 text += chunk.text
                 origin = chunk.origin or origin

@@ -67,6 +67,22 @@ async def test_a_client_that_leaves_stops_the_work_on_the_peer(tmp_path: Path) -
         assert provider["stats"]["cancelled"] == 1
 
 
+async def test_a_whole_answer_tells_of_itself_what_a_streamed_one_does(tmp_path: Path) -> None:
+    async with mesh(tmp_path, {"a": "", "c": ECHO}) as (a, c):
+        await a.wait_for_model("echo")
+        stored = await c.chat("known there", "echo", temperature=0)
+        for node, prompt, headers, expected in (
+            (c, "not to be kept", {"cache-control": "no-store"}, "bypass"),
+            (a, "not to be kept", {"cache-control": "no-store"}, "bypass"),
+            (c, "to be made anew", {"cache-control": "no-cache"}, "miss"),
+            (a, "known there", {}, "hit-mesh"),
+        ):
+            whole = await node.chat(prompt, "echo", temperature=0, headers=headers)
+            assert whole.headers["x-promptmesh-cache"] == expected
+            assert whole.json()["promptmesh"]["cache"] == expected
+        assert whole.headers["x-promptmesh-cid"] == stored.headers["x-promptmesh-cid"]
+
+
 async def test_failover_before_the_first_token_and_return(tmp_path: Path) -> None:
     async with mesh(tmp_path, {"a": "", "b": ECHO, "c": ECHO}) as (a, b, c):
         await a.wait_for_peers("b", "c")

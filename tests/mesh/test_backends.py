@@ -56,8 +56,9 @@ def manager_of(
 
 
 async def ask(manager: BackendManager, **fields: Any) -> tuple[str, Origin]:
-    text, origin = "", Origin()
+    text = ""
     async with manager.open(asking(**fields)) as answering:
+        origin = answering.origin
         async for chunk in answering.chunks:
             text += chunk.text
             origin = chunk.origin or origin
