@@ -28,6 +28,8 @@ PATIENCE = 300.0
 LOOK = 10.0
 #: Copies that wait; of more, the oldest are not claimed.
 MAX_COPIES = 4096
+#: Signed batches that wait; of more, the oldest are not told but only given to who asks.
+MAX_SIGNED = 4096
 
 
 class Group(NamedTuple):
@@ -49,8 +51,8 @@ class Claiming:
         self._namespaces = namespaces
         #: By namespace tag and CID: several questions may have one answer.
         self._unsigned: dict[bytes, dict[str, list[Entry]]] = {}
-        #: Claims that were signed for one peer, which the others do not know.
-        self._signed: deque[tuple[bytes, Group]] = deque()
+        #: Batches that are signed, and so kept to be asked for, and not told yet.
+        self._signed: deque[tuple[bytes, Group]] = deque(maxlen=MAX_SIGNED)
         #: Copies, and when each came.
         self._copies: deque[tuple[float, bytes, Entry]] = deque(maxlen=MAX_COPIES)
         self._news = trio.Event()
@@ -115,23 +117,33 @@ class Claiming:
         """There is more to tell."""
         self._news.set()
 
+    def sign_waiting(self) -> None:
+        """Sign what waits, in batches as full as they can be: who asks can have it then."""
+        while (group := self._take()) is not None:
+            envelope = self.sign(group)
+            if envelope is not None:
+                self._signed.append((envelope, group))
+
     def take_signed(self) -> tuple[bytes, Group] | None:
-        """The next claims that one peer knows already."""
+        """The next batch to be told."""
         return self._signed.popleft() if self._signed else None
 
     def give_back(self, signed: tuple[bytes, Group]) -> None:
-        """It is not their turn yet."""
+        """It is not its turn yet."""
         self._signed.appendleft(signed)
 
-    def take(self, limit: int) -> Group | None:
-        """The next claims to be told, of one namespace; what has room is filled with copies."""
-        limit = min(limit, MAX_ENTRIES)
+    def sign(self, group: Group) -> bytes | None:
+        """A numbered batch of them, signed; None if nothing is left of them."""
+        return self._log.seal(group.entries, namespace=group.tag, now=self._link.clock())
+
+    def _take(self) -> Group | None:
+        """The next claims to be signed, of one namespace; what has room is filled with copies."""
         for tag in list(self._unsigned):
             waiting = self._unsigned[tag]
             entries: list[Entry] = []
-            while waiting and len(entries) < limit:
+            while waiting and len(entries) < MAX_ENTRIES:
                 cid, same = next(iter(waiting.items()))
-                room = limit - len(entries)
+                room = MAX_ENTRIES - len(entries)
                 entries += same[:room]
                 if len(same) > room:
                     waiting[cid] = same[room:]
@@ -140,20 +152,16 @@ class Claiming:
             if not waiting:
                 del self._unsigned[tag]
             if entries:
-                return Group(tag, entries + self._take_copies(tag, limit - len(entries)))
-        return self._take_due_copies(limit)
+                return Group(tag, entries + self._take_copies(tag, MAX_ENTRIES - len(entries)))
+        return self._take_due_copies()
 
-    def sign(self, group: Group) -> bytes | None:
-        """A numbered batch of them, signed; None if nothing is left of them."""
-        return self._log.seal(group.entries, namespace=group.tag, now=self._link.clock())
-
-    def _take_due_copies(self, limit: int) -> Group | None:
+    def _take_due_copies(self) -> Group | None:
         """Copies, where there is a full batch of them or they have waited long enough."""
         while self._copies:
             since, tag, _ = self._copies[0]
             if len(self._copies) < MAX_ENTRIES and self._link.clock() - since < PATIENCE:
                 break
-            if entries := self._take_copies(tag, limit):
+            if entries := self._take_copies(tag, MAX_ENTRIES):
                 return Group(tag, entries)
         return None
 

@@ -78,7 +78,7 @@ class Placing:
         home: PeerId | None = None
         if network is not None:
             await self._follow(network)
-            self._take_new()
+            await self._take_new()
             home = self._next()
             if home is not None:
                 await self._put(network, home)
@@ -109,24 +109,19 @@ class Placing:
             if number % STEPS == STEPS - 1:
                 await trio.lowlevel.checkpoint()
 
-    def _take_new(self) -> None:
-        while (group := self._take_group()) is not None:
-            for entry in group.entries:
+    async def _take_new(self) -> None:
+        # Kept whole in batches, too: what is not at its homes yet must outlive this process.
+        self._claiming.sign_waiting()
+        while (signed := self._claiming.take_signed()) is not None:
+            tag, entries = signed[1]
+            for number, entry in enumerate(entries):
                 name = entry.key, entry.cid
                 found = homes(entry.key, self._members)
-                self._placed[name] = _Placed(group.tag, entry, found)
+                self._placed[name] = _Placed(tag, entry, found)
                 for home in found:
                     self._home(home).new[name] = None
-
-    def _take_group(self) -> Group | None:
-        signed = self._claiming.take_signed()
-        if signed is not None:
-            return signed[1]
-        group = self._claiming.take(MAX_ENTRIES)
-        if group is not None:
-            # Kept whole, as what is not at its homes yet must outlive this process.
-            self._claiming.sign(group)
-        return group
+                if number % STEPS == STEPS - 1:
+                    await trio.lowlevel.checkpoint()
 
     def _home(self, peer: PeerId) -> _Home:
         home = self._homes.get(peer)

@@ -12,7 +12,6 @@ import logging
 import msgspec
 import trio
 
-from ..cache.claims import MAX_ENVELOPE
 from ..cache.conduct import RATE, Bucket
 from ..mesh.transport import TransportError
 from .claim_network import Link
@@ -53,28 +52,19 @@ class Telling:
 
     def _fill(self) -> list[bytes]:
         """What one message carries: bounded by its bytes, and by what this node may tell now."""
+        self._claiming.sign_waiting()
         message: list[bytes] = []
         size = 0
-        while size + MAX_ENVELOPE <= MAX_MESSAGE:
-            allowed = int(self._take(0))
-            signed = self._claiming.take_signed()
-            if signed is None:
-                group = self._claiming.take(allowed) if allowed > 0 else None
-                if group is None:
-                    break
-                envelope = self._claiming.sign(group)
-                if envelope is None:
-                    continue
-                signed = envelope, group
+        while (signed := self._claiming.take_signed()) is not None:
             envelope, group = signed
-            if len(group.entries) > allowed:
+            claims = len(group.entries)
+            if size + len(envelope) > MAX_MESSAGE or claims > self._take(0):
                 self._claiming.give_back(signed)
+                self._claiming.wake()
                 break
-            self._take(len(group.entries))
+            self._take(claims)
             message.append(envelope)
             size += len(envelope)
-        if message or allowed < 1:
-            self._claiming.wake()  # there may be more
         return message
 
     def _take(self, claims: int) -> float:

@@ -396,3 +396,27 @@ async def test_only_listed_peers_are_believed(autojump_clock: trio.testing.MockC
         await b.make(asking(), "of b")
         await trio.sleep(2)
         assert await find(c, asking()) == ("of b", b.peer)
+
+
+# --- much at once ---------------------------------------------------------------------------------
+
+
+async def test_what_waits_to_be_told_can_be_asked_for(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with mesh("a", "b", "c") as ((a, network), (b, _), (c, _)):
+        for number in range(1000):
+            await a.make(asking(str(number)), f"answer {number}")
+        await trio.sleep(5)
+        # Gossip keeps to the pace that others believe.
+        assert 192 <= b.index.live(now()) <= 192 + 5 * 20
+        assert b.conduct.silenced(now()) == []
+        # Who asks has all of it, in full batches.
+        await c.sharing.meet(a.peer)
+        assert c.index.live(now()) == 1000
+        assert len(a.own_batches()) == 16
+        gossiped = len(network.gossiped)
+        await trio.sleep(60)
+        assert b.index.live(now()) == 1000
+        assert b.conduct.silenced(now()) == []
+        assert len(network.gossiped) <= gossiped + 16
