@@ -17,8 +17,9 @@ from .transport import PeerId
 #: Weight of the newest sample in the moving averages: half of the memory is the last 3 samples.
 ALPHA = 0.2
 #: Weight of the newest outcome in the error rate, and the seconds in which half of it fades: who
-#: failed and is not asked would else never be asked again.
-ERROR_ALPHA, ERROR_HALF_LIFE = 0.25, 10.0
+#: failed and is not asked would else never be asked again. They are multiplied by the failures in a
+#: row, up to so many: who fails each time it is tried is tried ever less.
+ERROR_ALPHA, ERROR_HALF_LIFE, LONGEST_ROW = 0.25, 10.0, 6
 #: (peer, provider, model) that are remembered; the least recently used are forgotten.
 MAX_MEASURED = 10_000
 #: A generation shorter than this (s) says nothing of the speed: it came in one piece.
@@ -68,6 +69,8 @@ class Speed:
     #: Share of recent attempts that failed, 0 to 1, as it was at `failed_at`.
     errors: float = 0.0
     failed_at: float = -math.inf
+    #: Failures since the last whole answer.
+    row: int = 0
     #: Seconds until a failed attempt had failed.
     failing: float | None = None
 
@@ -77,6 +80,7 @@ class Speed:
     def finished(self, tokens: int, seconds: float, now: float) -> None:
         """A whole answer: so many tokens, so long from the first to the last."""
         self.answers += 1
+        self.row = 0
         self.errors *= 1 - ERROR_ALPHA
         if tokens > 1 and seconds >= MIN_GENERATION:
             self.rate, self.at = _average(self.rate, min((tokens - 1) / seconds, 1e6)), now
@@ -85,13 +89,15 @@ class Speed:
         """An attempt failed after so long."""
         faded = self.errors_at(now)
         self.errors, self.failed_at = faded + ERROR_ALPHA * (1 - faded), now
+        self.row += 1
         self.failing = _average(self.failing, seconds)
 
     def errors_at(self, now: float) -> float:
         """The share of attempts that fail, as far as it is still remembered."""
         if not self.errors:
             return 0.0
-        return self.errors * math.exp2(min(self.failed_at - now, 0.0) / ERROR_HALF_LIFE)
+        half_life = ERROR_HALF_LIFE * min(max(self.row, 1), LONGEST_ROW)
+        return self.errors * math.exp2(min(self.failed_at - now, 0.0) / half_life)
 
 
 def _average(old: float | None, new: float) -> float:

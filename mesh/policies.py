@@ -178,11 +178,14 @@ def best_performance(
 def expected_times(candidates: Sequence[Candidate], work: Work, now: float) -> list[Expected]:
     """When each would have finished: waiting, the first token, the rest, and its failures."""
     speeds = [_speed(c, now) for c in candidates]
-    best = min((ttft + work.typical * pace for ttft, pace in filter(None, speeds)), default=UNKNOWN)
+    known = [speed for speed in speeds if speed is not None]
+    best, best_typical = (
+        min((ttft + tokens * pace for ttft, pace in known), default=UNKNOWN) for tokens in work
+    )
     times = []
     for candidate, speed in zip(candidates, speeds, strict=True):
         if speed is None:
-            alone = typical = _guess(candidate, best)
+            alone, typical = _guess(candidate, best), _guess(candidate, best_typical)
         else:
             ttft, pace = speed
             alone, typical = ttft + work.tokens * pace, ttft + work.typical * pace

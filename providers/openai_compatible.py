@@ -263,6 +263,7 @@ class OpenAICompatible:
             tools=self._settings.tools and not embeds,
             can_continue=self.continues and not embeds,
             egress=self._egress,
+            loaded=model.loaded,
         )
 
 

@@ -24,6 +24,14 @@ class ListedModel(msgspec.Struct):
     architecture: _Architecture | None = None
     type: Any = None
     capabilities: Any = None
+    #: llama.cpp's server, where it has several models: `{"value": "loaded"}`.
+    status: Any = None
+
+    @property
+    def loaded(self) -> bool | None:
+        """Is it in memory? None if the server does not say."""
+        value = self.status.get("value") if isinstance(self.status, dict) else None
+        return value == "loaded" if isinstance(value, str) else None
 
     @property
     def embeds(self) -> bool:

@@ -8,6 +8,7 @@ from promptmesh.mesh.measure import (
     FIRST_PAUSE,
     LONGEST_CHOICE,
     LONGEST_PAUSE,
+    LONGEST_ROW,
     MAX_MEASURED,
     BackendId,
     Breaker,
@@ -50,7 +51,8 @@ def test_errors_rise_with_failures_and_fade_with_answers_and_with_time() -> None
         speed.failed(0.5, 10.0)
     assert 0.9 < speed.errors_at(10.0) <= 1.0
     assert speed.failing == pytest.approx(0.5)
-    assert speed.errors_at(10.0 + ERROR_HALF_LIFE) == pytest.approx(speed.errors_at(10.0) / 2)
+    long = ERROR_HALF_LIFE * LONGEST_ROW  # the memory of one that fails each time
+    assert speed.errors_at(10.0 + long) == pytest.approx(speed.errors_at(10.0) / 2)
     for _ in range(20):
         speed.finished(10, 1.0, 11.0)
     assert speed.errors_at(10.0) < 0.05
@@ -61,6 +63,7 @@ def test_a_failure_long_after_another_counts_as_the_first() -> None:
     speed.failed(0.1, 0.0)
     first = speed.errors_at(0.0)
     later = 100 * ERROR_HALF_LIFE
+    assert speed.errors_at(ERROR_HALF_LIFE) == pytest.approx(first / 2)
     speed.failed(0.1, later)
     assert speed.errors_at(later) == pytest.approx(first)
 

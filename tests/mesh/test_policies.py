@@ -198,6 +198,12 @@ def test_an_unmeasured_one_is_tried_once_at_a_time() -> None:
     assert best([known, new]) == "known"
 
 
+def test_an_unmeasured_one_is_not_thought_quick_because_the_answer_is_long() -> None:
+    known = candidate("known", slots=8, speed=measured(0.2, 100))
+    tried = candidate("tried", slots=8, speed=Speed(tries=1))
+    assert best([known, tried], tokens=5000) == "known"
+
+
 def test_the_optimism_wears_off_where_a_try_measures_nothing() -> None:
     known = candidate("known", slots=8, speed=measured(0.2, 100))
     new = candidate("new", slots=8, speed=Speed(tries=1))

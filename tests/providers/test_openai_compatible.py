@@ -484,6 +484,9 @@ LIST = {
         },
         {"id": "c", "meta": {"n_ctx_train": 2048}},
         {"id": "d", "max_model_len": "many", "meta": None},
+        {"id": "e", "status": {"value": "loaded", "args": ["llama-server"]}},
+        {"id": "f", "status": {"value": "unloaded"}},
+        {"id": "g", "status": "loaded"},
     ],
 }
 LEARNT = (
@@ -491,6 +494,9 @@ LEARNT = (
     offer(id="b", context_length=8192, modalities=("text", "image")),
     offer(id="c", context_length=2048),
     offer(id="d"),
+    offer(id="e", loaded=True),
+    offer(id="f", loaded=False),
+    offer(id="g"),
 )
 
 
