@@ -12,7 +12,16 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "simulate" / "routing"
 
 
 def run(only: str, policies: str) -> Any:
-    command = [sys.executable, SCRIPT, "--quick", "--json", "--only", only, "--policies", policies]
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--quick",
+        "--json",
+        "--only",
+        only,
+        "--policies",
+        policies,
+    ]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
     (scenario,) = json.loads(ran.stdout)
