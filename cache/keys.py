@@ -77,10 +77,10 @@ TRANSPORT = frozenset(
     }
 )
 
-#: Keys that are remembered, and the bytes of the largest request that one is remembered of. It is
-#: found by the request's fields as they are, which one call writes down: a question that is asked
-#: again mostly comes in the same words, and the canonical form takes five times as long.
-MAX_REMEMBERED, MAX_REMEMBERED_SIZE = 1024, 16 * 1024
+#: Keys that are remembered. One is found by the digest of the request's fields as they are, which
+#: one call writes down: a question that is asked again mostly comes in the same words, and the
+#: canonical form takes five times as long.
+MAX_REMEMBERED = 4096
 _keys: dict[bytes, bytes] = {}
 _keyed = operator.attrgetter(*KEYED, "extra", "dialect")
 _encode_fields = msgspec.msgpack.Encoder().encode
@@ -119,13 +119,14 @@ def request_key(request: GenerateRequest) -> bytes:
         asked = _encode_fields((*_keyed(request), request.cache.namespace))
     except (TypeError, ValueError, OverflowError, RecursionError):
         asked = b""  # only `canonical` knows what this is, or what is wrong with it
-    key = _keys.get(asked)
+    name = hashlib.sha256(asked).digest() if asked else b""
+    key = _keys.get(name)
     if key is None:
         key = hashlib.sha256(canonical(request)).digest()
-        if 0 < len(asked) <= MAX_REMEMBERED_SIZE:
+        if name:
             if len(_keys) >= MAX_REMEMBERED:
                 _keys.clear()
-            _keys[asked] = key
+            _keys[name] = key
     return key
 
 

@@ -46,7 +46,8 @@ class OpenAIApi:
         """`POST /v1/chat/completions`."""
         request_id = new_request_id()
         try:
-            call = decode_chat(request.body, request_id)
+            remember = "no-store" not in request.headers.get("cache-control", "")
+            call = decode_chat(request.body, request_id, remember=remember)
             call = msgspec.structs.replace(call, request=with_headers(call.request, request))
             async with self._router.open(call.request) as answering:
                 if call.stream:

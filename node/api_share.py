@@ -131,7 +131,7 @@ class ShareApi:
     def _question(self, body: bytes, rows: Sequence[Row]) -> tuple[bytes, Row]:
         """The canonical request, and the row of its key. The node does not store requests."""
         try:
-            request = decode_chat(body, "share").request
+            request = decode_chat(body, "share", remember=False).request
             for resolved in self._meanings(request, rows):
                 key = request_key(resolved)
                 row = next((row for row in rows if row.key == key), None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeVar
@@ -161,8 +160,10 @@ _RANGES: dict[str, tuple[float, float]] = {
 
 
 #: Bodies that are remembered with what they mean, and the bytes of the largest. A question that is
-#: asked again mostly comes in the same bytes, and nothing that was decoded is ever changed.
+#: asked again mostly comes in the same bytes, and nothing that was decoded is ever changed. What is
+#: not to be stored anywhere is not remembered either.
 MAX_REMEMBERED, MAX_REMEMBERED_SIZE = 512, 16 * 1024
+_remembered: dict[bytes, ChatCall] = {}
 
 
 class ChatCall(msgspec.Struct, frozen=True):
@@ -173,12 +174,18 @@ class ChatCall(msgspec.Struct, frozen=True):
     include_usage: bool
 
 
-def decode_chat(body: bytes, request_id: str) -> ChatCall:
-    """Decode the body of `POST /v1/chat/completions`.
+def decode_chat(body: bytes, request_id: str, *, remember: bool = True) -> ChatCall:
+    """Decode the body of `POST /v1/chat/completions`; `remember`: may it be kept in memory?
 
     Raises `RequestRejected`, with the field that is wrong.
     """
-    call = (_decode_again if len(body) <= MAX_REMEMBERED_SIZE else _decode)(body)
+    call = _remembered.get(body)
+    if call is None:
+        call = _decode(body)
+        if remember and len(body) <= MAX_REMEMBERED_SIZE and call.request.cache.mode != "bypass":
+            if len(_remembered) >= MAX_REMEMBERED:
+                _remembered.clear()
+            _remembered[body] = call
     request = msgspec.structs.replace(call.request, id=request_id)
     return msgspec.structs.replace(call, request=request)
 
@@ -190,9 +197,6 @@ def _decode(body: bytes) -> ChatCall:
         stream=bool(chat.stream),
         include_usage=chat.stream_options is not None and chat.stream_options.include_usage,
     )
-
-
-_decode_again = functools.lru_cache(MAX_REMEMBERED)(_decode)
 
 
 def decode_body(

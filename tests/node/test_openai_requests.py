@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from promptmesh.node import openai_requests
 from promptmesh.node.openai_requests import decode_chat
 from promptmesh.providers.base import (
     GenerateRequest,
@@ -154,3 +155,12 @@ def test_the_same_bytes_again_are_another_request(size: int) -> None:
     for _ in range(2):
         with pytest.raises(RequestRejected, match="model"):
             decode_chat(wrong, "wrong")
+
+
+def test_what_is_not_to_be_stored_is_not_remembered() -> None:
+    for fields, remember in (({"promptmesh": {"cache": {"mode": "bypass"}}}, True), ({}, False)):
+        body = msgspec.json.encode({"model": "m", "messages": HELLO, "user": "secret", **fields})
+        decode_chat(body, "req-1", remember=remember)
+        assert body not in openai_requests._remembered
+    decode_chat(body, "req-1")
+    assert body in openai_requests._remembered
