@@ -203,7 +203,7 @@ class _Conversation:
             raise ProviderUnavailable("this node does not answer that peer")
         last: Chunk | None = None
         self._begun = False
-        async with self._services.answer(request, peer) as answering:
+        async with self._services.answer(_as_members(request), peer) as answering:
             # The head goes out with what follows it: alone it would tell the asker nothing that it
             # can use, and cost a write.
             self._unsent.append(Head(origin=answering.origin))
@@ -249,6 +249,13 @@ class _Conversation:
         self._put(frame)
         while len(self._unsent) > MAX_UNSENT:
             await self._room.park()
+
+
+def _as_members(request: Asked) -> Asked:
+    """The request at the priority that a peer's may have: never that of this node's own."""
+    if request.priority == "own":
+        return msgspec.structs.replace(request, priority="member")
+    return request
 
 
 def _merged(frames: list[Frame]) -> list[Frame]:

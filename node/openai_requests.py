@@ -14,6 +14,7 @@ from ..providers.base import (
     Image,
     Message,
     Policy,
+    Priority,
     Privacy,
     RequestRejected,
     ResponseFormat,
@@ -112,6 +113,7 @@ class MeshFields(msgspec.Struct, forbid_unknown_fields=True):
     policy: Policy | None = None
     privacy: Privacy = "any"
     cache: _Cache = msgspec.field(default_factory=_Cache)
+    priority: Priority = "own"
     deadline_s: _Seconds | None = None
 
 
@@ -228,6 +230,7 @@ def routing(mesh: MeshFields) -> dict[str, Any]:
         "policy": mesh.policy,
         "privacy": mesh.privacy,
         "cache": CacheControl(**cache),
+        "priority": mesh.priority,
         "deadline": mesh.deadline_s,
     }
 

@@ -35,6 +35,7 @@ _REQUEST: dict[str, tuple[str, Callable[[str], Any]]] = {
     "x-promptmesh-peer": ("peer", str),
     "x-promptmesh-policy": ("policy", str),
     "x-promptmesh-privacy": ("privacy", str),
+    "x-promptmesh-priority": ("priority", str),
     "x-promptmesh-deadline-s": ("deadline", _seconds),
 }
 _CACHE: dict[str, tuple[str, Callable[[str], Any]]] = {

@@ -18,6 +18,9 @@ import msgspec
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 Privacy = Literal["local", "mesh", "any"]
+#: Whose request it is, the most urgent first: of a program of this machine, of another member of
+#: the mesh, or one that nobody waits for.
+Priority = Literal["own", "member", "background"]
 Policy = Literal["round_robin", "least_loaded", "best_performance"]
 FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
 CacheStatus = Literal["hit-local", "hit-mesh", "miss", "bypass", "coalesced"]
@@ -160,6 +163,8 @@ class ModelRequest(Value, frozen=True, kw_only=True):
     #: `local`: this machine, no third party; `mesh`: members, no third party; `any`: anybody.
     privacy: Privacy = "any"
     cache: CacheControl = CacheControl()
+    #: Who goes first where requests wait for a slot.
+    priority: Priority = "own"
     #: Seconds that remain for the whole answer, from the moment the value is received.
     deadline: float | None = None
     #: Names this request in logs, headers and `explain`, on every node it visits.

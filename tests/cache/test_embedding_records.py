@@ -232,6 +232,7 @@ def test_what_does_not_decide_it_is_not() -> None:
         peer="q",
         policy="least_loaded",
         privacy="local",
+        priority="background",
         cache=CacheControl(mode="refresh", ttl=3, max_age=4, scope="local"),
         deadline=5.0,
         id="r",

@@ -233,6 +233,7 @@ NO_PART: dict[type[msgspec.Struct], dict[str, Any]] = {
         "peer": "q",
         "policy": "round_robin",
         "privacy": "local",
+        "priority": "background",
         "deadline": 3.0,
         "id": "r-1",
     },

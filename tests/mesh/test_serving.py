@@ -42,6 +42,7 @@ from promptmesh.providers.base import (
     Chunk,
     ContentFiltered,
     Origin,
+    Priority,
     ProviderUnavailable,
     StreamInterrupted,
 )
@@ -150,6 +151,17 @@ async def test_an_answer_that_is_ready_is_one_write(autojump_clock: Clock, world
         assert done.loads == {"fake": Load(running=0, slots=4)}
         assert done.claim == b"claim for bafy-fake"
         assert len(world.writes) == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "taken"), [("own", "member"), ("member", "member"), ("background", "background")]
+)
+async def test_a_peers_request_is_a_members_at_most(
+    autojump_clock: Clock, world: World, said: Priority, taken: Priority
+) -> None:
+    line = await world.open()
+    await line.ask(Generate(request=asking(priority=said)))
+    assert [request.priority for request in world.provider.requests] == [taken]
 
 
 async def test_tokens_go_out_as_they_come(autojump_clock: Clock, world: World) -> None:

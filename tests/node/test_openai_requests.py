@@ -84,12 +84,13 @@ def test_the_promptmesh_object() -> None:
             "provider": "vllm",
             "policy": "least_loaded",
             "privacy": "mesh",
+            "priority": "background",
             "deadline_s": 5,
             "cache": {"mode": "refresh", "ttl": 60},
         }
     )
     assert (request.provider, request.policy, request.privacy) == ("vllm", "least_loaded", "mesh")
-    assert request.deadline == 5
+    assert (request.deadline, request.priority) == (5, "background")
     assert (request.cache.mode, request.cache.ttl) == ("refresh", 60)
 
 

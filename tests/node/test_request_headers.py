@@ -29,6 +29,7 @@ def test_headers_stand_over_the_body() -> None:
             {
                 "x-promptmesh-provider": "header",
                 "x-promptmesh-policy": "least_loaded",
+                "x-promptmesh-priority": "background",
                 "x-promptmesh-deadline-s": "2.5",
                 "x-promptmesh-cache-scope": "local",
                 "x-promptmesh-cache-min-agreement": "2",
@@ -36,6 +37,7 @@ def test_headers_stand_over_the_body() -> None:
         ),
     )
     assert (request.provider, request.policy, request.deadline) == ("header", "least_loaded", 2.5)
+    assert request.priority == "background"
     assert request.cache == CacheControl(ttl=5, namespace="n", scope="local", min_agreement=2)
 
 
@@ -64,6 +66,7 @@ def test_cache_control(value: str, mode: str, max_age: float | None) -> None:
         {"x-promptmesh-cache-min-agreement": "0"},
         {"x-promptmesh-policy": "best"},
         {"x-promptmesh-privacy": "none"},
+        {"x-promptmesh-priority": "first"},
         {"x-promptmesh-deadline-s": "nan"},
         {"x-promptmesh-deadline-s": "-1"},
         {"x-promptmesh-cache-ttl": "inf"},
