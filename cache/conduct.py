@@ -51,8 +51,8 @@ LATE = 3.0
 KEPT = 3600.0
 #: Claims that one peer may tell: each second, and at once.
 RATE, BURST = 20.0, 200.0
-#: Peers whose conduct is remembered.
-MAX_PEERS = 4096
+#: Peers whose conduct is remembered, and of whom it is written down.
+MAX_PEERS, MAX_KEPT = 4096, 1024
 
 
 @dataclass(slots=True)
@@ -169,6 +169,7 @@ class Conduct:
         if measure.silence >= KEPT:
             until = None if math.isinf(measure.silence) else now + measure.silence
             kept = (peer, offence, until, *(evidence or (None, None)))
+            self._database.attempt("offences", lambda: self._database.rows(_OVER, (now,)), [])
             self._database.attempt("offences", lambda: self._database.rows(_KEEP, kept), [])
 
     def _record(self, peer: str, now: float) -> _Record:
@@ -190,7 +191,9 @@ class Conduct:
 
 _ALL = "SELECT peer, offence, until FROM offence"
 _EVIDENCE = "SELECT first, second FROM offence WHERE peer = ? AND first IS NOT NULL"
-_KEEP = """
-    INSERT INTO offence (peer, offence, until, first, second) VALUES (?, ?, ?, ?, ?)
+_OVER = "DELETE FROM offence WHERE until <= ?"
+_KEEP = f"""
+    INSERT INTO offence (peer, offence, until, first, second) SELECT ?1, ?2, ?3, ?4, ?5
+    WHERE (SELECT count(*) FROM offence WHERE peer <> ?1) < {MAX_KEPT}
     ON CONFLICT DO UPDATE SET offence = excluded.offence, until = excluded.until,
         first = coalesce(excluded.first, first), second = coalesce(excluded.second, second)"""

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from promptmesh.cache.conduct import BURST, LATE, OFFENCES, RATE, Bucket, Conduct
+from promptmesh.cache.conduct import BURST, LATE, MAX_KEPT, OFFENCES, RATE, Bucket, Conduct
 from promptmesh.cache.database import Database
 
 NOW = 1_000_000.0
@@ -147,6 +147,19 @@ def test_strangers_cannot_fill_the_memory(
         conduct.admits(f"p{number}", 1, NOW)
     assert len(conduct._peers) == 3
     assert conduct.silenced(NOW) == ["liar"]
+
+
+def test_what_is_written_down_is_bounded(conduct: Conduct, database: Database) -> None:
+    for number in range(MAX_KEPT + 10):
+        conduct.offended(f"p{number}", "wrong bytes", NOW)
+    assert database.row("SELECT count(*) FROM offence") == (MAX_KEPT,)
+    conduct.offended("p1", "equivocation", NOW + 1, evidence=(b"one", b"other"))
+    assert database.row("SELECT count(*) FROM offence") == (MAX_KEPT,)
+    # What is over makes room.
+    conduct.offended("late", "wrong bytes", NOW + DAY)
+    rows = database.rows("SELECT peer FROM offence ORDER BY peer")
+    assert rows == [("late",), ("p1",)]
+    assert conduct.evidence("p1") == (b"one", b"other")
 
 
 def test_a_failing_database_changes_nothing(database: Database) -> None:
