@@ -44,8 +44,13 @@ class Trust:
         trusted: Sequence[str] = (ALL,),
         min_agreement: int = 1,
         name_of: Callable[[str], str] = lambda peer: "",
+        allowed: Callable[[str], bool] = lambda peer: True,
     ) -> None:
-        """`own` is this node; `name_of` gives the name of a peer's node, if no other has it."""
+        """`own` is this node; `name_of` gives the name of a peer's node, if no other has it.
+
+        What a peer claims that is not `allowed` counts for nothing, and nothing is fetched of it.
+        """
+        self._allowed = allowed
         self.min_agreement = min_agreement
         self._conduct = conduct
         self._own = own
@@ -57,6 +62,8 @@ class Trust:
         """Why that peer's claims do not count; "" if they do."""
         if peer == self._own:
             return ""
+        if not self._allowed(peer):
+            return "it may not share answers with this node (`promptmesh peers allow`)"
         silence = self._conduct.silence(peer, now)
         if silence is not None:
             return f"{OFFENCES[silence.offence].name}; no say {_until(silence.until)}"
@@ -75,7 +82,7 @@ class Trust:
         """
         by_cid: dict[bytes, list[Claim]] = {}
         for claim in claims:
-            if self._conduct.silence(claim.peer, now) is None:
+            if self._allowed(claim.peer) and self._conduct.silence(claim.peer, now) is None:
                 by_cid.setdefault(claim.cid, []).append(claim)
         enough = max(1, self.min_agreement if wanted is None else wanted)
         found = [

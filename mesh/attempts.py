@@ -80,7 +80,11 @@ def rule_out(candidate: Candidate, request: Asked, obstacle: Obstacle | None) ->
         return RuledOut(candidate, f"the request is for peer {request.peer}", pinned=True)
     if request.provider is not None and request.provider != candidate.provider:
         return RuledOut(candidate, f"the request is for provider {request.provider}", pinned=True)
-    if reason := _privacy(candidate, request) or _ability(candidate, request):
+    if (
+        reason := candidate.forbidden
+        or _privacy(candidate, request)
+        or _ability(candidate, request)
+    ):
         return RuledOut(candidate, reason)
     if offer.context_length is not None and _least_tokens(request) > offer.context_length:
         reason = f"the prompt does not fit into its {offer.context_length} tokens"

@@ -86,10 +86,16 @@ class BackendManager:
         rng: Random,
         deadlines: Deadlines | None = None,
         on_claim: Callable[[PeerId, bytes, str], None] = lambda peer, claim, cid: None,
+        why_not_ask: Callable[[PeerId], str] = lambda peer: "",
     ) -> None:
         self.experience = Experience()
         self._candidates = Candidates(
-            local=local, peers=peers, peer_id=peer_id, node=node, experience=self.experience
+            local=local,
+            peers=peers,
+            peer_id=peer_id,
+            node=node,
+            experience=self.experience,
+            why_not_ask=why_not_ask,
         )
         self._peers = peers
         self._policy: Policy = policy

@@ -69,7 +69,10 @@ class Candidates:
         peer_id: PeerId,
         node: str,
         experience: Experience,
+        why_not_ask: Callable[[PeerId], str] = lambda peer: "",
     ) -> None:
+        """`why_not_ask` says why no request may go to a peer, "" if it may."""
+        self._why_not_ask = why_not_ask
         self._local = local
         self._peers = peers
         self._peer_id = peer_id
@@ -171,6 +174,7 @@ class Candidates:
             speed=self._experience.measures.get(Measured(peer.peer, provider.name, offer.id)),
             said_ttft=provider.ttft,
             said_rate=provider.rate,
+            forbidden=self._why_not_ask(peer.peer),
             paid=provider.paid,
         )
 

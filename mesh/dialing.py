@@ -151,6 +151,12 @@ class Redials:
             target.left = True
             target.next_try = now + LONGEST_PAUSE if target.bootstrap else math.inf
 
+    def retry(self, peer: PeerId, now: float) -> None:
+        """What kept it from being reached is over."""
+        target = self._targets.get(peer)
+        if target is not None and not target.left:
+            target.failures, target.next_try = 0, now
+
     # --- what to do
 
     def due(self, now: float, connected: Iterable[PeerId], peers: int) -> list[Target]:
@@ -240,6 +246,11 @@ class Dialing:
     def left(self, peer: PeerId) -> None:
         """A peer said that it goes."""
         self.redials.left(peer, trio.current_time())
+
+    def retry(self, peer: PeerId) -> None:
+        """Dial a peer again now."""
+        self.redials.retry(peer, trio.current_time())
+        self._wake.set()
 
     # --- what to do
 

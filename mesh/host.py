@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -27,6 +27,7 @@ from .identity import Identity, verify
 from .patches import LibraryHost, Network
 from .streams import LibraryStream
 from .transport import (
+    BLOCKED,
     ConnectionHandler,
     GossipHandler,
     PeerId,
@@ -59,6 +60,8 @@ class HostSettings:
     #: The topics that may be used.
     topics: frozenset[str] = frozenset()
     agent: str = "promptmesh"
+    #: May this peer be connected?
+    admits: Callable[[PeerId], bool] = lambda peer: True
 
     def __repr__(self) -> str:  # the secrets stay out of logs
         return f"HostSettings(listen={self.listen}, private={self.psk is not None})"
@@ -132,7 +135,8 @@ class Libp2pTransport:
         self._identity = Identity(settings.seed)
         self._bound = [socket.getsockname()[:2] for socket in sockets]
         self._addresses: tuple[float, tuple[str, ...]] = (float("-inf"), ())
-        self.network = Network(key_pair, key=settings.psk, nursery=nursery)
+        self._admits = settings.admits
+        self.network = Network(key_pair, key=settings.psk, nursery=nursery, admits=settings.admits)
         self.network.on_change.append(self._changed)
         self.peer_id: PeerId = self.network.self_id.to_base58()
         self._library = LibraryHost(
@@ -172,6 +176,8 @@ class Libp2pTransport:
         peer_id = _peer_id(peer)
         if peer == self.peer_id:
             raise TransportError("a node does not dial itself")
+        if not self._admits(peer):
+            raise TransportError(BLOCKED)
         with trio.move_on_after(timeout):
             while True:
                 known = self.connected().get(peer)

@@ -30,6 +30,15 @@ class Identity:
         return self._key.sign(data)
 
 
+def is_peer_id(text: str) -> bool:
+    """Is that the id of a peer with an Ed25519 identity?"""
+    try:
+        raw = base58.b58decode(text)
+    except ValueError:
+        return False
+    return len(raw) == len(_PREFIX) + _KEY_BYTES and raw.startswith(_PREFIX)
+
+
 def verify(peer: str, data: bytes, signature: bytes) -> bool:
     """Did that peer sign these bytes? False for anything malformed."""
     try:

@@ -243,6 +243,15 @@ class Network:
         if peer != self.peer_id:
             self._dialing.found(peer, addresses)
 
+    async def disconnect(self, peer: PeerId, reason: str) -> None:
+        """Close every connection to that peer."""
+        await self._lost(peer, reason)
+
+    def retry(self, peer: PeerId) -> None:
+        """Try at once to be connected to a peer that could not be reached."""
+        if peer not in self._transport.connected():
+            self._dialing.retry(peer)
+
     # --- what happens
 
     def _heard(self, advert: Advert) -> None:

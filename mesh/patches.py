@@ -75,7 +75,7 @@ from multiaddr import Multiaddr  # type: ignore[import-untyped]
 
 from .pnet import Wire
 from .streams import LibraryStream, SecureYamux, negotiate, select
-from .transport import PeerId, Stream, TransportError
+from .transport import BLOCKED, PeerId, Stream, TransportError
 from .yamux import PROTOCOL_ID as YAMUX
 from .yamux import YamuxStream
 
@@ -183,7 +183,14 @@ class Link(swarm_connection.SwarmConn):
 class Network(Swarm):
     """The connections of a host: TCP, noise, yamux; in a private network if there is a key."""
 
-    def __init__(self, key_pair: KeyPair, *, key: bytes | None, nursery: trio.Nursery) -> None:
+    def __init__(
+        self,
+        key_pair: KeyPair,
+        *,
+        key: bytes | None,
+        nursery: trio.Nursery,
+        admits: Callable[[PeerId], bool] = lambda peer: True,
+    ) -> None:
         peer_id = ID.from_pubkey(key_pair.public_key)
         peerstore = PeerStore()
         peerstore.add_key_pair(peer_id, key_pair)
@@ -197,6 +204,8 @@ class Network(Swarm):
         self.on_change: list[Callable[[PeerId, bool], None]] = []
         self.background_nursery: trio.Nursery = nursery
         self._key = key
+        #: May this peer be connected? Known once it has proved who it is.
+        self._admits = admits
         self._muxers: GenericMultistreamSelector[type[SecureYamux]] = GenericMultistreamSelector()
         self._muxers.add_handler(TProtocol(YAMUX), SecureYamux)
         self._handshakes: dict[Wire, trio.CancelScope] = {}
@@ -257,6 +266,8 @@ class Network(Swarm):
     async def _upgrade(self, wire: Wire, peer_id: ID | None) -> SecureYamux:
         secured = await self.upgrader.upgrade_security(wire, wire.is_initiator, peer_id)
         _, muxer = await self._muxers.select(secured, wire.is_initiator)
+        if not self._admits(secured.get_remote_peer().to_base58()):
+            raise TransportError(BLOCKED)
         return muxer(secured, secured.get_remote_peer())
 
     async def _live(self, link: Link, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:

@@ -70,6 +70,8 @@ class Candidate:
     seen: float = 0.0
     #: It spends somebody's money or subscription.
     paid: bool = False
+    #: Why no request of this node may go there; "": it may.
+    forbidden: str = ""
 
     @property
     def backend(self) -> BackendId:

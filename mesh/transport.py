@@ -12,6 +12,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Protocol
 
 PeerId = str
+#: Why there is no connection to a peer that this node's owner does not want.
+BLOCKED = "it is blocked on this node (`promptmesh peers allow`)"
 
 
 class TransportError(Exception):

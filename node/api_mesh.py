@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import msgspec
@@ -15,8 +15,10 @@ from ..cache.answers import AnswerCache
 from ..cache.layers import FurtherState
 from ..mesh.peers import Machine, PeerState, PeerTable, ProviderAdvert
 from ..mesh.transport import TransportError
+from .api_rights import rights_fields
 from .http_server import Request, Responder
 from .own_providers import OwnProvider, OwnProviders
+from .rights import Restricted, Rights
 from .routes import send_problem
 
 logger = logging.getLogger(__name__)
@@ -54,6 +56,7 @@ class MeshApi:
         claims: Callable[[float], int],
         kubo: Callable[[], FurtherState] | None = None,
         membership: MembershipControl,
+        rights: Rights,
         ready: Callable[[], bool],
     ) -> None:
         self._peer = peer
@@ -67,6 +70,7 @@ class MeshApi:
         self._claims = claims
         self._kubo = kubo
         self._membership = membership
+        self._rights = rights
         self._ready = ready
         self._started = time.time()
 
@@ -110,10 +114,20 @@ class MeshApi:
             "gpus": machine["gpus"],
             "machine": machine,
             "reason": self._membership.problem,
+            **rights_fields(Restricted()),
         }
         now = trio.current_time()
         others = sorted(self._peers, key=lambda p: (p.state, p.node, p.peer))
-        await _send(responder, [own, *(_peer(p, now) for p in others)])
+        rows = [_peer(p, now) | rights_fields(self._rights.of(p.peer)) for p in others]
+        await _send(responder, [own, *rows, *self._absent()])
+
+    def _absent(self) -> Iterator[dict[str, Any]]:
+        """The peers that may not everything and are not in the table."""
+        for peer, restricted in self._rights.restricted().items():
+            if self._peers.get(peer) is None:
+                state = PeerState(peer, reason="it is not in the mesh now")
+                row = _peer(state, trio.current_time()) | rights_fields(restricted)
+                yield row | {"node": restricted.node, "since": None}
 
     async def providers(self, request: Request, responder: Responder) -> None:
         """`GET /mesh/v1/providers`: this node's own."""
@@ -183,7 +197,7 @@ def _machine(machine: Machine) -> dict[str, Any]:
     return fields
 
 
-def _peer(peer: PeerState, now: float) -> Mapping[str, Any]:
+def _peer(peer: PeerState, now: float) -> dict[str, Any]:
     machine = _machine(peer.advert.machine if peer.advert else Machine())
     return {
         "peer": peer.peer,

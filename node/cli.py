@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias, get_args
 
 from ..providers.base import Policy
-from . import cli_ask, cli_cache, cli_mesh, cli_share, cli_tables
+from . import cli_ask, cli_cache, cli_mesh, cli_rights, cli_share, cli_tables
 from .cli_output import fail, prepare_streams
 from .client import NodeError, NodeNotRunning
 from .config import ConfigError
@@ -197,8 +197,16 @@ def _add_mesh_commands(commands: _Commands) -> None:
 
 
 def _add_tables(commands: _Commands) -> None:
+    peers = _command(
+        commands,
+        "peers",
+        cli_tables.peers,
+        "show who is in the mesh, and how loaded",
+        "Its commands say what a peer may. Every member may everything until it is denied.",
+    )
+    _json_flag(peers)
+    _add_rights(peers)
     tables: tuple[tuple[str, _Run, str], ...] = (
-        ("peers", cli_tables.peers, "show who is in the mesh, and how loaded"),
         ("models", cli_tables.models, "show what can be asked"),
         ("providers", cli_tables.providers, "show what works here, and what does not and why"),
         ("config", cli_tables.config, "show every setting and where it comes from"),
@@ -208,6 +216,37 @@ def _add_tables(commands: _Commands) -> None:
     _add_cache(commands)
     _add_share(commands)
     _command(commands, "version", cli_tables.version, "say the version")
+
+
+def _add_rights(peers: argparse.ArgumentParser) -> None:
+    actions = peers.add_subparsers(title="commands", metavar="COMMAND")
+    some: tuple[tuple[str, _Run, str, str], ...] = (
+        ("allow", cli_rights.allow, "give a peer back what was taken from it", "It ends a block."),
+        ("deny", cli_rights.deny, "take something away from a peer, at once", ""),
+    )
+    for name, run, summary, more in some:
+        command = _command(actions, name, run, summary, more)
+        _peer(command)
+        command.add_argument(
+            "rights",
+            metavar="RIGHT",
+            nargs="*",
+            type=cli_rights.right,
+            help="`serve`: it may use this node's providers; `ask`: requests may go to it; "
+            "`cache`: it may read stored answers, and its own are used. None named: all",
+        )
+        _json_flag(command)
+    command = _command(
+        actions, "block", cli_rights.block, "deny a peer everything, and refuse its connections"
+    )
+    _peer(command)
+    _json_flag(command)
+
+
+def _peer(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "peer", metavar="PEER", help="the name of its node, or its id, or a part of that at an end"
+    )
 
 
 def _add_share(commands: _Commands) -> None:

@@ -15,6 +15,7 @@ from .cli_output import (
     print_table,
     say,
 )
+from .cli_rights import rights_text
 from .client import NodeClient, NodeNotRunning
 from .config import load_config
 
@@ -52,6 +53,8 @@ def peers(args: argparse.Namespace) -> int:
     for row in rows:
         if row.get("reason"):
             say(f"{row['node'] or short_peer(row['peer'])}: {row['reason']}", "dim")
+        if denied := rights_text(row):
+            say(f"{row['node'] or short_peer(row['peer'])}: {denied} (`peers allow`)")
     return 0
 
 

@@ -26,6 +26,7 @@ from .api_ipfs import IpfsApi
 from .api_kubo_commands import kubo_api
 from .api_mesh import MeshApi
 from .api_openai import OpenAIApi
+from .api_rights import RightsApi
 from .api_share import ShareApi
 from .config import Config, child_environment, home_path
 from .embed_router import EmbedRouter
@@ -35,6 +36,7 @@ from .logs import set_up_logging
 from .machine import Gpus, read_machine
 from .membership import Membership
 from .parts import Parts, open_parts, version
+from .rights import unstored
 from .routes import Routes
 
 if TYPE_CHECKING:
@@ -129,6 +131,7 @@ class Node:
             services=self._services(),
             describe=self._describe,
             rng=Random(),
+            admits=parts.rights.may_connect,
         )
         parts.providers.on_change.append(self._membership.changed)
 
@@ -190,9 +193,12 @@ class Node:
             find_claims=self._sharing.find_claims,
             loads=self._parts.backends.loads,
             claim_for=self._sharing.claim_for,
+            may_serve=self._parts.rights.may_serve,
         )
 
     def _answer_peer(self, request: Asked, peer: str) -> AbstractAsyncContextManager[Answering]:
+        if not self._parts.rights.may_cache(peer):
+            request = unstored(request)
         if isinstance(request, EmbedRequest):
             return self._embed_router.open(request, local_only=True)
         return self._router.open(request, local_only=True)
@@ -224,6 +230,7 @@ class Node:
             claims=parts.claims.live,
             kubo=parts.layers.state if parts.layers else None,
             membership=self._membership,
+            rights=parts.rights,
             ready=lambda: bool(parts.backends.models()),
         )
         routes = Routes()
@@ -246,6 +253,13 @@ class Node:
             node_of=parts.node_of,
         ).add_to(routes)
         ShareApi(parts).add_to(routes)
+        RightsApi(
+            parts.rights,
+            peer=parts.peer,
+            node=parts.node,
+            peers=parts.peers,
+            changed=self._membership.admission_changed,
+        ).add_to(routes)
         routes.add_below("GET", "/ipfs/", ipfs.content)
         kubo.add_to(routes)
         return routes

@@ -69,6 +69,7 @@ class Home:
         self.node_path = path / "node.json"
         self.lock_path = path / "lock"
         self.cache_path = path / "cache.sqlite"
+        self.database_path = path / "node.sqlite"
 
     def __repr__(self) -> str:
         return f"Home({str(self.path)!r})"

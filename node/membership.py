@@ -26,7 +26,7 @@ from ..mesh.host import HostSettings, open_host
 from ..mesh.network import Network
 from ..mesh.peers import Advert, PeerTable
 from ..mesh.serving import Services
-from ..mesh.transport import PeerId, Transport, TransportError
+from ..mesh.transport import BLOCKED, PeerId, Transport, TransportError
 from .config import MeshConfig
 from .home import Home, HomeError, KnownPeers
 from .reading import Reading
@@ -57,7 +57,10 @@ class Membership:
         services: Services,
         describe: Callable[[], Advert],
         rng: Random,
+        admits: Callable[[PeerId], bool] = lambda peer: True,
     ) -> None:
+        """`admits`: may this peer be connected?"""
+        self._admits = admits
         self._config = config
         self._home = home
         self._table = table
@@ -96,6 +99,15 @@ class Membership:
         if self._transport is None:
             raise TransportError(self.problem or "this node is in no mesh")
         await self._transport.connect(peer, [address])
+
+    async def admission_changed(self, peer: PeerId) -> None:
+        """Whether that peer may be connected has changed: see to it."""
+        if self._network is None:
+            return
+        if self._admits(peer):
+            self._network.retry(peer)
+        else:
+            await self._network.disconnect(peer, BLOCKED)
 
     def changed(self) -> None:
         """What this node offers has changed."""
@@ -161,6 +173,7 @@ class Membership:
                 listen=self._config.listen,
                 psk=key,
                 topics=frozenset({ADVERTS, CLAIMS}),
+                admits=self._admits,
             )
             try:
                 async with open_host(settings) as transport, trio.open_nursery() as nursery:

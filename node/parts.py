@@ -28,9 +28,11 @@ from ..mesh.peers import PeerTable
 from .config import Config
 from .home import Home
 from .names import Names
+from .node_database import NodeDatabase
 from .own_providers import OwnProviders, build_providers
 from .permissions import Permissions
 from .reading import Reading
+from .rights import Rights
 from .router import Router
 from .sharing import Sharing
 
@@ -56,6 +58,8 @@ class Parts:
     answers: AnswerCache
     namespaces: Namespaces
     permissions: Permissions
+    #: What each peer may.
+    rights: Rights
     reading: Reading
     peers: PeerTable
     backends: BackendManager
@@ -89,12 +93,17 @@ class Parts:
 
 @contextmanager
 def open_parts(config: Config, home: Home, environment: Mapping[str, str]) -> Iterator[Parts]:
-    """Build them. Raises `SettingsError` or `HomeError` for what is wrong in the configuration."""
+    """Build them.
+
+    Raises `SettingsError` or `HomeError` for what is wrong in the configuration or the folder.
+    """
     identity = Identity(home.identity())
     peer = identity.peer_id
     providers = build_providers(config, environment, home.path)
+    node_database = NodeDatabase(home.database_path)
     database = Database(home.cache_path)
     try:
+        rights = Rights(node_database)
         blocks = SqliteBlocks(database)
         limits = Limits(
             max_bytes=config.cache.max_bytes,
@@ -105,7 +114,9 @@ def open_parts(config: Config, home: Home, environment: Mapping[str, str]) -> It
         conduct = Conduct(database)
         claims = ClaimIndex(database, peer=peer, verify=verify, conduct=conduct)
         namespaces = Namespaces()
-        permissions = Permissions(answers=answers, namespaces=namespaces)
+        permissions = Permissions(
+            answers=answers, namespaces=namespaces, may_use_cache=rights.may_cache
+        )
         peers = PeerTable(peer)
         trust = Trust(
             conduct,
@@ -113,6 +124,7 @@ def open_parts(config: Config, home: Home, environment: Mapping[str, str]) -> It
             trusted=config.cache.trust,
             min_agreement=config.cache.min_agreement,
             name_of=peers.name_of,
+            allowed=rights.may_cache,
         )
         layers = _layers(config, blocks, permissions)
         sharing = Sharing(
@@ -140,6 +152,7 @@ def open_parts(config: Config, home: Home, environment: Mapping[str, str]) -> It
                 gap=config.deadlines.gap,
             ),
             on_claim=sharing.take_claim,
+            why_not_ask=rights.why_not_ask,
         )
         yield Parts(
             peer=peer,
@@ -152,6 +165,7 @@ def open_parts(config: Config, home: Home, environment: Mapping[str, str]) -> It
             answers=answers,
             namespaces=namespaces,
             permissions=permissions,
+            rights=rights,
             reading=Reading(
                 blocks=blocks, permissions=permissions, beyond=layers.beyond if layers else None
             ),
@@ -164,6 +178,7 @@ def open_parts(config: Config, home: Home, environment: Mapping[str, str]) -> It
         )
     finally:
         database.close()
+        node_database.close()
 
 
 def _layers(config: Config, blocks: SqliteBlocks, permissions: Permissions) -> LayeredBlocks | None:

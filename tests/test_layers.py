@@ -23,7 +23,8 @@ ONLY_IN: dict[str, set[str]] = {
     "torch": {f"providers/{p.name}" for p in (ROOT / "providers").glob("*hf_*.py")},
     "transformers": {f"providers/{p.name}" for p in (ROOT / "providers").glob("*hf_*.py")},
     "ipfshttpclient": {"cache/kubo.py"},
-    "sqlite3": {f"cache/{p.name}" for p in (ROOT / "cache").glob("*.py")},
+    "sqlite3": {f"cache/{p.name}" for p in (ROOT / "cache").glob("*.py")}
+    | {"node/node_database.py"},
 }
 
 

@@ -116,3 +116,12 @@ def test_nothing_is_looked_up_where_it_is_clear(conduct: Conduct) -> None:
     trust = Trust(conduct, own="me")
     assert trust.uses("p", never, NOW, wanted=None)
     assert trust.uses("me", never, NOW, wanted=5)
+
+
+def test_who_may_not_share_counts_for_nothing_and_gives_nothing(conduct: Conduct) -> None:
+    trust = Trust(conduct, own="me", allowed=lambda peer: peer != "p")
+    claims = [claim("p", "x"), claim("q", "x"), claim("p", "y")]
+    (found,) = trust.alternatives(claims, NOW)
+    assert (found.producers, found.sources) == (("q",), ("q",))
+    assert "may not share" in trust.doubt("p", NOW)
+    assert not trust.uses("p", lambda: (), NOW, wanted=None)

@@ -1,6 +1,7 @@
 """Who is asked next, and what is said when nobody is left."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -228,6 +229,7 @@ def request_with(**fields: Any) -> GenerateRequest:
         (candidate("a", can_continue=True), request_with(prefix="so far"), None),
         (candidate("a", context_length=10), asking("x" * 80), None),
         (candidate("a", context_length=10), asking("x" * 88), "does not fit"),
+        (replace(A, forbidden="it is blocked"), request_with(), "it is blocked"),
     ],
 )
 def test_the_filter(who: Candidate, request_: GenerateRequest, reason: str | None) -> None:

@@ -22,7 +22,9 @@ SOON = 10.0
 
 
 @asynccontextmanager
-async def host(name: str, *, listen: str = LOOPBACK) -> AsyncIterator[Libp2pTransport]:
+async def host(
+    name: str, *, listen: str = LOOPBACK, admits: Callable[[str], bool] = lambda peer: True
+) -> AsyncIterator[Libp2pTransport]:
     """A host that echoes."""
     settings = HostSettings(
         seed=name.encode().ljust(32, b"."),
@@ -30,6 +32,7 @@ async def host(name: str, *, listen: str = LOOPBACK) -> AsyncIterator[Libp2pTran
         psk=KEY,
         topics=frozenset({TOPIC}),
         agent="promptmesh/test",
+        admits=admits,
     )
     async with open_host(settings) as transport:
         assert isinstance(transport, Libp2pTransport)
@@ -381,3 +384,18 @@ async def test_message_numbers_are_not_used_again_by_a_node_that_comes_back() ->
         used = a.gossip.counter
     async with host("a") as a:
         assert a.gossip.counter > used
+
+
+async def test_a_peer_that_is_not_admitted_is_not_connected_from_either_side() -> None:
+    blocked: set[str] = set()
+    async with host("a", admits=lambda peer: peer not in blocked) as a, host("b") as b:
+        blocked.add(b.peer_id)
+        with pytest.raises(TransportError, match="is blocked on this node"):
+            await a.connect(b.peer_id, b.addresses)
+        with suppress(TransportError):  # who dials may think that it is connected, for a moment
+            await b.connect(a.peer_id, a.addresses)
+        await until(lambda: not b.connected())
+        assert not a.connected()
+        blocked.clear()
+        await b.connect(a.peer_id, a.addresses)
+        await until(lambda: list(a.connected()) == [b.peer_id])

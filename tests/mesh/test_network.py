@@ -475,7 +475,7 @@ async def test_a_peer_without_permission_is_refused(
     await mesh_of(nursery, a, b)
     b.allowed = False
     error = await a.ask_raises()
-    assert "does not answer that peer" in error.message
+    assert "does not let this node use it" in error.message
     assert b.providers[0].requests == []
 
 

@@ -193,7 +193,8 @@ def test_a_stale_page_is_noticed_and_mended(
 
 def test_every_command_and_flag_is_in_the_page(generator: ModuleType) -> None:
     page = generator.pages()["cli.md"]
-    for command in ("init", "up", "ask", "invite", "join", "leave", "peers", "models", "providers",
+    for command in ("init", "up", "ask", "invite", "join", "leave", "peers", "peers allow",
+                        "peers deny", "peers block", "models", "providers",
                     "config", "cache ls", "cache get", "cache stat", "cache pin", "cache unpin",
                     "cache rm", "cache gc", "version"):  # fmt: skip
         assert f"## promptmesh {command}\n" in page
