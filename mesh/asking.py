@@ -20,6 +20,7 @@ from ..providers.base import (
     EmbedRequest,
     GenerateError,
     Origin,
+    ProviderBusy,
     ProviderUnavailable,
     RequestRejected,
     StreamInterrupted,
@@ -282,7 +283,7 @@ def _judge(error: Exception) -> tuple[GenerateError, Fault]:
             return DeadlineExceeded(error.message), Fault.PROVIDER_AT_ONCE
         case _Cut():
             return ProviderUnavailable(error.message), Fault.PROVIDER
-        case RequestRejected() | CacheOnlyMiss():
+        case RequestRejected() | CacheOnlyMiss() | ProviderBusy():
             return error, Fault.NONE
         case GenerateError():
             return error, Fault.PROVIDER

@@ -318,13 +318,13 @@ class BackendManager:
     async def _look(self, attempts: Attempts, choice: Choice) -> None:
         """Ask how busy those are that may be chosen, where it is not known well enough."""
         if attempts.tried:
-            self._candidates.refresh(attempts.left)
+            self._candidates.refresh(attempts.left, attempts.request.priority)
         now = trio.current_time()
         drawn = choice.draw(attempts.left, now)
         asked = worth_probing(drawn, choice.work, now) if self._network else ()
         if asked and self._network is not None:
             await self._probes.ask(asked, self._network.probe, now)
-            self._candidates.refresh(drawn)
+            self._candidates.refresh(drawn, attempts.request.priority)
 
 
 @asynccontextmanager

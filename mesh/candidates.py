@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 
 import trio
 
-from ..providers.base import Asked, ModelOffer, Provider
+from ..providers.base import Asked, ModelOffer, Priority, Provider
 from .attempts import Obstacle, RuledOut, rule_out
 from .frames import Load
 from .measure import BackendId, Busy, Experience, Measured
@@ -42,7 +42,8 @@ class LocalBackend:
     kind: str
     #: May peers use it?
     shared: bool
-    load: Callable[[], HasLoad]
+    #: How busy it is to a request of that priority, which does not wait for less urgent ones.
+    load: Callable[[Priority], HasLoad]
     #: It spends somebody's money or subscription.
     paid: bool = False
 
@@ -94,14 +95,14 @@ class Candidates:
 
     def loads(self) -> dict[str, Load]:
         """How busy the providers are that peers may use."""
-        return {b.name: _load(b) for b in self._local() if b.shared}
+        return {b.name: _load(b, "member") for b in self._local() if b.shared}
 
     def sort(
         self, request: Asked, *, with_peers: bool, only_shared: bool
     ) -> tuple[list[Candidate], list[RuledOut]]:
         """Who may answer, and who not and why."""
         suitable, ruled_out = [], []
-        for candidate, obstacle in self._of(request.model, with_peers, only_shared):
+        for candidate, obstacle in self._of(request, with_peers, only_shared):
             reason = rule_out(candidate, request, obstacle)
             if reason is None:
                 suitable.append(candidate)
@@ -109,7 +110,7 @@ class Candidates:
                 ruled_out.append(reason)
         return suitable, ruled_out
 
-    def refresh(self, candidates: Sequence[Candidate]) -> None:
+    def refresh(self, candidates: Sequence[Candidate], priority: Priority) -> None:
         """Take over what was learnt of their load since they were sorted."""
         now = trio.current_time()
         loads = self._experience.loads
@@ -118,7 +119,7 @@ class Candidates:
             if candidate.own:
                 backend = self.local(candidate.provider)
                 if backend is not None:
-                    busy = self._own_busy(backend)
+                    busy = self._own_busy(backend, priority)
             else:
                 known = Load(running=candidate.busy.others, slots=candidate.busy.slots)
                 busy = loads.get(candidate.backend, known)
@@ -127,22 +128,22 @@ class Candidates:
                 candidate.busy = busy
 
     def _of(
-        self, model: str, with_peers: bool, only_shared: bool
+        self, request: Asked, with_peers: bool, only_shared: bool
     ) -> Iterator[tuple[Candidate, Obstacle | None]]:
         now = trio.current_time()
         for backend in self._local():
             if backend.shared or not only_shared:
                 for offer in backend.provider.models():
-                    if offer.id == model:
-                        candidate = self._own(backend, offer)
+                    if offer.id == request.model:
+                        candidate = self._own(backend, offer, request.priority)
                         yield candidate, self._breaker_obstacle(candidate, now)
-        for offered in self._peers.offers(model) if with_peers else ():
+        for offered in self._peers.offers(request.model) if with_peers else ():
             candidate = self._remote(offered, now)
             obstacle = _obstacle(offered.peer, offered.provider)
             yield candidate, obstacle or self._breaker_obstacle(candidate, now)
 
-    def _own(self, backend: LocalBackend, offer: ModelOffer) -> Candidate:
-        busy = self._own_busy(backend)
+    def _own(self, backend: LocalBackend, offer: ModelOffer, priority: Priority) -> Candidate:
+        busy = self._own_busy(backend, priority)
         return Candidate(
             peer=self._peer_id,
             node=self._node,
@@ -154,9 +155,9 @@ class Candidates:
             paid=backend.paid,
         )
 
-    def _own_busy(self, backend: LocalBackend) -> Busy:
+    def _own_busy(self, backend: LocalBackend, priority: Priority) -> Busy:
         """All its requests come through here: what it counts are ours."""
-        load = _load(backend)
+        load = _load(backend, priority)
         count = load.running + load.waiting
         return Busy(0, count, load.slots, told=count, wait=load.wait, at=trio.current_time())
 
@@ -183,8 +184,8 @@ class Candidates:
         return None if refusal is None else Obstacle(paused(*refusal), refusal[0])
 
 
-def _load(backend: LocalBackend) -> Load:
-    load = backend.load()
+def _load(backend: LocalBackend, priority: Priority) -> Load:
+    load = backend.load(priority)
     slots = max(load.slots, 1)
     return Load(running=load.running, waiting=load.waiting, slots=slots, wait=load.wait)
 

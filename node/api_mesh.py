@@ -166,7 +166,9 @@ async def _send(responder: Responder, value: Any, status: int = 200) -> None:
 
 
 def _own(own: OwnProvider) -> Mapping[str, Any]:
+    load = own.load()  # all that there is, and not as peers see it
     fields = _advert(own.advert())
+    fields |= {"running": load.running, "waiting": load.waiting, "wait_s": load.wait}
     fields |= {"reason": own.health.reason, "hint": own.health.hint, "share": own.shared}
     stats = getattr(own.admission.provider, "stats", None)
     if callable(stats):

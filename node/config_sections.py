@@ -228,6 +228,12 @@ class LocalHFConfig:
         low=16,
     )
     max_batch: int = setting(16, "Requests computed at once.", low=1, high=1024)
+    max_waiting: int | None = setting(
+        None,
+        "Requests that wait until it is free.",
+        left_out="`limits.max_waiting`",
+        high=65536,
+    )
     memory_fraction: float | None = setting(
         None,
         "The share of the free memory that running requests may take.",
@@ -260,7 +266,10 @@ class LimitsConfig:
     )
     max_connections: int = setting(1024, "HTTP connections at once.", low=1, high=65536)
     max_waiting: int = setting(
-        256, "Requests that wait for a slot, per provider; one more is refused.", high=65536
+        256,
+        "Requests that wait for a slot, per provider. One more takes the place of a less urgent "
+        "one, or is refused.",
+        high=65536,
     )
 
 
@@ -275,6 +284,12 @@ class ProviderConfig:
     )
     slots: int | None = setting(
         None, "Requests it takes at once.", left_out="the kind's own default", low=1, high=4096
+    )
+    max_waiting: int | None = setting(
+        None,
+        "Requests that wait until it is free.",
+        left_out="`limits.max_waiting`",
+        high=65536,
     )
     api_key_env: str = setting(
         "", "The environment variable that holds its key. Never the key itself.", left_out="no key"

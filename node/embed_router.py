@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 
@@ -144,10 +145,13 @@ class EmbedRouter:
         if not reusable:
             async with self._work(batch, keys, asked, local_only) as answering:
                 return answering.origin, await _read(keys, answering)
-        # The work may outlive the first asker, so it must not end with that one's deadline.
-        shared = msgspec.structs.replace(asked, deadline=None)
+        # The work may outlive the first asker, so a peer must not end it with that one's deadline.
+        shared = msgspec.structs.replace(asked, deadline=math.inf)
         flight = self._router.flights.join(
-            flight_key(batch, request), lambda: self._work(batch, keys, shared, local_only)
+            flight_key(batch, request),
+            lambda: self._work(batch, keys, shared, local_only),
+            id=request.id,
+            priority=request.priority,
         )
         async with flight as (answering, joined):
             origin = answering.origin

@@ -2,7 +2,8 @@
 
 The first asker of a key starts a flight; whoever asks the same while it is under way follows it,
 and reads its stream from the start. The work belongs to the flight, not to its first asker: it goes
-on while one follower is left, and is cancelled when the last one leaves.
+on while one follower is left, and is cancelled when the last one leaves. It has as much time as the
+follower who has the most, and where it waits for a slot it is as urgent as the most urgent of them.
 """
 
 from __future__ import annotations
@@ -13,22 +14,35 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import trio
 
-from ..providers.base import Answering, Chunk, GenerateError, Origin, StreamInterrupted
+from ..providers.base import (
+    Answering,
+    Chunk,
+    GenerateError,
+    Origin,
+    Priority,
+    StreamInterrupted,
+)
+from ..providers.waiting import PRIORITIES
 
 #: Starts the work of a flight.
 Compute = Callable[[], AbstractAsyncContextManager[Answering]]
+#: Makes the request of that id, where it waits for a slot, so urgent at least.
+Urge = Callable[[str, Priority], None]
 
 
 class Flight:
     """One computation, its chunks so far, and the tasks that wait for more."""
 
-    def __init__(self) -> None:
+    def __init__(self, id: str, priority: Priority, until: float) -> None:
+        #: The request that is computed, how urgent it is, and when its last follower gives up.
+        self.id = id
+        self.priority = priority
+        self.scope = trio.CancelScope(deadline=until)
         self.origin: Origin | None = None
         self.chunks: list[Chunk] = []
         self.error: GenerateError | None = None
         self.finished = False
         self.followers = 0
-        self.scope = trio.CancelScope()
         self._changed = trio.lowlevel.ParkingLot()
 
     async def run(self, compute: Compute) -> None:
@@ -96,24 +110,31 @@ class _Following:
 class Flights:
     """The computations under way, by key. Their tasks run in the nursery given."""
 
-    def __init__(self, nursery: trio.Nursery) -> None:
+    def __init__(self, nursery: trio.Nursery, urge: Urge = lambda id, priority: None) -> None:
         self._nursery = nursery
+        self._urge = urge
         self._flights: dict[bytes, Flight] = {}
 
     def __len__(self) -> int:
         return len(self._flights)
 
     @asynccontextmanager
-    async def join(self, key: bytes, compute: Compute) -> AsyncIterator[tuple[Answering, bool]]:
+    async def join(
+        self, key: bytes, compute: Compute, *, id: str = "", priority: Priority = "own"
+    ) -> AsyncIterator[tuple[Answering, bool]]:
         """Follow the flight of that key, started with `compute` if there is none.
 
-        Gives the answer and whether it was under way already. Raises what the work raises.
+        `id` and `priority` are those of the request that `compute` answers, if it is used. Gives
+        the answer and whether it was under way already. Raises what the work raises.
         """
+        until = trio.current_effective_deadline()
         flight = self._flights.get(key)
-        joined = flight is not None
-        if flight is None:
-            flight = self._flights[key] = Flight()
+        joined = flight is not None and not flight.scope.cancel_called
+        if flight is None or not joined:
+            flight = self._flights[key] = Flight(id, priority, until)
             self._nursery.start_soon(self._fly, key, flight, compute)
+        else:
+            self._follow(flight, priority, until)
         flight.followers += 1
         try:
             origin = await flight.wait_origin()
@@ -123,6 +144,12 @@ class Flights:
             if not flight.followers:
                 flight.scope.cancel()
                 self._land(key, flight)
+
+    def _follow(self, flight: Flight, priority: Priority, until: float) -> None:
+        flight.scope.deadline = max(flight.scope.deadline, until)
+        if PRIORITIES.index(priority) < PRIORITIES.index(flight.priority):
+            flight.priority = priority
+            self._urge(flight.id, priority)
 
     async def _fly(self, key: bytes, flight: Flight, compute: Compute) -> None:
         try:

@@ -13,8 +13,8 @@ import trio
 from ..mesh.candidates import LocalBackend
 from ..mesh.frames import Load
 from ..mesh.peers import ProviderAdvert
-from ..providers.admission import Admission
-from ..providers.base import Health
+from ..providers.admission import Admission, Waiting
+from ..providers.base import Health, Priority
 from ..providers.registry import Runs, build
 from .config import Config
 
@@ -46,9 +46,9 @@ class OwnProvider:
     health: Health = NOT_SEEN
     _offered: object = None
 
-    def load(self) -> Load:
-        """How busy it is."""
-        load = self.admission.load
+    def load(self, priority: Priority = "background") -> Load:
+        """How busy it is to a request of that priority; to one in the background all counts."""
+        load = self.admission.load(priority)
         return Load(
             running=load.running,
             waiting=load.waiting,
@@ -68,8 +68,8 @@ class OwnProvider:
         )
 
     def advert(self) -> ProviderAdvert:
-        """It as peers see it."""
-        load = self.load()
+        """It as peers see it: what waits in the background, they would not wait for."""
+        load = self.load("member")
         return ProviderAdvert(
             name=self.name,
             kind=self.kind,
@@ -125,6 +125,16 @@ class OwnProviders:
         """Those that peers may use, as peers see them."""
         return tuple(p.advert() for p in self._providers if p.shared)
 
+    def waiting(self, request_id: str) -> Waiting | None:
+        """Where the request of that id stands in a queue; None: it waits for no slot here."""
+        found = (own.admission.waiting(request_id) for own in self._providers)
+        return next((waiting for waiting in found if waiting), None)
+
+    def urge(self, request_id: str, priority: Priority) -> None:
+        """The request of that id, wherever it waits here, is so urgent at least."""
+        for own in self._providers:
+            own.admission.urge(request_id, priority)
+
     async def run(self) -> None:
         """Run what needs running, and watch all, until cancelled."""
         async with trio.open_nursery() as nursery:
@@ -161,7 +171,7 @@ def build_providers(config: Config, environment: Mapping[str, str], folder: Path
                 admission=Admission(
                     build(table.kind, table.name, settings),
                     slots=slots,
-                    max_waiting=config.limits.max_waiting,
+                    max_waiting=_either(table.max_waiting, config.limits.max_waiting),
                 ),
                 shared=table.share,
                 paid=table.api_key is not None,
@@ -195,12 +205,13 @@ def _local(
     folder: Path,
 ) -> OwnProvider:
     local = config.local_hf
+    max_waiting = _either(local.max_waiting, config.limits.max_waiting)
     settings: dict[str, Any] = {
         "device": local.device,
         "dtype": local.dtype,
         "threads": local.threads,
         "max_batch": local.max_batch,
-        "max_waiting": config.limits.max_waiting,
+        "max_waiting": max_waiting,
         "environment": dict(environment),
         "cache_dir": str(folder),
         **special,
@@ -211,8 +222,12 @@ def _local(
         admission=Admission(
             build("local_hf", name, settings),
             slots=slots,
-            max_waiting=config.limits.max_waiting,
+            max_waiting=max_waiting,
         ),
         shared=local.share,
         paid=False,
     )
+
+
+def _either(own: int | None, common: int) -> int:
+    return common if own is None else own

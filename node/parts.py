@@ -81,6 +81,7 @@ class Parts:
             reuse=config.cache.reuse,
             deadline=config.deadlines.whole,
             min_agreement=config.cache.min_agreement,
+            urge=self.providers.urge,
         )
 
     def node_of(self, peer: str) -> str:

@@ -37,7 +37,7 @@ from ..providers.base import (
     ModelRequest,
     Origin,
 )
-from .flights import Flights
+from .flights import Flights, Urge
 from .replays import Replayed, Saving, cost
 
 logger = logging.getLogger(__name__)
@@ -109,13 +109,14 @@ class Router:
         reuse: Reuse = "deterministic",
         deadline: float = math.inf,
         min_agreement: int = 1,
+        urge: Urge = lambda id, priority: None,
     ) -> None:
         self._backends = backends
         self.names = names
         self._answers = answers
         self.uses = answers.uses
         self._shared = shared
-        self.flights = Flights(nursery)
+        self.flights = Flights(nursery, urge)
         self._peer = peer
         #: The name of a peer's node, as far as it is known.
         self._node_of = node_of
@@ -207,10 +208,13 @@ class Router:
             if not local_only:
                 self.uses.count("misses")
             raise CacheOnlyMiss("no stored answer to this request")
-        # The work may outlive the first asker, so it must not end with that one's deadline.
-        shared = msgspec.structs.replace(request, deadline=None)
+        # The work may outlive the first asker, so a peer must not end it with that one's deadline.
+        shared = msgspec.structs.replace(request, deadline=math.inf)
         flight = self.flights.join(
-            flight_key(key, request), lambda: self._compute(key, shared, local_only)
+            flight_key(key, request),
+            lambda: self._compute(key, shared, local_only),
+            id=request.id,
+            priority=request.priority,
         )
         async with flight as (answering, joined):
             if joined:
@@ -274,9 +278,14 @@ class Router:
     async def ask(
         self, key: bytes, request: Asked, local_only: bool
     ) -> AsyncIterator[tuple[Answering, float]]:
-        """The answer of a backend, not stored yet, and when it was asked."""
+        """The answer of a backend, not stored yet, and when it was asked.
+
+        With a deadline of `inf` whoever is asked is told none, though this node may have one.
+        """
         started = trio.current_time()
         left = trio.current_effective_deadline() - started
+        if request.deadline == math.inf:
+            left = math.inf
         forwarded = msgspec.structs.replace(
             request,
             deadline=None if left == math.inf else max(left, 0.0),

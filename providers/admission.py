@@ -1,9 +1,12 @@
-"""Slots and a queue around a provider, shared by this node's own work and its peers'."""
+"""Slots and a queue around a provider, shared by this node's own work and its peers'.
+
+What waits goes in the order of `waiting`: this node's own requests before those of members, and
+these before what nobody waits for.
+"""
 
 from __future__ import annotations
 
-import heapq
-from collections import OrderedDict
+import itertools
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
@@ -13,28 +16,25 @@ import trio
 
 from .base import (
     Answering,
+    Asked,
     Chunk,
     Embedding,
     EmbedRequest,
     GenerateRequest,
     Health,
     ModelOffer,
+    Priority,
     Provider,
-    ProviderUnavailable,
+    ProviderBusy,
     Value,
 )
+from .waiting import Line, Place, Times, average
 
-#: Seconds. What a full queue says before anything was measured, and what it says at least.
+#: Seconds. What one that is refused is told before anything was measured, and at least; at most.
 MIN_RETRY_AFTER = 1.0
 MAX_RETRY_AFTER = 600.0
 #: Seconds. Below it a rate would be the clock's.
 MIN_SPAN = 0.001
-#: The weight of a new measurement in a moving average: about the last ten count.
-WEIGHT = 0.2
-#: Kinds of requests (`GenerateRequest.kind`) whose time in a slot is remembered.
-MAX_KINDS = 64
-#: One that is longer in its slot than was expected is expected to take this share of that still.
-LEFT = 0.3
 
 
 class Load(Value, frozen=True, kw_only=True):
@@ -50,25 +50,36 @@ class Load(Value, frozen=True, kw_only=True):
     wait: float | None = None
 
 
+class Waiting(Value, frozen=True, kw_only=True):
+    """A request in the queue: it is number `place` of `of`, and begins in about `wait` seconds.
+
+    None: that cannot be told yet.
+    """
+
+    place: int
+    of: int
+    wait: float | None = None
+
+
 class Admission:
     """A `Provider` that lets `slots` requests through at once; more wait in their order.
 
-    One that would be number `max_waiting` + 1 in the queue is refused by `ProviderUnavailable`
-    with the time after which another try should succeed. A slot is held until the closing chunk
-    was read, the answer failed, or its context was left.
+    One that finds `max_waiting` before it takes the place of the last that is less urgent. If there
+    is none, or its time would be over before its turn, it is refused by `ProviderBusy` with the
+    time after which another try should succeed. A slot is held until the closing chunk was read,
+    the answer failed, or its context was left.
     """
 
     def __init__(self, provider: Provider, *, slots: int | None, max_waiting: int = 64) -> None:
         self.provider = provider
         self._slots = slots
         self._max_waiting = max_waiting
-        self._running = 0
-        self._queue = trio.lowlevel.ParkingLot()
-        #: Those that have a slot, and since when; those that wait, in their order.
-        self._inside: dict[_Place, float] = {}
-        self._outside: dict[_Place, None] = {}
-        self._held: float | None = None
-        self._held_by_kind: OrderedDict[str, float] = OrderedDict()
+        #: Those that have a slot, and since when.
+        self._inside: dict[Place, float] = {}
+        #: Those that wait for one, which they do only while none is free; each at its gate.
+        self._line = Line()
+        self._gates: dict[Place, trio.Event] = {}
+        self._times = Times()
         self._ttft: float | None = None
         self._rate: float | None = None
 
@@ -86,21 +97,35 @@ class Admission:
         return _Admitted(self, request)
 
     async def embed(self, request: EmbedRequest) -> Sequence[Embedding]:
-        place = await self.enter(request.kind)
+        place = await self.enter(request)
         try:
             return await self.provider.embed(request)
         finally:
             self.leave(place)
 
-    @property
-    def load(self) -> Load:
-        """How busy it is now."""
+    def load(self, priority: Priority = "background") -> Load:
+        """How busy it is now, to a request of that priority: what would go after it does not count.
+
+        To one in the background everything does.
+        """
         return Load(
-            running=self._running,
-            waiting=len(self._queue),
+            running=len(self._inside),
+            waiting=self._line.count(priority),
             slots=self._slots,
-            wait=self._expected_wait(),
+            wait=None if self._free else self._expected(Place("", priority))[1],
         )
+
+    def waiting(self, request_id: str) -> Waiting | None:
+        """Where the request of that id stands; None: it does not wait here."""
+        for place, gate in self._gates.items() if request_id else ():
+            if place.id == request_id and not gate.is_set():
+                number, wait = self._expected(place)
+                return Waiting(place=number, of=len(self._line), wait=wait)
+        return None
+
+    def urge(self, request_id: str, priority: Priority) -> None:
+        """The request of that id, if it waits here, is so urgent at least."""
+        self._line.urge(request_id, priority)
 
     @property
     def ttft(self) -> float | None:
@@ -116,82 +141,81 @@ class Admission:
 
     # What an admitted request calls.
 
-    async def enter(self, kind: str) -> _Place:
-        """Take a slot, after those who came before. Raises `ProviderUnavailable`."""
-        place = _Place(kind)
-        if self._slots is None or (self._running < self._slots and not len(self._queue)):
-            self._running += 1
+    async def enter(self, request: Asked) -> Place:
+        """Take a slot, after those whose turn is before. Raises `ProviderBusy`."""
+        place = Place(request.kind, request.priority, request.id)
+        if self._free:
             self._inside[place] = trio.current_time()
             return place
-        if len(self._queue) >= self._max_waiting:
-            raise ProviderUnavailable(
-                f"the queue of {self.name} is full: {self._running} are running and "
-                f"{len(self._queue)} wait",
-                retry_after=self._wait_estimate(),
-            )
-        self._outside[place] = None
+        self._make_room(place)
+        gate = self._gates[place] = trio.Event()
+        self._line.add(place)
         try:
-            await self._queue.park()  # Whoever leaves hands the slot over.
+            await gate.wait()
+        except BaseException:
+            if self._inside.pop(place, None) is not None:  # it had its turn in that very moment
+                self._next()
+            raise
         finally:
-            del self._outside[place]
-        self._inside[place] = trio.current_time()
+            del self._gates[place]
+            self._line.discard(place)
+        if place not in self._inside:
+            raise self._busy(place, "more urgent requests filled its queue")
         return place
 
-    def leave(self, place: _Place) -> None:
+    def leave(self, place: Place) -> None:
         """Give a slot back."""
-        held = trio.current_time() - self._inside.pop(place)
-        self._held = _average(self._held, held)
-        kind = place.kind
-        self._held_by_kind[kind] = _average(self._held_by_kind.pop(kind, None), held)
-        if len(self._held_by_kind) > MAX_KINDS:
-            self._held_by_kind.popitem(last=False)
-        if len(self._queue):
-            self._queue.unpark()
-        else:
-            self._running -= 1
+        self._times.learn(place.kind, trio.current_time() - self._inside.pop(place))
+        self._next()
 
     def observe_first(self, seconds: float) -> None:
-        self._ttft = _average(self._ttft, seconds)
+        self._ttft = average(self._ttft, seconds)
 
     def observe_rate(self, tokens: int, seconds: float) -> None:
-        self._rate = _average(self._rate, tokens / max(seconds, MIN_SPAN))
+        self._rate = average(self._rate, tokens / max(seconds, MIN_SPAN))
 
-    def _expected_wait(self) -> float | None:
-        """Seconds until one that comes now would have a slot."""
-        average = self._held
-        if self._slots is None or self._running < self._slots or average is None:
-            return None
-        now = trio.current_time()
-        # One that was just handed its slot has it, and stands outside until it runs.
-        free = [0.0] * max(self._slots - len(self._inside), 0)
-        for place, since in self._inside.items():
-            whole = self._held_by_kind.get(place.kind, average)
-            free.append(max(whole - (now - since), LEFT * whole))
-        heapq.heapify(free)
-        for place in self._outside:
-            whole = self._held_by_kind.get(place.kind, average)
-            heapq.heapreplace(free, free[0] + whole)
-        return free[0]
+    # The queue.
 
-    def _wait_estimate(self) -> float:
-        """Seconds until the queue has moved by one."""
-        if self._held is None or not self._slots:
-            return MIN_RETRY_AFTER
-        return min(max(self._held / self._slots, MIN_RETRY_AFTER), MAX_RETRY_AFTER)
+    @property
+    def _free(self) -> bool:
+        return self._slots is None or len(self._inside) < self._slots
 
+    def _next(self) -> None:
+        """Hand a slot that is free to the next in the line."""
+        place = self._line.take()
+        if place is not None:
+            self._inside[place] = trio.current_time()
+            self._gates[place].set()
 
-def _average(old: float | None, new: float) -> float:
-    return new if old is None else old + WEIGHT * (new - old)
+    def _make_room(self, place: Place) -> None:
+        """Let it into the queue. Raises `ProviderBusy` if it would wait in vain, or has no room."""
+        wait = self._expected(place)[1]
+        left = trio.current_effective_deadline() - trio.current_time()
+        if wait is not None and 0 < left < wait:
+            raise self._busy(place, f"its turn would come too late, for {left:.1f} s are left")
+        if len(self._line) < self._max_waiting:
+            return
+        last = self._line.last_behind(place)
+        if last is None:
+            raise self._busy(place, f"the queue of {self.name} is full")
+        self._line.discard(last)
+        self._gates[last].set()
 
+    def _expected(self, place: Place) -> tuple[int, float | None]:
+        """The number in the queue, now or if it came now, and the seconds until its turn."""
+        newcomer = None if place in self._gates else place
+        order = self._line.order(newcomer)
+        ahead = list(itertools.takewhile(lambda other: other is not place, order))
+        return len(ahead) + 1, self._times.wait(self._inside, ahead, trio.current_time())
 
-class _Place:
-    """A request in a slot, or in the queue for one."""
-
-    __slots__ = ("kind",)
-
-    def __init__(self, kind: str) -> None:
-        #: What is known of how long it will take.
-        self.kind = kind
+    def _busy(self, place: Place, why: str) -> ProviderBusy:
+        number, wait = self._expected(place)
+        there = f"{len(self._inside)} are running and {len(self._line)} wait"
+        about = "" if wait is None else f", with its turn in about {wait:.1f} s"
+        return ProviderBusy(
+            f"{why}: {there}, and it would be number {number}{about}",
+            retry_after=min(max(wait or 0.0, MIN_RETRY_AFTER), MAX_RETRY_AFTER),
+        )
 
 
 class _Admitted:
@@ -216,7 +240,7 @@ class _Admitted:
         self._pieces = 0
 
     async def __aenter__(self) -> Answering:
-        self._place: _Place | None = await self._admission.enter(self._request.kind)
+        self._place: Place | None = await self._admission.enter(self._request)
         self._held_since = trio.current_time()
         try:
             self._context: AbstractAsyncContextManager[Answering] = self._admission.provider.open(

@@ -542,6 +542,7 @@ class GenerateError(Exception):
           ContentFiltered    a filter refused; never tried again
           ModelNotFound      nobody here has that model
         ProviderUnavailable  this provider cannot now; another may (`retry_after` in seconds)
+          ProviderBusy       its queue is full or too long: no fault of it
           DeadlineExceeded   a time limit passed (of connecting, first token, gap or the whole)
         StreamInterrupted    it broke after text was produced; `partial` holds that text
         CacheOnlyMiss        the request allowed only a stored answer, and there is none
@@ -599,6 +600,12 @@ class ProviderUnavailable(GenerateError):
     code = "provider_unavailable"
 
 
+class ProviderBusy(ProviderUnavailable):
+    """It has more to do than it can in the time: no fault of it, and another may be free."""
+
+    code = "provider_busy"
+
+
 class DeadlineExceeded(ProviderUnavailable):
     """A time limit passed: of connecting, of the first token, between tokens, or of the whole."""
 
@@ -626,6 +633,7 @@ ERRORS: dict[str, type[GenerateError]] = {
         ContentFiltered,
         ModelNotFound,
         ProviderUnavailable,
+        ProviderBusy,
         DeadlineExceeded,
         StreamInterrupted,
         CacheOnlyMiss,

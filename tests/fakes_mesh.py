@@ -129,7 +129,11 @@ class FakeProvider:
 
     def backend(self, *, shared: bool = True) -> LocalBackend:
         return LocalBackend(
-            provider=self, name=self.name, kind="fake", shared=shared, load=self.load
+            provider=self,
+            name=self.name,
+            kind="fake",
+            shared=shared,
+            load=lambda priority: self.load(),
         )
 
 

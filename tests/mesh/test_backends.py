@@ -27,6 +27,7 @@ from promptmesh.providers.base import (
     ModelOffer,
     Origin,
     Policy,
+    ProviderBusy,
     ProviderUnavailable,
     RequestRejected,
     StreamInterrupted,
@@ -304,6 +305,17 @@ async def test_the_callers_own_errors_are_not_the_providers(autojump_clock: Cloc
             assert raised.value is error
     assert len(provider.requests) + len(other.requests) == 8  # no second attempts
     assert (await ask(manager))[0] == "one two three"  # and no breaker
+
+
+async def test_a_full_queue_is_no_fault(autojump_clock: Clock) -> None:
+    """What one request is refused for, a more urgent one is not."""
+    provider = FakeProvider("a", fail=ProviderBusy("full", retry_after=60))
+    manager = manager_of(provider)
+    for _ in range(4):
+        error = await error_of(manager)
+        assert (type(error), error.retry_after) == (ProviderUnavailable, 60)
+    provider.fail = None
+    assert (await ask(manager))[0] == "one two three"
 
 
 async def test_the_whole_deadline_reaches_a_reader_that_waits(autojump_clock: Clock) -> None:

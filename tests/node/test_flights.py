@@ -1,7 +1,7 @@
 """Equal requests share one computation, which lives as long as somebody follows it."""
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 import trio
@@ -13,6 +13,7 @@ from promptmesh.providers.base import (
     Chunk,
     GenerateError,
     Origin,
+    Priority,
     ProviderUnavailable,
 )
 
@@ -98,3 +99,46 @@ async def test_each_follower_gets_its_own_copy_of_the_error(nursery: trio.Nurser
     assert work.started == 1
     assert errors[0] is not errors[1]
     assert [(str(e), e.retry_after) for e in errors] == [("full", 3), ("full", 3)]
+
+
+async def test_the_work_is_as_urgent_as_its_most_urgent_follower(nursery: trio.Nursery) -> None:
+    urged: list[tuple[str, Priority]] = []
+    flights = Flights(nursery, lambda id, priority: urged.append((id, priority)))
+    work = Work()
+    priorities: tuple[Priority, ...] = ("background", "background", "member", "own", "member")
+    async with AsyncExitStack() as followers:
+        for number, priority in enumerate(priorities):
+            flight = flights.join(b"k", work.compute, id=f"r{number}", priority=priority)
+            await followers.enter_async_context(flight)
+        assert urged == [("r0", "member"), ("r0", "own")]
+
+
+async def test_the_work_has_the_time_of_the_follower_who_has_the_most(
+    nursery: trio.Nursery, autojump_clock: trio.testing.MockClock
+) -> None:
+    flights, work = Flights(nursery), Work()
+
+    async def follow(seconds: float) -> None:
+        with trio.move_on_after(seconds) as limit:
+            async with flights.join(b"k", work.compute) as (answering, _):
+                await answering.completion()
+        assert limit.cancelled_caught
+
+    for seconds in (3, 9, 5):
+        nursery.start_soon(follow, seconds)
+    await trio.sleep(8)
+    assert (work.started, work.cancelled) == (1, 0)
+    await trio.sleep(2)
+    assert (work.started, work.cancelled) == (1, 1)
+
+
+async def test_nobody_joins_a_flight_whose_time_is_over(
+    nursery: trio.Nursery, autojump_clock: trio.testing.MockClock
+) -> None:
+    flights, work = Flights(nursery), Work()
+    with trio.move_on_after(3):
+        async with flights.join(b"k", work.compute):
+            with trio.CancelScope(shield=True):
+                await trio.sleep(4)
+                async with flights.join(b"k", work.compute) as (_, joined):
+                    assert not joined
