@@ -20,6 +20,7 @@ from ..providers.base import (
     Image,
     Input,
     ModelNotFound,
+    ProviderBusy,
     ProviderUnavailable,
     RequestRejected,
     Task,
@@ -188,8 +189,9 @@ class Attempts:
             return ModelNotFound(message, field="model")
         waits = [e.retry_after for e in errors if e.retry_after is not None]
         kind: type[GenerateError] = ProviderUnavailable
-        if all(isinstance(e, DeadlineExceeded) for e in errors):
-            kind = DeadlineExceeded
+        for same in (ProviderBusy, DeadlineExceeded):
+            if all(isinstance(e, same) for e in errors):
+                kind = same
         return kind(message, retry_after=min(waits, default=None))
 
     def _no_candidate(self) -> GenerateError:

@@ -7,7 +7,7 @@ these before what nobody waits for.
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import Self
@@ -261,9 +261,14 @@ class _Admitted:
         traceback: TracebackType | None,
     ) -> bool | None:
         try:
-            return await self._context.__aexit__(kind, error, traceback)
+            try:
+                if isinstance(self._chunks, AsyncGenerator):
+                    await self._chunks.aclose()
+            finally:
+                ended = await self._context.__aexit__(kind, error, traceback)
         finally:
             self._release()
+        return ended
 
     def __aiter__(self) -> Self:
         return self

@@ -313,7 +313,7 @@ async def test_a_full_queue_is_no_fault(autojump_clock: Clock) -> None:
     manager = manager_of(provider)
     for _ in range(4):
         error = await error_of(manager)
-        assert (type(error), error.retry_after) == (ProviderUnavailable, 60)
+        assert (type(error), error.retry_after) == (ProviderBusy, 60)
     provider.fail = None
     assert (await ask(manager))[0] == "one two three"
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from collections.abc import AsyncIterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -12,9 +13,12 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from promptmesh.providers.admission import Admission, Load, Waiting
 from promptmesh.providers.base import (
+    Answering,
+    Chunk,
     Completion,
     GenerateRequest,
     Message,
+    Origin,
     Priority,
     Provider,
     ProviderBusy,
@@ -267,6 +271,28 @@ async def test_leaving_cancels_the_work() -> None:
         await anext(aiter(answering.chunks))
     assert wrapped.provider.stats().cancelled == 1
     assert wrapped.load().running == 0
+
+
+async def test_chunks_that_are_a_generator_are_closed() -> None:
+    closed = []
+
+    async def chunks() -> AsyncIterator[Chunk]:
+        try:
+            while True:
+                yield Chunk(text="a")
+        finally:
+            closed.append(True)
+
+    class Generating(Echo):
+        @contextlib.asynccontextmanager
+        async def open(self, request: GenerateRequest) -> AsyncIterator[Answering]:  # type: ignore[override]
+            yield Answering(Origin(), chunks())
+            assert closed
+
+    wrapped = Admission(Generating(), slots=1)
+    async with wrapped.open(request()) as answering:
+        await anext(aiter(answering.chunks))
+    assert closed == [True]
 
 
 async def test_measurements(autojump_clock: MockClock) -> None:
