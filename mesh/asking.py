@@ -65,6 +65,7 @@ class Asking:
         kind: str,
         stamp: Callable[[Origin], Origin],
         closed: Callable[[Candidate, PeerAnswer], None],
+        finished: Callable[[Chunk], None],
         embed: EmbedRequest | None = None,
     ) -> None:
         self.candidate = candidate
@@ -79,6 +80,8 @@ class Asking:
         self._stamp = stamp
         #: Takes what the closing frame of a peer carries.
         self._closed = closed
+        #: Takes the last chunk.
+        self._finished = finished
         #: Where it is for embeddings: they are an answer only once all are here and fit it.
         self._embed = embed
         self._started = trio.current_time()
@@ -226,6 +229,7 @@ class Asking:
         self._over = self._settled = True
         what = self.candidate.measured
         self._end()
+        self._finished(last)
         self._experience.succeeded(what)
         tokens = last.usage.completion_tokens if last.usage else 0
         if self._computed and tokens:

@@ -6,11 +6,10 @@ It is thin: `attempts` and `policies` decide, `asking` carries out, `measure` re
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from random import Random
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import msgspec
 import trio
@@ -31,7 +30,7 @@ from ..providers.base import (
 )
 from .affinity import Affinity, Beginning, beginnings
 from .asking import Asking, Deadlines
-from .attempts import Attempt, Attempts, RuledOut
+from .attempts import Attempts
 from .candidates import Candidates, LocalBackend, Source, paused
 from .embedding import answer_of
 from .frames import AskLoads, Load, PresentLoads
@@ -40,20 +39,10 @@ from .peers import Advert, PeerTable
 from .policies import Candidate, Choice, Turns, Work
 from .pool import PeerAnswer
 from .probing import Probes, worth_probing
+from .route import Route
 from .transport import PeerId
 
 logger = logging.getLogger(__name__)
-
-#: Requests whose attempts are remembered.
-MAX_LOGS = 512
-
-
-class RequestLog(NamedTuple):
-    """How a request went: for people who ask why."""
-
-    policy: Policy
-    tried: Sequence[Attempt]
-    ruled_out: Sequence[RuledOut]
 
 
 class PeerNetwork(Protocol):
@@ -87,7 +76,9 @@ class BackendManager:
         deadlines: Deadlines | None = None,
         on_claim: Callable[[PeerId, bytes, str], None] = lambda peer, claim, cid: None,
         why_not_ask: Callable[[PeerId], str] = lambda peer: "",
+        on_route: Callable[[Asked, bool, Route], None] = lambda request, local_only, route: None,
     ) -> None:
+        """`on_route` is told of each request how it goes, at its beginning."""
         self.experience = Experience()
         self._candidates = Candidates(
             local=local,
@@ -102,11 +93,11 @@ class BackendManager:
         self._rng = rng
         self._deadlines = deadlines or Deadlines()
         self._on_claim = on_claim
+        self._on_route = on_route
         self._turns = Turns()
         self._affinity = Affinity()
         self._probes = Probes(self.experience.loads, self._providers_of)
         self._network: PeerNetwork | None = None
-        self._logs: OrderedDict[str, RequestLog] = OrderedDict()
 
     # --- the network, which may come and go
 
@@ -151,10 +142,6 @@ class BackendManager:
         """How busy the providers are that peers may use."""
         return self._candidates.loads()
 
-    def log(self, request_id: str) -> RequestLog | None:
-        """How a recent request went."""
-        return self._logs.get(request_id)
-
     # --- answering
 
     def open(
@@ -182,36 +169,43 @@ class BackendManager:
         policy = request.policy or self._policy
         started = trio.current_time()
         attempts, choice, prompt = self._attempts(request, policy, local_only, key)
-        self._remember(request.id, policy, attempts)
-        while True:
-            if policy == "best_performance":
-                await self._look(attempts, choice)
-            candidate = attempts.next()
-            asking = self._asking(candidate, request, started, policy, len(attempts.tried) + 1)
-            try:
-                self._check_breaker(candidate)
-                async with asking.open() as answering:
-                    attempts.answered(candidate, asking.seconds)
-                    self._affinity.saw(prompt, candidate.backend, trio.current_time())
-                    yield answering
-            except GenerateError as error:
-                if asking.begun:
-                    raise
-                logger.info("request %s: %s failed: %s", request.id, candidate, error)
-                attempts.failed(candidate, error, asking.seconds)
-            else:
-                return
+        route = Route(
+            policy, tuple(attempts.left), attempts.ruled_out, choice.decisions, attempts.tried
+        )
+        self._on_route(request, local_only, route)
+        try:
+            while True:
+                if policy == "best_performance":
+                    await self._look(attempts, choice)
+                candidate = attempts.next()
+                asking = self._asking(candidate, request, started, route)
+                try:
+                    self._check_breaker(candidate)
+                    async with asking.open() as answering:
+                        attempts.answered(candidate, asking.seconds)
+                        self._affinity.saw(prompt, candidate.backend, trio.current_time())
+                        yield answering
+                except GenerateError as error:
+                    if asking.begun:
+                        raise
+                    logger.info("request %s: %s failed: %s", request.id, candidate, error)
+                    attempts.failed(candidate, error, asking.seconds)
+                else:
+                    return
+        finally:
+            route.settle()
 
     def _asking(
         self,
         candidate: Candidate,
         request: Asked,
         started: float,
-        policy: Policy,
-        number: int,
+        route: Route,
     ) -> Asking:
+        number = len(route.attempts) + 1
+
         def stamp(origin: Origin) -> Origin:
-            return _seen_from_here(origin, candidate, policy, number)
+            return _seen_from_here(origin, candidate, route.policy, number)
 
         left = request.deadline
         if left is not None:
@@ -227,6 +221,7 @@ class BackendManager:
             kind=request.kind,
             stamp=stamp,
             closed=self._closed,
+            finished=route.finished,
             embed=request if isinstance(request, EmbedRequest) else None,
         )
 
@@ -266,12 +261,6 @@ class BackendManager:
         refusal = self.experience.breakers.refusal(candidate.backend, trio.current_time())
         if refusal is not None:
             raise ProviderUnavailable(paused(*refusal), retry_after=refusal[0])
-
-    def _remember(self, request_id: str, policy: Policy, attempts: Attempts) -> None:
-        if request_id:
-            self._logs[request_id] = RequestLog(policy, attempts.tried, attempts.ruled_out)
-            if len(self._logs) > MAX_LOGS:
-                self._logs.popitem(last=False)
 
     def _attempts(
         self, request: Asked, policy: Policy, local_only: bool, key: bytes

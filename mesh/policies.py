@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
+from types import MappingProxyType
 from typing import NamedTuple
 
 from ..providers.base import ModelOffer, Policy
@@ -40,6 +41,8 @@ LOADING = 10.0
 NEAR = 0.02
 #: Others who choose at the same moment that are reckoned with.
 MAX_RIVALS = 64
+#: Decisions of one request that are kept to be shown.
+MAX_DECISIONS = 8
 #: Models whose turns are remembered.
 MAX_MODELS = 1024
 
@@ -95,7 +98,7 @@ class Turns:
     def __init__(self) -> None:
         self._models: OrderedDict[str, _Counts] = OrderedDict()
 
-    def take(self, candidates: Sequence[Candidate], rng: Random) -> Candidate:
+    def take(self, candidates: Sequence[Candidate], rng: Random) -> Turn:
         """The candidate whose turn it is; its turn is then over."""
         model = candidates[0].offer.id
         counts = self._models.setdefault(model, _Counts({}))
@@ -105,13 +108,20 @@ class Turns:
         return counts.take(candidates, rng)
 
 
+class Turn(NamedTuple):
+    """Whose turn it is, and how many each had before."""
+
+    candidate: Candidate
+    counts: Mapping[BackendId, int]
+
+
 @dataclass(slots=True)
 class _Counts:
     counts: dict[BackendId, int]
     #: The smallest count at the last turn: who is below it was not there.
     floor: int = 0
 
-    def take(self, candidates: Sequence[Candidate], rng: Random) -> Candidate:
+    def take(self, candidates: Sequence[Candidate], rng: Random) -> Turn:
         there = [n for c in candidates if (n := self.counts.get(c.backend, -1)) >= self.floor]
         start = min(there, default=self.floor)
         counts = {c.backend: max(self.counts.get(c.backend, 0), start) for c in candidates}
@@ -121,7 +131,7 @@ class _Counts:
         self.counts[chosen.backend] += 1
         if len(self.counts) > 4 * len(counts) + 64:
             self.counts = {k: n for k, n in self.counts.items() if n > self.floor or k in counts}
-        return chosen
+        return Turn(chosen, counts)
 
 
 def least_loaded(candidates: Sequence[Candidate], key: bytes, rng: Random) -> Candidate:
@@ -158,17 +168,19 @@ class Expected(NamedTuple):
     total: float
     #: Seconds that each request before it adds, once there is a queue.
     each: float = 0.0
+    #: Of those, until the first token (None: nobody has measured it), and for its failures.
+    first: float | None = None
+    trouble: float = 0.0
 
 
 def best_performance(
-    candidates: Sequence[Candidate], work: Work, now: float, rng: Random
+    candidates: Sequence[Candidate], expected: Sequence[Expected], rng: Random
 ) -> Candidate:
     """The one expected to finish first; of those that are equally good, any.
 
     Others who choose at this moment know what we know, and take the best before us: we take what is
     then the best.
     """
-    expected = expected_times(candidates, work, now)
     times = [e.total for e in expected]
     for _ in range(min(max(c.busy.rivals for c in candidates), MAX_RIVALS)):
         taken = times.index(min(times))
@@ -186,15 +198,17 @@ def expected_times(candidates: Sequence[Candidate], work: Work, now: float) -> l
     )
     times = []
     for candidate, speed in zip(candidates, speeds, strict=True):
+        first = None
         if speed is None:
             alone, typical = _guess(candidate, best), _guess(candidate, best_typical)
         else:
             ttft, pace = speed
-            alone, typical = ttft + work.tokens * pace, ttft + work.typical * pace
-            alone -= ttft * PREFIX_SAVES * candidate.seen
-        idle = alone + _trouble(candidate, now)
-        wait = _wait(candidate, typical)
-        times.append(Expected(idle, idle + wait, typical / candidate.busy.slots))
+            first = ttft * (1 - PREFIX_SAVES * candidate.seen)
+            alone, typical = first + work.tokens * pace, ttft + work.typical * pace
+        trouble = _trouble(candidate, now)
+        idle, wait = alone + trouble, _wait(candidate, typical)
+        each = typical / candidate.busy.slots
+        times.append(Expected(idle, idle + wait, each, first, trouble))
     return times
 
 
@@ -287,6 +301,18 @@ def draw(candidates: Sequence[Candidate], work: Work, now: float, rng: Random) -
     return [candidates[i] for i in order[:FEW]]
 
 
+class Decision(NamedTuple):
+    """A choice, with what the policy knew of each: for people who ask why."""
+
+    chosen: Candidate
+    #: Those it was chosen from.
+    among: Sequence[Candidate]
+    #: What `best_performance` expected of each; nothing where there was only one.
+    expected: Sequence[Expected] = ()
+    #: How many turns each had before, by `round_robin`.
+    turns: Mapping[BackendId, int] = MappingProxyType({})
+
+
 class Choice:
     """The choices of one request, by the policy that is named. `left` is never empty."""
 
@@ -299,6 +325,7 @@ class Choice:
         self.work = work
         self._rng = rng
         self._drawn: Sequence[Candidate] = ()
+        self.decisions: list[Decision] = []
 
     def draw(self, left: Sequence[Candidate], now: float) -> Sequence[Candidate]:
         """Those of many between whom `best_performance` will choose next."""
@@ -307,13 +334,25 @@ class Choice:
 
     def take(self, left: Sequence[Candidate], now: float) -> Candidate:
         """The one to ask."""
+        decision = self._decide(left, now)
+        if len(self.decisions) < MAX_DECISIONS:
+            self.decisions.append(decision)
+        return decision.chosen
+
+    def _decide(self, left: Sequence[Candidate], now: float) -> Decision:
         if self._policy == "best_performance":
             return self._best(left, now)
+        among = tuple(left)
         if self._policy == "round_robin":
-            return self._turns.take(left, self._rng)
-        return left[0] if len(left) == 1 else least_loaded(left, self._key, self._rng)
+            chosen, turns = self._turns.take(left, self._rng)
+            return Decision(chosen, among, turns=turns)
+        chosen = left[0] if len(left) == 1 else least_loaded(left, self._key, self._rng)
+        return Decision(chosen, among)
 
-    def _best(self, left: Sequence[Candidate], now: float) -> Candidate:
+    def _best(self, left: Sequence[Candidate], now: float) -> Decision:
         drawn = self._drawn or self.draw(left, now)
         self._drawn = ()
-        return drawn[0] if len(drawn) == 1 else best_performance(drawn, self.work, now, self._rng)
+        if len(drawn) == 1:
+            return Decision(drawn[0], drawn)
+        expected = expected_times(drawn, self.work, now)
+        return Decision(best_performance(drawn, expected, self._rng), drawn, expected)

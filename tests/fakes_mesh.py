@@ -20,9 +20,11 @@ from promptmesh.mesh.candidates import LocalBackend
 from promptmesh.mesh.frames import Known, Load
 from promptmesh.mesh.network import Network
 from promptmesh.mesh.peers import Advert, PeerTable, ProviderAdvert
+from promptmesh.mesh.route import Route
 from promptmesh.mesh.serving import Services
 from promptmesh.providers.base import (
     Answering,
+    Asked,
     Chunk,
     Embedding,
     EmbedRequest,
@@ -170,6 +172,8 @@ class Node:
         self.put: list[tuple[str, tuple[bytes, ...]]] = []
         self.saved: Mapping[str, Sequence[str]] = {}
         self.allowed = True
+        #: How this node's own requests went, by their ids.
+        self.routes: dict[str, Route] = {}
         self.manager = BackendManager(
             local=lambda: [p.backend(shared=self.shared) for p in self.providers],
             peers=self.table,
@@ -179,6 +183,7 @@ class Node:
             rng=Random(1),
             deadlines=deadlines,
             on_claim=lambda *claim: self.claims.append(claim),
+            on_route=self._keep_route,
         )
         self.network = Network(
             self.transport,
@@ -271,6 +276,10 @@ class Node:
     def _hear_claims(self, peer: str, batch: bytes) -> bool:
         self.gossiped_claims.append((peer, batch))
         return True
+
+    def _keep_route(self, request: Asked, local_only: bool, route: Route) -> None:
+        if not local_only:
+            self.routes[request.id] = route
 
     def _save(self, known: Mapping[str, Sequence[str]]) -> None:
         self.saved = known

@@ -1,7 +1,8 @@
 """The backend manager with providers of its own node: choice, failures, breakers, clean ends."""
 
+import gc
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from random import Random
 from typing import Any
@@ -12,12 +13,14 @@ import trio.testing
 from fakes_mesh import FakeProvider, asking
 
 from promptmesh.mesh.asking import Deadlines
-from promptmesh.mesh.backends import MAX_LOGS, BackendManager
+from promptmesh.mesh.backends import BackendManager
 from promptmesh.mesh.candidates import LocalBackend
 from promptmesh.mesh.measure import BackendId, Measured
 from promptmesh.mesh.peers import PeerTable
+from promptmesh.mesh.route import Route
 from promptmesh.providers.base import (
     Answering,
+    Asked,
     Chunk,
     ContentFiltered,
     DeadlineExceeded,
@@ -43,6 +46,7 @@ def manager_of(
     policy: Policy = "round_robin",
     deadlines: Deadlines | None = None,
     private: Sequence[str] = (),
+    on_route: Callable[[Asked, bool, Route], None] = lambda request, local_only, route: None,
 ) -> BackendManager:
     backends = [p.backend(shared=p.name not in private) for p in providers]
     return BackendManager(
@@ -53,6 +57,7 @@ def manager_of(
         node="mine",
         rng=Random(1),
         deadlines=deadlines,
+        on_route=on_route,
     )
 
 
@@ -362,22 +367,44 @@ async def test_what_there_is(autojump_clock: Clock) -> None:
     assert (await manager_of().check()).state == "unavailable"
 
 
-async def test_how_a_request_went_is_remembered_for_a_while(autojump_clock: Clock) -> None:
+async def test_how_a_request_goes_is_told(autojump_clock: Clock) -> None:
     broken = FakeProvider("broken", delay=2.0, fail=ProviderUnavailable("no"))
     small = FakeProvider("small", offers=(ModelOffer(id="m", context_length=1),))
-    manager = manager_of(broken, small)
+    routes: dict[str, Route] = {}
+    manager = manager_of(
+        broken,
+        small,
+        on_route=lambda request, local_only, route: routes.update({request.id: route}),
+    )
     await error_of(manager, id="one", text="a rather long prompt")
-    log = manager.log("one")
-    assert log is not None
-    assert log.policy == "round_robin"
-    assert [str(attempt) for attempt in log.tried] == ["mine:broken: no"]
-    assert log.tried[0].seconds == pytest.approx(2.0)
-    assert "does not fit" in str(log.ruled_out[0])
-    broken.fail, broken.delay = None, 0.0
-    for i in range(MAX_LOGS):
-        await ask(manager, id=f"request {i}")
-    assert manager.log("one") is None
-    assert manager.log("") is None
+    route = routes["one"]
+    assert route.policy == "round_robin"
+    assert [str(tried) for tried in route.tried] == ["mine:broken: no"]
+    assert (route.tried[0].code, route.tried[0].seconds) == ("provider_unavailable", 2.0)
+    assert "does not fit" in str(route.ruled_out[0])
+    assert [d.chosen.provider for d in route.decisions] == ["broken"]
+    assert (route.usage, route.finish_reason) == (None, None)
+    broken.fail = None
+    await ask(manager, id="two")
+    route = routes["two"]
+    assert [str(tried) for tried in route.tried] == ["mine:broken: answered"]
+    assert route.finish_reason == "stop"
+    assert route.usage is not None
+    assert route.usage.completion_tokens == 3
+
+
+async def test_what_is_told_keeps_no_request_alive(autojump_clock: Clock) -> None:
+    """An error holds the frames it went through, and they hold the prompt."""
+    routes: list[Route] = []
+    broken = FakeProvider("broken", fail=ProviderUnavailable("no"))
+    manager = manager_of(broken, on_route=lambda request, local_only, route: routes.append(route))
+    await error_of(manager, id="dropped")
+    broken.requests.clear()
+    broken.fail = None
+    gc.collect()
+    assert [str(tried) for tried in routes[0].tried] == ["mine:broken: no"]
+    kept = [o for o in gc.get_objects() if isinstance(o, GenerateRequest) and o.id == "dropped"]
+    assert kept == []
 
 
 async def test_a_provider_that_was_removed_is_passed_over(autojump_clock: Clock) -> None:

@@ -60,8 +60,8 @@ async def test_a_prompt_to_a_is_answered_by_c(
     assert provider.requests[0].id == "r1"
     assert (provider.requests[0].provider, provider.requests[0].peer) == ("vllm", None)
     assert a.claims == [(c.peer_id, b"claim for bafy-fake", "bafy-fake")]
-    assert [str(t) for t in (a.manager.log("r1") or ((), ()))[1]] == ["c:vllm: answered"]
-    assert b.manager.log("r1") is None
+    assert [str(tried) for tried in a.routes["r1"].tried] == ["c:vllm: answered"]
+    assert "r1" not in b.routes
 
 
 async def test_requests_one_after_the_other_use_one_stream(

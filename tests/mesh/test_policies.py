@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from promptmesh.mesh.measure import Busy, Speed
 from promptmesh.mesh.policies import (
     FEW,
+    MAX_DECISIONS,
     MAX_MODELS,
     TRUST_HALF_LIFE,
     Candidate,
@@ -51,7 +52,8 @@ def measured(
 
 def best(candidates: Sequence[Candidate], tokens: float = 100, rng: Random | None = None) -> str:
     work = Work(tokens, 100)
-    return best_performance(candidates, work, NOW, rng or Random(1)).peer
+    expected = expected_times(candidates, work, NOW)
+    return best_performance(candidates, expected, rng or Random(1)).peer
 
 
 # --- round_robin
@@ -63,7 +65,7 @@ def test_counts_of_a_constant_set_differ_by_at_most_one(size: int, turns: int, r
     counts = Counter({c.peer: 0 for c in everyone})
     for _ in range(turns):
         rng.shuffle(everyone)
-        counts[robin.take(everyone, rng).peer] += 1
+        counts[robin.take(everyone, rng).candidate.peer] += 1
         assert max(counts.values()) - min(counts.values()) <= 1
 
 
@@ -73,7 +75,7 @@ def test_one_that_joins_starts_at_the_smallest_count() -> None:
     for _ in range(100):
         robin.take(two, rng)
     three = [*two, candidate("c")]
-    counts = Counter(robin.take(three, rng).peer for _ in range(30))
+    counts = Counter(robin.take(three, rng).candidate.peer for _ in range(30))
     assert max(counts.values()) - min(counts.values()) <= 1
 
 
@@ -83,7 +85,7 @@ def test_one_that_comes_back_does_not_get_what_it_missed() -> None:
     robin.take([a, b], rng)
     for _ in range(100):
         robin.take([a], rng)
-    counts = Counter(robin.take([a, b], rng).peer for _ in range(20))
+    counts = Counter(robin.take([a, b], rng).candidate.peer for _ in range(20))
     assert abs(counts["a"] - counts["b"]) <= 1
 
 
@@ -93,7 +95,8 @@ def test_each_model_has_turns_of_its_own_and_they_are_bounded() -> None:
     for _ in range(10):
         robin.take([shared], rng)
     counts = Counter(
-        robin.take([candidate("a", "y"), candidate("b", "y")], rng).peer for _ in range(10)
+        robin.take([candidate("a", "y"), candidate("b", "y")], rng).candidate.peer
+        for _ in range(10)
     )
     assert counts == {"a": 5, "b": 5}
     for i in range(MAX_MODELS + 5):
@@ -354,6 +357,7 @@ def test_every_policy_chooses_one_of_the_candidates(
     assert choice.take(candidates, NOW) in candidates
     for expected in expected_times(candidates, work, NOW):
         assert 0 <= expected.idle <= expected.total < float("inf")
+        assert (expected.first or 0.0) + expected.trouble <= expected.idle + 1e-6
 
 
 @pytest.mark.parametrize("policy", ["round_robin", "least_loaded", "best_performance"])
@@ -365,6 +369,18 @@ def test_the_policy_that_is_named_runs(policy: Policy) -> None:
     chosen = [choice.take(both, NOW).peer for _ in range(4)]
     expected = {"least_loaded": ["slow"] * 4, "best_performance": ["fast"] * 4}
     assert sorted(chosen) == expected.get(policy, ["fast", "fast", "slow", "slow"])
+    assert [decision.chosen.peer for decision in choice.decisions] == chosen
+    assert all(list(decision.among) == both for decision in choice.decisions)
+    first = choice.decisions[0]
+    assert bool(first.expected) == (policy == "best_performance")
+    assert list(first.turns.values()) == ([0, 0] if policy == "round_robin" else [])
+
+
+def test_few_decisions_are_kept() -> None:
+    choice = Choice("round_robin", turns=Turns(), key=b"", work=WORK, rng=Random(1))
+    for _ in range(100):
+        choice.take([candidate("a")], NOW)
+    assert len(choice.decisions) == MAX_DECISIONS
 
 
 def test_what_was_drawn_is_chosen_from_once() -> None:
