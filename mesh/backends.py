@@ -183,7 +183,8 @@ class BackendManager:
                     self._check_breaker(candidate)
                     async with asking.open() as answering:
                         attempts.answered(candidate, asking.seconds)
-                        self._affinity.saw(prompt, candidate.backend, trio.current_time())
+                        route.first_at = now = trio.current_time()
+                        self._affinity.saw(prompt, candidate.backend, now)
                         yield answering
                 except GenerateError as error:
                     if asking.begun:

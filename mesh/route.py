@@ -45,6 +45,8 @@ class Route:
         self.candidates = candidates
         self.ruled_out = ruled_out
         self.decisions = decisions
+        #: When the first token came.
+        self.first_at: float | None = None
         self.usage: Usage | None = None
         self.finish_reason: FinishReason | None = None
         self.attempts = attempts

@@ -76,6 +76,7 @@ class EmbeddingsApi:
             await responder.send(200, body, content_type=JSON, headers=headers)
         except GenerateError as error:
             logger.info("%s failed: %s", request_id, error)
+            self._router.trace.refused(request_id, error)
             await send_error(responder, error, request_id)
 
 

@@ -56,6 +56,7 @@ class OpenAIApi:
                     await self._send_whole(responder, call, answering)
         except GenerateError as error:
             logger.info("%s failed: %s", request_id, error)
+            self._router.trace.refused(request_id, error)
             await send_error(responder, error, request_id)
 
     async def _send_whole(self, responder: Responder, call: ChatCall, answering: Answering) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias, get_args
 
 from ..providers.base import Policy
-from . import cli_ask, cli_cache, cli_mesh, cli_rights, cli_share, cli_tables
+from . import cli_ask, cli_cache, cli_explain, cli_mesh, cli_rights, cli_share, cli_tables
 from .cli_output import fail, prepare_streams
 from .client import NodeError, NodeNotRunning
 from .config import ConfigError
@@ -213,6 +213,7 @@ def _add_tables(commands: _Commands) -> None:
     )
     for name, run, summary in tables:
         _json_flag(_command(commands, name, run, summary))
+    _add_explain(commands)
     _add_cache(commands)
     _add_share(commands)
     _command(commands, "version", cli_tables.version, "say the version")
@@ -247,6 +248,27 @@ def _peer(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "peer", metavar="PEER", help="the name of its node, or its id, or a part of that at an end"
     )
+
+
+def _add_explain(commands: _Commands) -> None:
+    explain = _command(
+        commands,
+        "explain",
+        cli_explain.explain,
+        "show why a request went where it went",
+        "What the cache said, who could answer and who not and why, what the policy expected of "
+        "each, and how each attempt ended. The node remembers its last 512 requests.",
+    )
+    explain.add_argument(
+        "id",
+        nargs="?",
+        metavar="ID",
+        help="as the header x-promptmesh-request-id has it; left out: the last request",
+    )
+    explain.add_argument(
+        "--last", metavar="N", type=int, help="list the last N requests instead of explaining one"
+    )
+    _json_flag(explain)
 
 
 def _add_share(commands: _Commands) -> None:

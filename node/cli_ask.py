@@ -44,7 +44,10 @@ def ask(args: argparse.Namespace) -> int:
     try:
         answer = _answer(args, prompt, config, home, show)
     except (NodeError, GenerateError) as error:
-        return _failed(show, str(error))
+        code = _failed(show, str(error))
+        if isinstance(error, NodeError) and error.request_id:
+            say(f"why: `{typed(args, f'explain {error.request_id}')}`", "dim")
+        return code
     finally:
         show.end()
     if args.json:
@@ -149,7 +152,9 @@ def _through_node(
                 finish_reason = choice.get("finish_reason") or finish_reason
                 show.add((choice.get("delta") or {}).get("content") or "")
     if finish_reason is None:
-        raise NodeError("the answer broke off before its end")
+        cut = NodeError("the answer broke off before its end")
+        cut.request_id = stream.request_id
+        raise cut
     return {
         "text": show.text,
         **{name: origin.get(name) for name in ORIGIN},

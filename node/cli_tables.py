@@ -24,7 +24,7 @@ NOTHING = "-"
 PEER_TAIL = 8
 
 
-def _node(args: argparse.Namespace) -> NodeClient:
+def node_of(args: argparse.Namespace) -> NodeClient:
     """The node that runs on the folder. Raises `NodeNotRunning`."""
     home = home_of(args)
     running = home.running()
@@ -35,7 +35,7 @@ def _node(args: argparse.Namespace) -> NodeClient:
 
 def peers(args: argparse.Namespace) -> int:
     """Who is in the mesh, this node first."""
-    rows = _node(args).get("/mesh/v1/peers")
+    rows = node_of(args).get("/mesh/v1/peers")
     if args.json:
         print_json(rows)
         return 0
@@ -114,7 +114,7 @@ def _machine(row: Mapping[str, Any]) -> str:
 
 def models(args: argparse.Namespace) -> int:
     """What can be asked, over all peers."""
-    answer = _node(args).get("/v1/models")
+    answer = node_of(args).get("/v1/models")
     if args.json:
         print_json(answer["data"])
         return 0
@@ -141,7 +141,7 @@ def _model_row(model: Mapping[str, Any]) -> Sequence[str]:
 
 def providers(args: argparse.Namespace) -> int:
     """What works on this node, and what does not and why."""
-    rows = _node(args).get("/mesh/v1/providers")
+    rows = node_of(args).get("/mesh/v1/providers")
     if args.json:
         print_json(rows)
         return 0

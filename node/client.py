@@ -12,10 +12,15 @@ QUICK = 10.0
 #: A whole answer has at most some hundred kB; lists of thousands of answers are larger.
 MAX_BODY = 64 << 20
 MAX_LINE = 8 << 20
+#: The header that names a request to a model.
+REQUEST_ID = "x-promptmesh-request-id"
 
 
 class NodeError(Exception):
     """The node could not be asked, or could not answer. The message is a whole sentence."""
+
+    #: Names a request to a model that failed, for `explain`; "": it is not known.
+    request_id = ""
 
 
 class NodeNotRunning(NodeError):
@@ -88,7 +93,9 @@ class NodeClient:
             if response.status >= 400:
                 message = error_message(response.read(MAX_BODY))
                 refused = f"the node answered {response.status} {response.reason}"
-                raise NodeRefused(message or refused, response.status)
+                refusal = NodeRefused(message or refused, response.status)
+                refusal.request_id = response.getheader(REQUEST_ID, "")
+                raise refusal
         except TimeoutError:
             connection.close()
             raise NodeError(f"the node did not answer within {timeout:g} s") from None
@@ -118,6 +125,8 @@ class EventStream:
             name.lower(): value for name, value in response.getheaders()
         }
 
+        self.request_id = self.headers.get(REQUEST_ID, "")
+
     def __enter__(self) -> EventStream:
         return self
 
@@ -127,6 +136,13 @@ class EventStream:
 
     def events(self) -> Iterator[dict[str, Any]]:
         """The JSON object of each event, until `[DONE]`. Raises `NodeError`, also for a cut one."""
+        try:
+            yield from self._events()
+        except NodeError as error:
+            error.request_id = self.request_id
+            raise
+
+    def _events(self) -> Iterator[dict[str, Any]]:
         for data in self._data():
             if data == b"[DONE]":
                 return

@@ -26,6 +26,7 @@ from .api_ipfs import IpfsApi
 from .api_kubo_commands import kubo_api
 from .api_mesh import MeshApi
 from .api_openai import OpenAIApi
+from .api_requests import RequestsApi
 from .api_rights import RightsApi
 from .api_share import ShareApi
 from .config import Config, child_environment, home_path
@@ -200,8 +201,8 @@ class Node:
         if not self._parts.rights.may_cache(peer):
             request = unstored(request)
         if isinstance(request, EmbedRequest):
-            return self._embed_router.open(request, local_only=True)
-        return self._router.open(request, local_only=True)
+            return self._embed_router.open(request, local_only=True, asker=peer)
+        return self._router.open(request, local_only=True, asker=peer)
 
     # --- what programs may ask
 
@@ -240,6 +241,9 @@ class Node:
         routes.add("GET", "/mesh/v1/status", mesh.status)
         routes.add("GET", "/mesh/v1/peers", mesh.peers)
         routes.add("GET", "/mesh/v1/providers", mesh.providers)
+        requests = RequestsApi(parts.trace, written, reuse=cache.reuse, node_of=parts.node_of)
+        routes.add("GET", "/mesh/v1/requests", requests.last)
+        routes.add_below("GET", "/mesh/v1/requests/", requests.one)
         routes.add("POST", "/mesh/v1/reload", mesh.reload)
         routes.add("POST", "/mesh/v1/leave", mesh.leave)
         routes.add("GET", "/healthz", mesh.healthz)

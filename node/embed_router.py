@@ -31,6 +31,7 @@ from ..providers.base import (
 )
 from .replays import cost
 from .router import KINDS, Found, Router, flight_key
+from .trace import MAX_NAME, Record
 
 logger = logging.getLogger(__name__)
 
@@ -45,29 +46,36 @@ class EmbedRouter:
 
     def __init__(self, router: Router) -> None:
         self._router = router
+        self.trace = router.trace
 
     @asynccontextmanager
     async def open(
-        self, request: EmbedRequest, *, local_only: bool = False
+        self, request: EmbedRequest, *, local_only: bool = False, asker: str = ""
     ) -> AsyncIterator[Answering]:
         """The embeddings as an answer of one chunk, which is there once it is entered.
 
-        `local_only` as for `Router.open`. Raises a `GenerateError`, on entering.
+        `local_only` and `asker` as for `Router.open`. Raises a `GenerateError`, on entering.
         """
-        with self._router.within_its_time(request):
-            request = self._router.names.resolve(request)
-            keys = embed_keys(request)
-            origin, found = await self._answer(request, keys, local_only)
-        chunk = closing([found[key] for key in keys])
-        yield Answering(origin, Ready([chunk]), keys[0] if len(keys) == 1 else batch_key(keys))
+        with self.trace.begin(request, local_only, asker) as record:
+            with self._router.within_its_time(request):
+                request = self._router.names.resolve(request)
+                keys = embed_keys(request)
+                key = keys[0] if len(keys) == 1 else batch_key(keys)
+                record.model, record.key = request.model[:MAX_NAME], key
+                origin, found = await self._answer(request, keys, record)
+            chunk = closing([found[key] for key in keys])
+            record.answered(origin)
+            record.told_usage, record.told_reason = chunk.usage, chunk.finish_reason
+            yield Answering(origin, Ready([chunk]), key)
 
     async def _answer(
-        self, request: EmbedRequest, keys: Sequence[bytes], local_only: bool
+        self, request: EmbedRequest, keys: Sequence[bytes], record: Record
     ) -> tuple[Origin, Mapping[bytes, Embedding]]:
         """The embedding of each key, and who gave those that were not stored."""
         inputs = dict(zip(keys, request.inputs, strict=True))
-        reusable = self._router.may_reuse(request)
-        stored = await self._find_all(request, list(inputs), local_only) if reusable else {}
+        local_only = record.for_peer
+        record.reusing = reusable = self._router.may_reuse(request)
+        stored = await self._find_all(request, list(inputs), record) if reusable else {}
         missing = [key for key in inputs if key not in stored]
         if not missing:
             origin = self._origin_of(stored.values())
@@ -89,33 +97,33 @@ class EmbedRouter:
     # --- what is stored
 
     async def _find_all(
-        self, request: EmbedRequest, keys: Sequence[bytes], local_only: bool
+        self, request: EmbedRequest, keys: Sequence[bytes], record: Record
     ) -> dict[bytes, Found]:
         """Those of the keys that are stored, here or at peers, and can be compared."""
         found: dict[bytes, Found] = {}
         for number, key in enumerate(keys, 1):
-            one = await self._router.look_here(key, request, local_only)
+            one = await self._router.look_here(key, request, record.for_peer, record)
             if one is not None:
                 found[key] = one
             if number % TURN == 0:
                 await trio.lowlevel.checkpoint()
         if len(found) < len(keys):
             left = [key for key in keys if key not in found]
-            await self._find_at_peers(request, left, local_only, found)
+            await self._find_at_peers(request, left, record, found)
         return found if _comparable(found.values()) else {}
 
     async def _find_at_peers(
         self,
         request: EmbedRequest,
         keys: Sequence[bytes],
-        local_only: bool,
+        record: Record,
         found: dict[bytes, Found],
     ) -> None:
         left = iter(keys)
 
         async def find_some() -> None:
             for key in left:
-                one = await self._router.look_at_peers(key, request, local_only)
+                one = await self._router.look_at_peers(key, request, record.for_peer, record)
                 if one is not None:
                     found[key] = one
 

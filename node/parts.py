@@ -35,6 +35,7 @@ from .reading import Reading
 from .rights import Rights
 from .router import Router
 from .sharing import Sharing
+from .trace import Trace
 
 
 def version() -> str:
@@ -67,6 +68,7 @@ class Parts:
     claims: ClaimIndex
     trust: Trust
     sharing: Sharing
+    trace: Trace
 
     def router(self, config: Config, nursery: trio.Nursery) -> Router:
         """A router over them; the computations that requests share run in the nursery."""
@@ -82,6 +84,7 @@ class Parts:
             deadline=config.deadlines.whole,
             min_agreement=config.cache.min_agreement,
             urge=self.providers.urge,
+            trace=self.trace,
         )
 
     def node_of(self, peer: str) -> str:
@@ -140,6 +143,7 @@ def open_parts(config: Config, home: Home, environment: Mapping[str, str]) -> It
             peer=peer,
             rng=Random(),
         )
+        trace = Trace()
         backends = BackendManager(
             local=providers.backends,
             peers=peers,
@@ -154,6 +158,7 @@ def open_parts(config: Config, home: Home, environment: Mapping[str, str]) -> It
             ),
             on_claim=sharing.take_claim,
             why_not_ask=rights.why_not_ask,
+            on_route=trace.route,
         )
         yield Parts(
             peer=peer,
@@ -176,6 +181,7 @@ def open_parts(config: Config, home: Home, environment: Mapping[str, str]) -> It
             claims=claims,
             trust=trust,
             sharing=sharing,
+            trace=trace,
         )
     finally:
         database.close()

@@ -39,6 +39,7 @@ from ..providers.base import (
 )
 from .flights import Flights, Urge
 from .replays import Replayed, Saving, cost
+from .trace import MAX_NAME, Record, Trace
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +111,7 @@ class Router:
         deadline: float = math.inf,
         min_agreement: int = 1,
         urge: Urge = lambda id, priority: None,
+        trace: Trace | None = None,
     ) -> None:
         self._backends = backends
         self.names = names
@@ -123,30 +125,33 @@ class Router:
         self._reuse = reuse
         self._deadline = deadline
         self._min_agreement = min_agreement
+        self.trace = trace or Trace()
 
     @asynccontextmanager
     async def open(
-        self, request: GenerateRequest, *, local_only: bool = False
+        self, request: GenerateRequest, *, local_only: bool = False, asker: str = ""
     ) -> AsyncIterator[Answering]:
         """Answer it. Raises a `GenerateError`, here or from the chunks.
 
-        With `local_only` (a peer asks) only this node's cache and own providers are used: a request
-        makes one hop, and there are no loops.
+        With `local_only` (a peer asks: `asker`) only this node's cache and own providers are used:
+        a request makes one hop, and there are no loops.
         """
-        request = self.names.resolve(request)
-        key = request_key(request)
-        reusing = self.may_reuse(request)
-        found = await self.look_here(key, request, local_only) if reusing else None
-        if found is not None:
-            yield self._noted(self._replay(found), key, local_only)
-            return
-        with self.within_its_time(request):
-            if reusing:
-                work = self._reuse_or_compute(key, request, local_only)
-            else:
-                work = self._compute(key, request, local_only)
-            async with work as answering:
-                yield self._noted(answering, key, local_only)
+        with self.trace.begin(request, local_only, asker) as record:
+            request = self.names.resolve(request)
+            key = request_key(request)
+            record.model, record.key = request.model[:MAX_NAME], key
+            record.reusing = reusing = self.may_reuse(request)
+            found = await self.look_here(key, request, local_only, record) if reusing else None
+            if found is not None:
+                yield self._noted(self._replay(found, record), key, record)
+                return
+            with self.within_its_time(request):
+                if reusing:
+                    work = self._reuse_or_compute(key, request, local_only, record)
+                else:
+                    work = self._compute(key, request, local_only, record)
+                async with work as answering:
+                    yield self._noted(answering, key, record)
 
     @contextmanager
     def within_its_time(self, request: Asked) -> Iterator[None]:
@@ -157,8 +162,9 @@ class Router:
         if whole.cancelled_caught:
             raise DeadlineExceeded(f"there was no whole answer within {limit:g} s")
 
-    def _noted(self, answering: Answering, key: bytes, local_only: bool) -> Answering:
-        if not local_only:  # a peer counts its own requests
+    def _noted(self, answering: Answering, key: bytes, record: Record) -> Answering:
+        record.answered(answering.origin)
+        if not record.for_peer:  # a peer counts its own requests
             self._count(answering)
         answering.key = key
         return answering
@@ -198,11 +204,11 @@ class Router:
 
     @asynccontextmanager
     async def _reuse_or_compute(
-        self, key: bytes, request: GenerateRequest, local_only: bool
+        self, key: bytes, request: GenerateRequest, local_only: bool, record: Record
     ) -> AsyncIterator[Answering]:
-        found = await self.look_at_peers(key, request, local_only)
+        found = await self.look_at_peers(key, request, local_only, record)
         if found is not None:
-            yield self._replay(found)
+            yield self._replay(found, record)
             return
         if request.cache.mode == "only":
             if not local_only:
@@ -210,18 +216,22 @@ class Router:
             raise CacheOnlyMiss("no stored answer to this request")
         # The work may outlive the first asker, so a peer must not end it with that one's deadline.
         shared = msgspec.structs.replace(request, deadline=math.inf)
+        record.flight = flight_key(key, request)
         flight = self.flights.join(
-            flight_key(key, request),
-            lambda: self._compute(key, shared, local_only),
+            record.flight,
+            lambda: self._compute(key, shared, local_only, record),
             id=request.id,
             priority=request.priority,
         )
         async with flight as (answering, joined):
             if joined:
+                record.joined = True
                 answering.origin = msgspec.structs.replace(answering.origin, cache="coalesced")
             yield answering
 
-    async def look_here(self, key: bytes, request: Asked, local_only: bool) -> Found | None:
+    async def look_here(
+        self, key: bytes, request: Asked, local_only: bool, record: Record
+    ) -> Found | None:
         """An answer that is here: it takes no time worth a limit."""
         stored = await self._answers.lookup(
             key,
@@ -230,20 +240,26 @@ class Router:
             max_age=request.cache.max_age,
             shared_only=local_only,
         )
-        if stored is None or not (
-            stored.source == self._peer or self._shared.uses(key, request, stored)
-        ):
+        if stored is None:
+            return None
+        if stored.source != self._peer and not self._shared.uses(key, request, stored):
+            record.doubted = stored.source
             return None
         return Found(stored, "hit-local", self._peer)
 
-    async def look_at_peers(self, key: bytes, request: Asked, local_only: bool) -> Found | None:
+    async def look_at_peers(
+        self, key: bytes, request: Asked, local_only: bool, record: Record
+    ) -> Found | None:
         """An answer that a peer has."""
         if local_only or request.cache.scope == "local" or request.privacy == "local":
             return None
+        record.asked_peers = True
         found = await self._shared.find(key, request)
         return None if found is None else Found(found[0], "hit-mesh", found[1])
 
-    def _replay(self, found: Found) -> Answering:
+    def _replay(self, found: Found, record: Record) -> Answering:
+        completion = found.stored.completion
+        record.told_usage, record.told_reason = completion.usage, completion.finish_reason
         return Replayed(self.origin_of(found), found.stored)
 
     def origin_of(self, found: Found) -> Origin:
@@ -267,11 +283,11 @@ class Router:
 
     @asynccontextmanager
     async def _compute(
-        self, key: bytes, request: GenerateRequest, local_only: bool
+        self, key: bytes, request: GenerateRequest, local_only: bool, record: Record
     ) -> AsyncIterator[Answering]:
         async with self.ask(key, request, local_only) as (answering, started):
             if request.cache.mode != "bypass":
-                answering.chunks = _Recording(self, key, request, answering, started)
+                answering.chunks = _Recording(self, key, request, answering, started, record)
             yield answering
 
     @asynccontextmanager
@@ -380,12 +396,14 @@ class _Recording:
         request: GenerateRequest,
         answering: Answering,
         started: float,
+        record: Record,
     ) -> None:
         self._router = router
         self._key = key
         self._request = request
         self._answering = answering
         self._started = started
+        self._record = record
         self._chunks = aiter(answering.chunks)
         self._builder = CompletionBuilder()
 
@@ -401,6 +419,7 @@ class _Recording:
         seconds = trio.current_time() - self._started
         whole = self._builder.completion()
         cid = await self._router.keep(self._key, self._request, whole, origin, seconds)
+        self._record.stored(origin, cid)
         if cid and chunk.cid and cid != chunk.cid:
             logger.warning("%s sent an answer that is not what its CID names", origin.peer)
         return msgspec.structs.replace(chunk, cid=cid)

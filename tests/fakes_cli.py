@@ -27,6 +27,7 @@ class Problem:
 
     status: int
     message: str
+    request_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,15 +97,17 @@ class _Handler(BaseHTTPRequestHandler):
         if isinstance(answer, Turns):
             answer = answer.take()
         if isinstance(answer, Problem):
-            self._send(answer.status, {"error": {"message": answer.message}})
+            self._send(answer.status, {"error": {"message": answer.message}}, answer.request_id)
         elif callable(answer):
             self._stream(answer)
         else:
             self._send(200, answer)
 
-    def _send(self, status: int, value: Any) -> None:
+    def _send(self, status: int, value: Any, request_id: str = "") -> None:
         body = value if isinstance(value, bytes) else json.dumps(value).encode()
         self.send_response(status)
+        if request_id:
+            self.send_header("x-promptmesh-request-id", request_id)
         self.send_header("content-length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -112,6 +115,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _stream(self, events: Events) -> None:
         self.send_response(200)
         self.send_header("content-type", "text/event-stream")
+        self.send_header("x-promptmesh-request-id", "req-1")
         self.send_header("transfer-encoding", "chunked")
         self.end_headers()
         self.close_connection = True

@@ -15,7 +15,9 @@ from promptmesh.cache.answers import AnswerCache
 from promptmesh.cache.blocks import SqliteBlocks
 from promptmesh.cache.database import Database
 from promptmesh.mesh.embedding import closing
+from promptmesh.node.router import Backends as RealBackends
 from promptmesh.node.router import Reuse, Router
+from promptmesh.node.trace import Trace
 from promptmesh.providers.base import (
     Answering,
     Asked,
@@ -110,18 +112,19 @@ class Setup:
 
 @asynccontextmanager
 async def setup(
-    backends: Backends | None = None,
+    backends: RealBackends | None = None,
     *,
     reuse: Reuse = "deterministic",
     deadline: float = 60,
     min_agreement: int = 1,
+    trace: Trace | None = None,
 ) -> AsyncIterator[Setup]:
     database = Database(None)
     answers = AnswerCache(database, SqliteBlocks(database), peer=HERE)
-    backends, shared = backends or Backends(), Shared()
+    fakes, shared = Backends(), Shared()
     async with trio.open_nursery() as nursery:
         router = Router(
-            backends=backends,
+            backends=backends or fakes,
             names=AsIs(),
             answers=answers,
             shared=shared,
@@ -131,7 +134,8 @@ async def setup(
             reuse=reuse,
             deadline=deadline,
             min_agreement=min_agreement,
+            trace=trace,
         )
-        yield Setup(router, backends, shared, answers)
+        yield Setup(router, backends if isinstance(backends, Backends) else fakes, shared, answers)
         nursery.cancel_scope.cancel()
     database.close()

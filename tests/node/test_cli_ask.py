@@ -196,11 +196,13 @@ def test_a_terminal_obeys_no_answer(tmp_path: Path) -> None:
 
 
 def test_an_error_before_the_answer(tmp_path: Path) -> None:
-    problem = Problem(404, "nobody offers the model `x`; there are: `smol`")
+    problem = Problem(404, "nobody offers the model `x`; there are: `smol`", "req-7")
     with FakeNode({PATH: problem}).running(made(tmp_path)):
         ran = run(tmp_path, "ask", "x", "--json")
     assert (ran.code, ran.out) == (1, "")
-    assert ran.err == "promptmesh: nobody offers the model `x`; there are: `smol`\n"
+    said, why = ran.err.splitlines()
+    assert said == "promptmesh: nobody offers the model `x`; there are: `smol`"
+    assert why == f"why: `promptmesh --home {tmp_path} explain req-7`"
 
 
 def failed_half_way() -> Iterator[bytes]:
@@ -246,6 +248,7 @@ def test_half_an_answer_is_never_taken_for_a_whole_one(
     assert (shown.code, shown.out) == (1, "half an\n")
     assert "the answer above is not complete" in shown.err
     assert said in shown.err
+    assert shown.err.endswith(" explain req-1`\n")
     assert (whole.code, whole.out) == (1, "")
 
 
