@@ -29,7 +29,7 @@ from .embedding import whole
 from .frames import RemoteProtocolError
 from .measure import Experience, Fault
 from .policies import Candidate
-from .pool import CONNECT, PeerAnswer
+from .pool import CONNECT, NotRead, PeerAnswer
 from .protocol import is_plain
 from .transport import TransportError
 
@@ -99,6 +99,11 @@ class Asking:
     def seconds(self) -> float:
         """How long it has taken so far."""
         return trio.current_time() - self._started
+
+    @property
+    def text(self) -> str:
+        """The text given so far."""
+        return "".join(self._text)
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[Answering]:
@@ -216,10 +221,11 @@ class Asking:
         self._over = True
         failure = self._failed(error)
         if isinstance(failure, RequestRejected):  # a content filter that woke up late
+            failure.partial = self.text
             return failure
         return StreamInterrupted(
             f"{self.candidate} broke off its answer: {failure}",
-            partial="".join(self._text),
+            partial=self.text,
             retry_after=failure.retry_after,
         )
 
@@ -278,6 +284,8 @@ def _judge(error: Exception) -> tuple[GenerateError, Fault]:
     match error:
         case ExceptionGroup(exceptions=(Exception() as only,)):
             return _judge(only)
+        case NotRead():
+            return ProviderUnavailable(str(error)), Fault.NONE
         case TransportError():
             return ProviderUnavailable(f"the connection failed: {error}"), Fault.PEER
         case RemoteProtocolError():

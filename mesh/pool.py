@@ -30,6 +30,10 @@ CONNECT = 5.0
 MAX_UNREAD = 8 * 1024 * 1024
 
 
+class NotRead(TransportError):
+    """An answer waited here for its reader until it was too much: no fault of the peer's."""
+
+
 class AskStream:
     """A stream that carries this node's requests to a peer, one after the other."""
 
@@ -70,8 +74,9 @@ class AskStream:
         while not self._frames:
             if self.ended is not None:
                 # Not the exception itself: each raise would add to its traceback.
-                garbled = isinstance(self.ended, RemoteProtocolError)
-                raise (RemoteProtocolError if garbled else TransportError)(str(self.ended))
+                kinds = (RemoteProtocolError, NotRead, TransportError)
+                kind = next(k for k in kinds if isinstance(self.ended, k))
+                raise kind(str(self.ended))
             await self._arrival.park()
 
     def take_frames(self) -> list[Any]:
@@ -89,7 +94,7 @@ class AskStream:
                 self._frames += self._exchange.receive(data)
                 self._unread += len(data)
                 if self._unread > MAX_UNREAD:
-                    raise TransportError("the answer was not read here, and was given up")
+                    raise NotRead("the answer was not read here, and was given up")
                 if self._arrival:
                     self._arrival.unpark_all()
             self.ended = TransportError("the peer ended the stream")

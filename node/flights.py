@@ -95,6 +95,11 @@ class _Following:
         self._flight = flight
         self._seen = 0
 
+    @property
+    def text(self) -> str:
+        """The text given so far."""
+        return "".join(chunk.text for chunk in self._flight.chunks[: self._seen])
+
     def __aiter__(self) -> _Following:
         return self
 

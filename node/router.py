@@ -145,22 +145,25 @@ class Router:
             if found is not None:
                 yield self._noted(self._replay(found, record), key, record)
                 return
-            with self.within_its_time(request):
+            with self.within_its_time(request) as given:
                 if reusing:
                     work = self._reuse_or_compute(key, request, local_only, record)
                 else:
                     work = self._compute(key, request, local_only, record)
                 async with work as answering:
+                    given.chunks = answering.chunks
                     yield self._noted(answering, key, record)
 
     @contextmanager
-    def within_its_time(self, request: Asked) -> Iterator[None]:
+    def within_its_time(self, request: Asked) -> Iterator[_Given]:
         """The time that a request has. Raises `DeadlineExceeded` when it is over."""
         limit = self._deadline if request.deadline is None else request.deadline
+        given = _Given()
         with trio.move_on_after(limit) as whole:
-            yield
+            yield given
         if whole.cancelled_caught:
-            raise DeadlineExceeded(f"there was no whole answer within {limit:g} s")
+            message = f"there was no whole answer within {limit:g} s"
+            raise DeadlineExceeded(message, partial=given.text)
 
     def _noted(self, answering: Answering, key: bytes, record: Record) -> Answering:
         record.answered(answering.origin)
@@ -386,6 +389,18 @@ def _seen_from_here(origin: Origin, request: Asked, peer: str) -> Origin:
     return origin
 
 
+class _Given:
+    """What an answer has given so far."""
+
+    def __init__(self) -> None:
+        self.chunks: object = None
+
+    @property
+    def text(self) -> str:
+        """Backends' answers and flights remember theirs; what else there is takes no time."""
+        return getattr(self.chunks, "text", "")
+
+
 class _Recording:
     """Passes an answer on, and stores it when it is whole: its last chunk gets the CID."""
 
@@ -406,6 +421,11 @@ class _Recording:
         self._record = record
         self._chunks = aiter(answering.chunks)
         self._builder = CompletionBuilder()
+
+    @property
+    def text(self) -> str:
+        """The text given so far."""
+        return self._builder.text
 
     def __aiter__(self) -> _Recording:
         return self

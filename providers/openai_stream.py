@@ -24,6 +24,9 @@ from .openai_errors import ErrorReader
 
 #: The longest answer of a server that answers whole although it was asked for a stream, in bytes.
 MAX_WHOLE = 32 * 1024 * 1024
+#: Characters of an answer: its text, reasoning and tool calls. Models end after 400,000 tokens, and
+#: whoever writes more than a million does not end at all.
+MAX_ANSWER = 4 * 1024 * 1024
 
 
 class _Function(msgspec.Struct, gc=False):
@@ -112,6 +115,8 @@ class AnswerDecoder:
         self._finish: FinishReason | None = None
         self._usage: Usage | None = None
         self._call_ids: list[str] = []
+        #: Characters so far.
+        self._size = 0
         self._given: list[str] = []
         # What is being put together for the next chunk.
         self._text: list[str] = []
@@ -210,11 +215,13 @@ class AnswerDecoder:
             if reasoning:
                 self._change(self._text, self._calls)
                 self._reasoning.append(reasoning)
+                self._size += len(reasoning)
                 self.pieces += 1
             if text:
                 self._change(self._reasoning, self._calls)
                 self._text.append(text)
                 self._given.append(text)
+                self._size += len(text)
                 self.pieces += 1
             if choice.logprobs is not None and choice.logprobs.content:
                 self._logprobs += choice.logprobs.content
@@ -222,6 +229,9 @@ class AnswerDecoder:
                 self._change(self._text, self._reasoning)
                 self._calls += map(self._call, delta.tool_calls)
                 self.pieces += 1
+            if self._size > MAX_ANSWER:
+                self.failure = self.broken(f"the answer is longer than {MAX_ANSWER} characters")
+                return
         if choice.finish_reason:
             self._finish = _FINISH.get(choice.finish_reason.lower())
             if self._finish is None:
@@ -235,12 +245,15 @@ class AnswerDecoder:
                 self._call_ids.append(call.id)
             index = max(len(self._call_ids) - 1, 0)
         function = call.function or _Function()
-        return ToolCallDelta(
+        delta = ToolCallDelta(
             index=index,
             id=call.id or "",
             name=function.name or "",
             arguments=function.arguments or "",
         )
+        # One more, so that empty ones have an end, too.
+        self._size += len(delta.id) + len(delta.name) + len(delta.arguments) + 1
+        return delta
 
     def _fail(self, data: bytes) -> None:
         """An error in place of more of the answer."""

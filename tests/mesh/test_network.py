@@ -10,10 +10,12 @@ from fakes import MemoryNetwork
 from fakes_mesh import FakeProvider, Node, asking, mesh_of, wait_until
 
 from promptmesh.mesh.asking import Deadlines
+from promptmesh.mesh.measure import BackendId
 from promptmesh.mesh.network import GREETINGS
-from promptmesh.mesh.pool import MAX_IDLE
+from promptmesh.mesh.pool import MAX_IDLE, MAX_UNREAD
 from promptmesh.mesh.transport import TransportError
 from promptmesh.providers.base import (
+    ContentFiltered,
     DeadlineExceeded,
     ModelNotFound,
     ModelOffer,
@@ -249,6 +251,34 @@ async def test_an_error_or_a_cut_after_the_first_token(
     error = await a.ask_raises()
     assert type(error) is StreamInterrupted
     assert error.partial == "one two three"
+
+
+async def test_a_filter_that_wakes_up_late_leaves_the_text_so_far(
+    autojump_clock: Clock, nursery: trio.Nursery, network: MemoryNetwork
+) -> None:
+    provider = FakeProvider(gap=0.5, fail_after=(2, ContentFiltered("not that")))
+    a, _, _ = await three(nursery, network, provider)
+    error = await a.ask_raises()
+    assert type(error) is ContentFiltered
+    assert (error.message, error.partial) == ("not that", "one two ")
+
+
+async def test_an_answer_that_was_not_read_here_is_not_held_against_its_peer(
+    autojump_clock: Clock, nursery: trio.Nursery, network: MemoryNetwork
+) -> None:
+    words = ["x" * 100_000] * (2 * MAX_UNREAD // 100_000)
+    a, _, c = await three(nursery, network, FakeProvider(words=words, gap=0.01))
+
+    async def read_slowly() -> None:
+        async with a.manager.open(asking()) as answering:
+            await trio.sleep(100)
+            await answering.completion()
+
+    with pytest.raises(StreamInterrupted, match="not read here"):
+        await read_slowly()
+    for provider in ("", "fake"):
+        breaker = a.manager.experience.breakers.get(BackendId(c.peer_id, provider))
+        assert breaker is None or not breaker.failures
 
 
 async def test_a_black_hole_is_noticed(

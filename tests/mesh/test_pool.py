@@ -326,7 +326,7 @@ async def test_a_slow_reader_is_given_up_and_does_not_hold_up_the_peer(
                 taken += len(chunk.text)
         return taken
 
-    with pytest.raises(TransportError, match="not read here"):
+    with pytest.raises(pool.NotRead, match="not read here"):
         await read_slowly()
     assert pool.MAX_UNREAD <= sent < pool.MAX_UNREAD + 2**20
 

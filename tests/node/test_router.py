@@ -183,14 +183,16 @@ async def test_a_cut_answer_is_not_stored() -> None:
 
 async def test_the_whole_has_a_deadline(autojump_clock: trio.testing.MockClock) -> None:
     async with setup(Backends(delay=100), deadline=10) as s:
-        with pytest.raises(DeadlineExceeded, match="within 10 s"):
+        with pytest.raises(DeadlineExceeded, match="within 10 s") as raised:
             await ask(s, asking(temperature=1.0))
+        assert raised.value.partial == "hi "
         with pytest.raises(DeadlineExceeded, match="within 3 s"):
             await ask(s, asking(temperature=1.0, deadline=3))
         assert s.backends.asked[1].deadline == pytest.approx(3, abs=0.5)
         # In a flight each asker has a deadline of its own, and the work has none.
-        with pytest.raises(DeadlineExceeded):
+        with pytest.raises(DeadlineExceeded) as raised:
             await ask(s, asking(deadline=3))
+        assert raised.value.partial == "hi "
         assert s.backends.asked[2].deadline is None
 
 

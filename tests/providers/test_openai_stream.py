@@ -313,6 +313,24 @@ def test_event_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "longer than" in str(got)
 
 
+@pytest.mark.parametrize(
+    "piece",
+    [
+        {"content": "abc"},
+        {"reasoning_content": "abc"},
+        {"tool_calls": [{"index": 0, "function": {"arguments": "abc"}}]},
+        {"tool_calls": [{"id": "abc"}]},
+        {"tool_calls": [{}]},
+    ],
+)
+def test_answer_too_long(monkeypatch: pytest.MonkeyPatch, piece: dict[str, Any]) -> None:
+    monkeypatch.setattr(openai_stream, "MAX_ANSWER", 9)
+    got = failure(*[event(delta(**piece))] * 20)
+    assert isinstance(got, StreamInterrupted)
+    assert "longer than 9 characters" in str(got)
+    assert got.partial == ("abc" * 4 if "content" in piece else "")
+
+
 # --- servers that do not stream ------------------------------------------------------------------
 
 WHOLE = {

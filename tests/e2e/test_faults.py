@@ -1,0 +1,368 @@
+"""Each fault of a model server through whole nodes: HTTP in, HTTP out, at once and over a hop.
+
+`direct` is a node with the faulty servers; `a` has none of them, and asks `b`, which has. Each of
+them has a healthy server beside for the models that end in `.pair`. All run once for the module, in
+a loop of their own.
+"""
+
+import json
+import re
+import threading
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import pytest
+import trio
+from daemons import Daemon, mesh, until
+from fault_cases import CASES, REFUSED, Case
+from faults import LONG, PARTIAL, WHOLE, FaultBackend, fault_backend, refusing_port
+
+pytestmark = pytest.mark.e2e
+
+#: Seconds. The asking node of a hop waits longer: it is told what the other one found.
+DEADLINES = "[deadlines]\nfirst_token = 1.5\ngap = 1.5\nwhole = 20\n"
+LONGER = "[deadlines]\nfirst_token = 6\ngap = 6\nwhole = 30\n"
+#: Liveness: all requests of a case, on a busy machine.
+CASE_S = 60
+#: Bytes that an endless answer may cost a node for a while: three of them are read at once.
+MOST_MEMORY = 256 << 20
+PAIRS = [f"{case.fault}.pair" for case in CASES]
+
+
+def provider(name: str, base_url: str, models: Sequence[str]) -> str:
+    return (
+        f'[[providers]]\nkind = "openai_compatible"\nname = "{name}"\nbase_url = "{base_url}"\n'
+        f"models = {json.dumps(list(models))}\n"
+    )
+
+
+def healthy(backend: FaultBackend) -> str:
+    return provider("healthy", backend.base("healthy"), PAIRS)
+
+
+def faulty(backend: FaultBackend, refusing: int) -> str:
+    """A provider for each fault, each with a breaker of its own."""
+    tables = []
+    for case in CASES:
+        base = backend.base(case.fault)
+        if case.fault == REFUSED:
+            base = f"http://127.0.0.1:{refusing}/v1"
+            # Nothing holds its requests together, so one of a pair needs a breaker of its own.
+            tables.append(provider("refused-too", base, [f"{REFUSED}.pair"]))
+        models = [case.fault, f"{case.fault}.pair"][: 1 if case.fault == REFUSED else 2]
+        if case.fault == "context-openai":
+            models.append(LONG)
+        tables.append(provider(case.fault, base, models))
+    tables += [provider(name, backend.base(name), [LONG]) for name in ("smaller", "larger")]
+    tables.append(provider("flapping", backend.base("flapping"), ["flapping"]))
+    return "".join(tables)
+
+
+class Road(NamedTuple):
+    """The node that is asked, the one that asks the server, and the server."""
+
+    asked: Daemon
+    asking: Daemon
+    backend: FaultBackend
+
+
+class World:
+    """The nodes and their servers, in a loop of their own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.roads: dict[str, Road] = {}
+        self._folder = folder
+        self._token: trio.lowlevel.TrioToken | None = None
+        self._up = threading.Event()
+        self._down = trio.Event()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> "World":
+        self._thread.start()
+        self._up.wait()
+        if self._error is not None:
+            raise self._error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._token is not None
+        self._token.run_sync_soon(self._down.set)
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def run(self, function: Callable[..., Awaitable[None]], *arguments: object) -> None:
+        """Run it in that loop."""
+
+        async def limited() -> None:
+            with trio.fail_after(CASE_S):
+                await function(*arguments)
+
+        trio.from_thread.run(limited, trio_token=self._token)
+
+    def _run(self) -> None:
+        try:
+            trio.run(self._live)
+        except BaseException as error:  # the fixture raises it
+            self._error = error
+        finally:
+            self._up.set()
+
+    async def _live(self) -> None:
+        async with AsyncExitStack() as stack:
+            at_direct = await stack.enter_async_context(fault_backend())
+            at_b = await stack.enter_async_context(fault_backend())
+            refusing = await stack.enter_async_context(refusing_port())
+            alone = {"direct": DEADLINES + healthy(at_direct) + faulty(at_direct, refusing)}
+            both = {"a": LONGER + healthy(at_b), "b": DEADLINES + faulty(at_b, refusing)}
+            (direct,) = await stack.enter_async_context(mesh(self._folder, alone))
+            a, b = await stack.enter_async_context(mesh(self._folder, both))
+            for node in (direct, a):
+                await node.wait_for_model("flapping")
+            self.roads = {"direct": Road(direct, direct, at_direct), "hop": Road(a, b, at_b)}
+            self._token = trio.lowlevel.current_trio_token()
+            self._up.set()
+            await self._down.wait()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    with World(tmp_path_factory.mktemp("faults")) as world:
+        yield world
+
+
+# --- what a caller sees ---------------------------------------------------------------------------
+
+
+class Seen(NamedTuple):
+    """What a caller got."""
+
+    status: int
+    headers: httpx.Headers
+    text: str
+    finish: str | None
+    error: dict[str, Any] | None
+    #: It ended as a whole answer does.
+    done: bool
+
+
+async def ask(node: Daemon, model: str, prompt: str, *, stream: bool, **fields: Any) -> Seen:
+    response = await node.chat(prompt, model, stream=stream, temperature=0, **fields)
+    status, headers = response.status_code, response.headers
+    if headers["content-type"] == "application/json":
+        body = response.json()
+        if status != 200:
+            return Seen(status, headers, "", None, body["error"], done=False)
+        choice = body["choices"][0]
+        text, finish = choice["message"]["content"], choice["finish_reason"]
+        return Seen(status, headers, text, finish, None, done=True)
+    *events, last = [e.removeprefix("data: ") for e in response.text.rstrip("\n").split("\n\n")]
+    done = last == "[DONE]"
+    values = [json.loads(e) for e in ([*events] if done else [*events, last])]
+    errors = [v["error"] for v in values if "error" in v]
+    assert not errors or "error" in values[-1], "nothing follows an error"
+    choices = [c for v in values for c in v.get("choices", ())]
+    text = "".join(c["delta"].get("content") or "" for c in choices)
+    finish = next((c["finish_reason"] for c in choices if c["finish_reason"]), None)
+    return Seen(status, headers, text, finish, errors[0] if errors else None, done)
+
+
+def check(case: Case, seen: Seen, *, streamed: bool) -> None:
+    """Is it what the table says?"""
+    if case.text is not None:
+        assert (seen.status, seen.text, seen.finish) == (200, case.text, case.finish)
+        assert seen.error is None
+        assert seen.done
+        return
+    begun = case.begun and streamed
+    assert seen.status == (200 if begun else case.status), seen.error
+    assert seen.error is not None
+    assert not seen.done
+    assert seen.finish is None
+    assert seen.error["code"] == case.code, seen.error
+    at_fault = case.status == 400
+    assert seen.error["type"] == ("invalid_request_error" if at_fault else "server_error")
+    assert case.says in seen.error["message"], seen.error
+    partial = seen.error.get("partial", "")
+    assert partial.startswith(PARTIAL) if case.begun else not partial
+    if begun:
+        assert seen.text == partial
+        assert "retry-after" not in seen.headers
+    else:
+        assert seen.headers.get("retry-after") == (case.retry_after and str(case.retry_after))
+
+
+# --- the cases ------------------------------------------------------------------------------------
+
+
+#: Without what a peer says before it is asked: that its server refuses connections.
+DRIVEN = [(c, r) for c in CASES for r in ("direct", "hop") if (c.fault, r) != (REFUSED, "hop")]
+
+
+@pytest.mark.parametrize(("case", "road"), DRIVEN, ids=[f"{c.fault}-{r}" for c, r in DRIVEN])
+def test_fault(world: World, case: Case, road: str) -> None:
+    world.run(_fault, case, world.roads[road])
+
+
+async def _fault(case: Case, road: Road) -> None:
+    backend, got = road.backend, {}
+    fields = {"promptmesh": {"deadline_s": case.deadline}} if case.deadline else {}
+    if case.fault != REFUSED:
+        backend.together[case.fault] = 3  # so that no breaker opens before all have failed
+
+    async def one(form: str, *, stream: bool) -> None:
+        got[form] = await ask(road.asked, case.fault, form, stream=stream, **fields)
+
+    async def pair() -> None:
+        got["pair"] = await _with_a_healthy_one(case, road, fields)
+
+    peak = Peak(road)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lambda: one("whole", stream=False))
+        nursery.start_soon(lambda: one("streamed", stream=True))
+        nursery.start_soon(pair)
+    check(case, got["whole"], streamed=False)
+    check(case, got["streamed"], streamed=True)
+    if case.elsewhere and case.text is None:
+        assert (got["pair"].status, got["pair"].text) == (200, WHOLE), got["pair"].error
+        assert got["pair"].headers["x-promptmesh-provider"] == "healthy"
+        assert got["pair"].headers["x-promptmesh-attempts"] == "2"
+    else:
+        check(case, got["pair"], streamed=False)
+    assert peak.growth() < MOST_MEMORY
+    await _check_backend(case, backend)
+    await _check_stored(case, road)
+    await _check_breaker(case, road, fields)
+
+
+async def _with_a_healthy_one(case: Case, road: Road, fields: dict[str, Any]) -> Seen:
+    """Ask for a model that a healthy server has, too, until the faulty one's turn has come."""
+    model = f"{case.fault}.pair"
+    for number in range(2):
+        seen = await ask(road.asked, model, str(number), stream=False, **fields)
+        met = road.backend.of(case.fault, model)
+        if met or seen.headers.get("x-promptmesh-attempts") != "1":
+            break
+    return seen
+
+
+async def _check_backend(case: Case, backend: FaultBackend) -> None:
+    """Each request came once, and whoever was not to go on reading left."""
+    met = backend.of(case.fault)
+    assert len(met) == (0 if case.fault == REFUSED else 3)
+    with trio.fail_after(CASE_S):
+        for seen in met:
+            await seen.over.wait()
+    assert [seen.left for seen in met] == [case.left] * len(met)
+
+
+async def _check_stored(case: Case, road: Road) -> None:
+    for node in {road.asked, road.asking}:
+        stored = await node.json(f"/mesh/v1/cache?model={case.fault}")
+        assert bool(stored) == case.stored, stored
+
+
+async def _check_breaker(case: Case, road: Road, fields: dict[str, Any]) -> None:
+    """Who has failed so often is left alone; the fault of a request counts against nobody."""
+    if case.fault == REFUSED:
+        return
+    backend = road.backend
+    for number in range(3):  # each failure makes the pause longer, so that even we see it
+        before = len(backend.of(case.fault))
+        seen = await ask(road.asked, case.fault, f"again {number}", stream=False, **fields)
+        asked = len(backend.of(case.fault)) - before
+        if not case.paused:
+            assert asked == 1
+            check(case, seen, streamed=False)
+            return
+        if not asked:
+            assert seen.error is not None
+            assert seen.status == 503, seen.error
+            assert "is left alone" in seen.error["message"]
+            assert int(seen.headers["retry-after"]) >= 1
+            return
+    raise AssertionError(f"it was asked again each time: {seen.error}")
+
+
+class Peak:
+    """How much memory the nodes of a road take more at their worst."""
+
+    def __init__(self, road: Road) -> None:
+        self._processes = [Path(f"/proc/{node.pid}") for node in {road.asked, road.asking}]
+        for process in self._processes:
+            (process / "clear_refs").write_text("5")  # the peak begins anew
+        self._before = self._peaks()
+
+    def growth(self) -> int:
+        """Bytes."""
+        pairs = zip(self._before, self._peaks(), strict=True)
+        return max(after - before for before, after in pairs)
+
+    def _peaks(self) -> list[int]:
+        texts = [(process / "status").read_text() for process in self._processes]
+        found = [re.search(r"VmHWM:\s+(\d+) kB", text) for text in texts]
+        return [int(match[1]) * 1024 for match in found if match]
+
+
+def test_a_peer_whose_server_refuses_connections_is_not_asked(world: World) -> None:
+    world.run(_refused_at_a_peer, world.roads["hop"])
+
+
+async def _refused_at_a_peer(road: Road) -> None:
+    seen = await ask(road.asked, REFUSED, "is it there?", stream=False)
+    assert seen.error is not None
+    assert seen.status == 503, seen.error
+    assert "it is unavailable" in seen.error["message"]
+    assert "connection refused" in seen.error["message"]
+
+
+# --- more than one server ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("road", ["direct", "hop"])
+def test_a_context_that_is_too_long_asks_only_a_larger_model(world: World, road: str) -> None:
+    world.run(_too_long, world.roads[road])
+
+
+async def _too_long(road: Road) -> None:
+    backend = road.backend
+    for number in range(20):
+        smaller = len(backend.of("smaller"))
+        seen = await ask(road.asked, LONG, f"long {number}", stream=False)
+        if backend.of("context-openai", LONG):
+            break
+    # It was asked, did not fit, and the larger one answered, however small the others are.
+    assert (seen.status, seen.text) == (200, WHOLE), seen.error
+    assert seen.headers["x-promptmesh-provider"] == "larger"
+    assert len(backend.of("smaller")) == smaller
+
+
+@pytest.mark.parametrize("road", ["direct", "hop"])
+def test_a_flapping_server_is_used_again_soon(world: World, road: str) -> None:
+    world.run(_flapping, world.roads[road])
+
+
+async def _flapping(road: Road) -> None:
+    backend = road.backend
+
+    async def answers() -> bool:
+        seen = await ask(road.asked, "flapping", f"{trio.current_time()}", stream=False)
+        return seen.status == 200
+
+    for _ in range(2):
+        assert await answers()
+        backend.up = False
+        before = len(backend.of("flapping"))
+        asked = 0
+        with trio.move_on_after(1.5):
+            while True:
+                assert not await answers()
+                asked += 1
+        assert asked > 10
+        assert len(backend.of("flapping")) - before <= 4  # one, and a probe now and then
+        backend.up = True
+        await until(answers, "the server is used again", 10)
