@@ -67,7 +67,7 @@ class Flight:
     async def wait_origin(self) -> Origin:
         """Who answers. Raises what the computation raised before it knew."""
         while self.origin is None:
-            self._raise_if_ended()
+            await self._raise_if_ended()
             await self._changed.park()
         return self.origin
 
@@ -76,15 +76,18 @@ class Flight:
         while len(self.chunks) <= seen:
             if self.finished and self.error is None and not self.scope.cancelled_caught:
                 return False
-            self._raise_if_ended()
+            await self._raise_if_ended()
             await self._changed.park()
         return True
 
-    def _raise_if_ended(self) -> None:
+    async def _raise_if_ended(self) -> None:
         if self.error is not None:
             # A copy for each follower: an exception that two tasks raise mixes their tracebacks.
             raise copy.copy(self.error)
         if self.finished:
+            # Its time was the longest of all followers': over for it, it is over for this one too,
+            # who is to be cancelled by its own deadline, and not to hear of another failure.
+            await trio.lowlevel.checkpoint()
             raise StreamInterrupted("the shared computation was cancelled")
 
 

@@ -142,3 +142,19 @@ async def test_nobody_joins_a_flight_whose_time_is_over(
                 await trio.sleep(4)
                 async with flights.join(b"k", work.compute) as (_, joined):
                     assert not joined
+
+
+async def test_a_follower_whose_time_is_over_hears_of_nothing_else(
+    autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
+    """Its work has ended in the same moment, perhaps before it looks for more of it."""
+    flights, work = Flights(nursery), Work()
+    with trio.move_on_after(3) as limit:
+        async with flights.join(b"k", work.compute) as (answering, _):
+            await work.send.send(Chunk(text="a"))
+            assert (await anext(aiter(answering.chunks))).text == "a"
+            with trio.CancelScope(shield=True):
+                await trio.sleep(5)  # as one that is just writing
+            assert work.cancelled == 1
+            await anext(aiter(answering.chunks))
+    assert limit.cancelled_caught
