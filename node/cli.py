@@ -14,7 +14,16 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias, get_args
 
 from ..providers.base import Policy
-from . import cli_ask, cli_cache, cli_explain, cli_mesh, cli_rights, cli_share, cli_tables
+from . import (
+    cli_ask,
+    cli_cache,
+    cli_explain,
+    cli_mesh,
+    cli_rights,
+    cli_share,
+    cli_tables,
+    cli_usage,
+)
 from .cli_output import fail, prepare_streams
 from .client import NodeError, NodeNotRunning
 from .config import ConfigError
@@ -214,6 +223,17 @@ def _add_tables(commands: _Commands) -> None:
     for name, run, summary in tables:
         _json_flag(_command(commands, name, run, summary))
     _add_explain(commands)
+    usage = _command(
+        commands, "usage", cli_usage.usage, "show who asked and answered, and what that cost"
+    )
+    usage.add_argument(
+        "--days",
+        metavar="N",
+        type=int,
+        default=cli_usage.DAYS,
+        help=f"how many, today among them ({cli_usage.DAYS})",
+    )
+    _json_flag(usage)
     _add_cache(commands)
     _add_share(commands)
     _command(commands, "version", cli_tables.version, "say the version")

@@ -11,6 +11,7 @@ from contextlib import AbstractAsyncContextManager
 from random import Random
 from typing import TYPE_CHECKING
 
+import msgspec
 import trio
 
 from ..cache.keys import key_text
@@ -29,6 +30,7 @@ from .api_openai import OpenAIApi
 from .api_requests import RequestsApi
 from .api_rights import RightsApi
 from .api_share import ShareApi
+from .api_usage import UsageApi
 from .config import Config, child_environment, home_path
 from .embed_router import EmbedRouter
 from .home import Home, HomeError
@@ -155,6 +157,7 @@ class Node:
         with self._home.announced(address):
             self._nursery.start_soon(self._parts.providers.run)
             self._nursery.start_soon(self._parts.answers.run)
+            self._nursery.start_soon(self._parts.ledger.run)
             if self._parts.layers is not None:
                 self._nursery.start_soon(self._parts.layers.run)
             self._nursery.start_soon(self._sharing.run)
@@ -198,11 +201,12 @@ class Node:
         )
 
     def _answer_peer(self, request: Asked, peer: str) -> AbstractAsyncContextManager[Answering]:
+        request = msgspec.structs.replace(request, asker=peer)
         if not self._parts.rights.may_cache(peer):
             request = unstored(request)
         if isinstance(request, EmbedRequest):
-            return self._embed_router.open(request, local_only=True, asker=peer)
-        return self._router.open(request, local_only=True, asker=peer)
+            return self._embed_router.open(request, local_only=True)
+        return self._router.open(request, local_only=True)
 
     # --- what programs may ask
 
@@ -257,6 +261,7 @@ class Node:
             node_of=parts.node_of,
         ).add_to(routes)
         ShareApi(parts).add_to(routes)
+        UsageApi(parts.ledger, parts.node_of).add_to(routes)
         RightsApi(
             parts.rights,
             peer=parts.peer,

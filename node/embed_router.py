@@ -29,8 +29,9 @@ from ..providers.base import (
     Ready,
     total_usage,
 )
+from .accounts import KINDS
 from .replays import cost
-from .router import KINDS, Found, Router, flight_key
+from .router import Found, Router, flight_key
 from .trace import MAX_NAME, Record
 
 logger = logging.getLogger(__name__)
@@ -50,13 +51,16 @@ class EmbedRouter:
 
     @asynccontextmanager
     async def open(
-        self, request: EmbedRequest, *, local_only: bool = False, asker: str = ""
+        self, request: EmbedRequest, *, local_only: bool = False
     ) -> AsyncIterator[Answering]:
         """The embeddings as an answer of one chunk, which is there once it is entered.
 
-        `local_only` and `asker` as for `Router.open`. Raises a `GenerateError`, on entering.
+        `local_only` as for `Router.open`. Raises a `GenerateError`, on entering.
         """
-        with self.trace.begin(request, local_only, asker) as record:
+        with (
+            self.trace.begin(request, local_only) as record,
+            self._router.accounts.open(request) as account,
+        ):
             with self._router.within_its_time(request):
                 request = self._router.names.resolve(request)
                 keys = embed_keys(request)
@@ -66,7 +70,7 @@ class EmbedRouter:
             chunk = closing([found[key] for key in keys])
             record.answered(origin)
             record.told_usage, record.told_reason = chunk.usage, chunk.finish_reason
-            yield Answering(origin, Ready([chunk]), key)
+            yield account.follow(Answering(origin, Ready([chunk])), key)
 
     async def _answer(
         self, request: EmbedRequest, keys: Sequence[bytes], record: Record
@@ -208,7 +212,7 @@ class EmbedRouter:
         """Note how the request was answered, and what that saved."""
         if local_only:  # a peer counts its own requests
             return
-        uses = self._router.uses
+        uses = self._router.accounts.uses
         uses.count(KINDS[origin.cache])
         for found in stored.values():
             one = found.stored

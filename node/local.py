@@ -58,6 +58,7 @@ async def _ask(
         async with trio.open_nursery() as nursery:
             nursery.start_soon(parts.providers.run)
             nursery.start_soon(parts.answers.run)
+            nursery.start_soon(parts.ledger.run)
             await _wait_for_models(parts.providers, config.deadlines.first_token)
             router = parts.router(config, nursery)
             async with router.open(request) as answering:

@@ -34,6 +34,25 @@ MIGRATIONS: tuple[str, ...] = (
         blocked INTEGER NOT NULL
     ) STRICT, WITHOUT ROWID;
     """,
+    """
+    CREATE TABLE usage (
+        day INTEGER NOT NULL,
+        asker TEXT NOT NULL,
+        peer TEXT NOT NULL,
+        provider TEXT NOT NULL,
+        model TEXT NOT NULL,
+        cache TEXT NOT NULL,
+        requests INTEGER NOT NULL,
+        unfinished INTEGER NOT NULL,
+        prompt_tokens INTEGER NOT NULL,
+        completion_tokens INTEGER NOT NULL,
+        money REAL NOT NULL,
+        tokens_saved INTEGER NOT NULL,
+        seconds_saved REAL NOT NULL,
+        money_saved REAL NOT NULL,
+        PRIMARY KEY (day, asker, peer, provider, model, cache)
+    ) STRICT, WITHOUT ROWID;
+    """,
 )
 #: Seconds that a write waits for another process (a `promptmesh` command) to finish its own.
 BUSY_TIMEOUT = 2.0

@@ -27,6 +27,7 @@ from ..mesh.identity import Identity, verify
 from ..mesh.peers import PeerTable
 from .config import Config
 from .home import Home
+from .ledger import Ledger
 from .names import Names
 from .node_database import NodeDatabase
 from .own_providers import OwnProviders, build_providers
@@ -61,6 +62,7 @@ class Parts:
     permissions: Permissions
     #: What each peer may.
     rights: Rights
+    ledger: Ledger
     reading: Reading
     peers: PeerTable
     backends: BackendManager
@@ -77,6 +79,7 @@ class Parts:
             names=self.names,
             answers=self.answers,
             shared=self.sharing,
+            ledger=self.ledger,
             nursery=nursery,
             peer=self.peer,
             node_of=self.node_of,
@@ -105,6 +108,7 @@ def open_parts(config: Config, home: Home, environment: Mapping[str, str]) -> It
     peer = identity.peer_id
     providers = build_providers(config, environment, home.path)
     node_database = NodeDatabase(home.database_path)
+    ledger = Ledger(node_database, peer=peer)
     database = Database(home.cache_path)
     try:
         rights = Rights(node_database)
@@ -172,6 +176,7 @@ def open_parts(config: Config, home: Home, environment: Mapping[str, str]) -> It
             namespaces=namespaces,
             permissions=permissions,
             rights=rights,
+            ledger=ledger,
             reading=Reading(
                 blocks=blocks, permissions=permissions, beyond=layers.beyond if layers else None
             ),
@@ -185,6 +190,7 @@ def open_parts(config: Config, home: Home, environment: Mapping[str, str]) -> It
         )
     finally:
         database.close()
+        ledger.write()
         node_database.close()
 
 

@@ -1,4 +1,4 @@
-"""Answers that cost nothing here: those that were stored, and those of other askers."""
+"""Stored answers as answers, and what computing one costs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import msgspec
 
 from ..cache.answer_rows import StoredAnswer
-from ..cache.answers import AnswerCache
 from ..providers.base import Answering, Chunk, Completion, Origin, Price, Ready, Usage
 
 
@@ -37,25 +36,6 @@ class Replayed(Answering):
     def _stream(self) -> Iterator[Chunk]:
         for chunk in self._completion.chunks():
             yield chunk if chunk.finish_reason is None else self._closing()
-
-
-class Saving:
-    """Passes an answer on that others computed, and notes at its end what that saved."""
-
-    def __init__(self, answers: AnswerCache, answering: Answering) -> None:
-        self._answers = answers
-        self._price = answering.origin.price
-        self._chunks = aiter(answering.chunks)
-
-    def __aiter__(self) -> Saving:
-        return self
-
-    async def __anext__(self) -> Chunk:
-        chunk = await anext(self._chunks)
-        if chunk.usage is not None:
-            money = cost(self._price, chunk.usage)
-            self._answers.uses.saved(tokens=chunk.usage.total_tokens, money=money)
-        return chunk
 
 
 def cost(price: Price | None, usage: Usage) -> float | None:

@@ -21,7 +21,6 @@ from ..cache.answer_rows import StoredAnswer
 from ..cache.answers import AnswerCache
 from ..cache.keys import request_key
 from ..cache.records import kind_for
-from ..cache.uses import Kind
 from ..providers.base import (
     Answering,
     Asked,
@@ -37,8 +36,10 @@ from ..providers.base import (
     ModelRequest,
     Origin,
 )
+from .accounts import Account, Accounts
 from .flights import Flights, Urge
-from .replays import Replayed, Saving, cost
+from .ledger import Ledger
+from .replays import Replayed, cost
 from .trace import MAX_NAME, Record, Trace
 
 logger = logging.getLogger(__name__)
@@ -46,14 +47,6 @@ logger = logging.getLogger(__name__)
 Reuse = Literal["deterministic", "always", "never"]
 _Request = TypeVar("_Request", bound=ModelRequest)
 _BYPASS = CacheControl(mode="bypass")
-#: How an answer came, and what the statistics call that.
-KINDS: dict[CacheStatus, Kind] = {
-    "hit-local": "hits_local",
-    "hit-mesh": "hits_mesh",
-    "coalesced": "coalesced",
-    "miss": "misses",
-    "bypass": "bypassed",
-}
 
 
 class Backends(Protocol):
@@ -104,6 +97,7 @@ class Router:
         names: ModelNames,
         answers: AnswerCache,
         shared: SharedAnswers,
+        ledger: Ledger,
         nursery: trio.Nursery,
         peer: str,
         node_of: Callable[[str], str],
@@ -116,7 +110,7 @@ class Router:
         self._backends = backends
         self.names = names
         self._answers = answers
-        self.uses = answers.uses
+        self.accounts = Accounts(answers.uses, ledger, peer)
         self._shared = shared
         self.flights = Flights(nursery, urge)
         self._peer = peer
@@ -129,21 +123,24 @@ class Router:
 
     @asynccontextmanager
     async def open(
-        self, request: GenerateRequest, *, local_only: bool = False, asker: str = ""
+        self, request: GenerateRequest, *, local_only: bool = False
     ) -> AsyncIterator[Answering]:
         """Answer it. Raises a `GenerateError`, here or from the chunks.
 
-        With `local_only` (a peer asks: `asker`) only this node's cache and own providers are used:
-        a request makes one hop, and there are no loops.
+        With `local_only` (a peer asks) only this node's cache and own providers are used: a request
+        makes one hop, and there are no loops.
         """
-        with self.trace.begin(request, local_only, asker) as record:
+        with (
+            self.trace.begin(request, local_only) as record,
+            self.accounts.open(request) as account,
+        ):
             request = self.names.resolve(request)
             key = request_key(request)
             record.model, record.key = request.model[:MAX_NAME], key
             record.reusing = reusing = self.may_reuse(request)
             found = await self.look_here(key, request, local_only, record) if reusing else None
             if found is not None:
-                yield self._noted(self._replay(found, record), key, record)
+                yield _noted(self._replay(found, record), key, record, account)
                 return
             with self.within_its_time(request) as given:
                 if reusing:
@@ -152,7 +149,7 @@ class Router:
                     work = self._compute(key, request, local_only, record)
                 async with work as answering:
                     given.chunks = answering.chunks
-                    yield self._noted(answering, key, record)
+                    yield _noted(answering, key, record, account)
 
     @contextmanager
     def within_its_time(self, request: Asked) -> Iterator[_Given]:
@@ -164,29 +161,6 @@ class Router:
         if whole.cancelled_caught:
             message = f"there was no whole answer within {limit:g} s"
             raise DeadlineExceeded(message, partial=given.text)
-
-    def _noted(self, answering: Answering, key: bytes, record: Record) -> Answering:
-        record.answered(answering.origin)
-        if not record.for_peer:  # a peer counts its own requests
-            self._count(answering)
-        answering.key = key
-        return answering
-
-    def _count(self, answering: Answering) -> None:
-        """Note how the request is answered, and what that saves."""
-        status = answering.origin.cache
-        if isinstance(answering, Replayed):
-            stored = answering.stored
-            self.uses.count(
-                KINDS[status],
-                tokens=stored.completion.usage.total_tokens,
-                seconds=stored.seconds,
-                money=stored.money,
-            )
-            return
-        self.uses.count(KINDS[status])
-        if status in ("hit-mesh", "coalesced"):  # somebody else's work, known at its end
-            answering.chunks = Saving(self._answers, answering)
 
     def may_reuse(self, request: Asked) -> bool:
         """May a stored answer be given, or an equal request's computation be shared?
@@ -215,7 +189,7 @@ class Router:
             return
         if request.cache.mode == "only":
             if not local_only:
-                self.uses.count("misses")
+                self.accounts.uses.count("misses")
             raise CacheOnlyMiss("no stored answer to this request")
         # The work may outlive the first asker, so a peer must not end it with that one's deadline.
         shared = msgspec.structs.replace(request, deadline=math.inf)
@@ -358,6 +332,11 @@ class Router:
         if shared:
             self._shared.announce(key, request, stored)
         return stored.cid_text
+
+
+def _noted(answering: Answering, key: bytes, record: Record, account: Account) -> Answering:
+    record.answered(answering.origin)
+    return account.follow(answering, key)
 
 
 def flight_key(key: bytes, request: Asked) -> bytes:

@@ -139,9 +139,9 @@ class Trace:
         self._of_peers: OrderedDict[str, Record] = OrderedDict()
         self._named = 0
 
-    def begin(self, request: Asked, for_peer: bool = False, asker: str = "") -> Record:
+    def begin(self, request: Asked, for_peer: bool = False) -> Record:
         """A request of a program of this machine, or of a peer."""
-        record = Record(request.id, for_peer, asker)
+        record = Record(request.id, for_peer, request.asker)
         record.task, record.asked = request.task, request.model[:MAX_NAME]
         record.policy, record.privacy, record.cache = request.policy, request.privacy, request.cache
         if len(request.cache.namespace) > MAX_NAME:

@@ -169,6 +169,9 @@ class ModelRequest(Value, frozen=True, kw_only=True):
     deadline: float | None = None
     #: Names this request in logs, headers and `explain`, on every node it visits.
     id: str = ""
+    #: The member whose request it is, set by the node that serves it, whatever the peer says; "":
+    #: a program of this machine.
+    asker: str = ""
 
 
 class GenerateRequest(ModelRequest, frozen=True, kw_only=True):

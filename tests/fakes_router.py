@@ -15,6 +15,8 @@ from promptmesh.cache.answers import AnswerCache
 from promptmesh.cache.blocks import SqliteBlocks
 from promptmesh.cache.database import Database
 from promptmesh.mesh.embedding import closing
+from promptmesh.node.ledger import Ledger
+from promptmesh.node.node_database import NodeDatabase
 from promptmesh.node.router import Backends as RealBackends
 from promptmesh.node.router import Reuse, Router
 from promptmesh.node.trace import Trace
@@ -108,6 +110,7 @@ class Setup:
     backends: Backends
     shared: Shared
     answers: AnswerCache
+    ledger: Ledger
 
 
 @asynccontextmanager
@@ -122,12 +125,15 @@ async def setup(
     database = Database(None)
     answers = AnswerCache(database, SqliteBlocks(database), peer=HERE)
     fakes, shared = Backends(), Shared()
+    node_database = NodeDatabase(None)
+    ledger = Ledger(node_database, peer=HERE)
     async with trio.open_nursery() as nursery:
         router = Router(
             backends=backends or fakes,
             names=AsIs(),
             answers=answers,
             shared=shared,
+            ledger=ledger,
             nursery=nursery,
             peer=HERE,
             node_of={HERE: "here", THERE: "there"}.__getitem__,
@@ -136,6 +142,8 @@ async def setup(
             min_agreement=min_agreement,
             trace=trace,
         )
-        yield Setup(router, backends if isinstance(backends, Backends) else fakes, shared, answers)
+        asked = backends if isinstance(backends, Backends) else fakes
+        yield Setup(router, asked, shared, answers, ledger)
         nursery.cancel_scope.cancel()
     database.close()
+    node_database.close()

@@ -233,6 +233,7 @@ def test_what_does_not_decide_it_is_not() -> None:
         policy="least_loaded",
         privacy="local",
         priority="background",
+        asker="p",
         cache=CacheControl(mode="refresh", ttl=3, max_age=4, scope="local"),
         deadline=5.0,
         id="r",

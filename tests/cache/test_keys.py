@@ -234,6 +234,7 @@ NO_PART: dict[type[msgspec.Struct], dict[str, Any]] = {
         "policy": "round_robin",
         "privacy": "local",
         "priority": "background",
+        "asker": "p",
         "deadline": 3.0,
         "id": "r-1",
     },

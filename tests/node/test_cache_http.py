@@ -25,6 +25,8 @@ from promptmesh.cache.keys import key_text, request_key
 from promptmesh.cache.namespaces import Namespaces
 from promptmesh.cache.uses import Kind
 from promptmesh.node.api_openai import OpenAIApi
+from promptmesh.node.ledger import Ledger
+from promptmesh.node.node_database import NodeDatabase
 from promptmesh.node.permissions import Permissions
 from promptmesh.node.router import Reuse, Router
 from promptmesh.node.routes import Routes
@@ -146,7 +148,7 @@ async def world(
     answers: type[AnswerCache] = AnswerCache,
     written: Callable[[bytes], str] = key_text,
 ) -> AsyncIterator[World]:
-    database = Database(None)
+    database, node_database = Database(None), NodeDatabase(None)
     backends, shared = backends or Backends(), shared or Shared()
     backends.door.set()
     cache = answers(database, SqliteBlocks(database), peer=HERE)
@@ -156,6 +158,7 @@ async def world(
             names=AsIs(),
             answers=cache,
             shared=shared,
+            ledger=Ledger(node_database, peer=HERE),
             nursery=nursery,
             peer=HERE,
             node_of={HERE: "here", THERE: "there"}.__getitem__,
@@ -170,6 +173,7 @@ async def world(
             yield World(client, router, backends, shared, cache)
         nursery.cancel_scope.cancel()
     database.close()
+    node_database.close()
 
 
 def events(answer: httpx.Response) -> list[dict[str, Any]]:

@@ -216,7 +216,7 @@ async def test_who_shares_a_computation_is_led_to_the_one_that_made_it() -> None
 async def test_a_peers_request_is_told_with_who_asked() -> None:
     async with world(FakeProvider("a")) as w:
         async with w.setup.router.open(
-            asking(id="req-theirs", sampling=Sampling(temperature=0)), local_only=True, asker=THERE
+            asking(id="req-theirs", sampling=Sampling(temperature=0), asker=THERE), local_only=True
         ) as answering:
             await answering.whole()
         why = (await w.client.get("/mesh/v1/requests/req-theirs")).json()

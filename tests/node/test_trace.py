@@ -76,10 +76,10 @@ async def test_a_peer_neither_hides_nor_pushes_out_what_is_ours() -> None:
     trace = Trace()
     with trace.begin(request("ours")):
         pass
-    with trace.begin(request("ours", model="theirs"), for_peer=True, asker="p"):
+    with trace.begin(request("ours", model="theirs", asker="p"), for_peer=True):
         pass
     for number in range(MAX_REQUESTS + 3):
-        with trace.begin(request(f"r{number}"), for_peer=True, asker="p"):
+        with trace.begin(request(f"r{number}", asker="p"), for_peer=True):
             pass
     ours = trace.find("ours")
     assert ours is not None

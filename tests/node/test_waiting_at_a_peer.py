@@ -19,6 +19,8 @@ from promptmesh.cache.database import Database
 from promptmesh.mesh import frames
 from promptmesh.mesh.candidates import LocalBackend
 from promptmesh.mesh.serving import Services
+from promptmesh.node.ledger import Ledger
+from promptmesh.node.node_database import NodeDatabase
 from promptmesh.node.router import Router
 from promptmesh.providers.admission import Admission
 from promptmesh.providers.base import (
@@ -67,6 +69,7 @@ class RoutingNode(Node):
             names=AsIs(),
             answers=AnswerCache(self.database, SqliteBlocks(self.database), peer=self.peer_id),
             shared=Shared(),
+            ledger=Ledger(NodeDatabase(None), peer=self.peer_id),
             nursery=nursery,
             peer=self.peer_id,
             node_of=lambda peer: peer,
