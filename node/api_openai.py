@@ -19,11 +19,11 @@ from .openai_answers import StreamEncoder, encode_whole, origin_headers
 from .openai_requests import ChatCall, decode_chat
 from .request_headers import with_headers
 from .router import Router
+from .waiting_notes import EVENTS, WaitingNotes
 
 logger = logging.getLogger(__name__)
 
 JSON = "application/json"
-EVENTS = "text/event-stream; charset=utf-8"
 
 
 def new_request_id() -> str:
@@ -35,11 +35,16 @@ class OpenAIApi:
     """The handlers of `/v1/*`."""
 
     def __init__(
-        self, router: Router, names: Names, key_text: Callable[[bytes], str] = bytes.hex
+        self,
+        router: Router,
+        names: Names,
+        notes: WaitingNotes,
+        key_text: Callable[[bytes], str] = bytes.hex,
     ) -> None:
         """`key_text` writes the key of a question as the configuration says."""
         self._router = router
         self._names = names
+        self._notes = notes
         self._key_text = key_text
 
     async def chat_completions(self, request: Request, responder: Responder) -> None:
@@ -49,15 +54,23 @@ class OpenAIApi:
             remember = "no-store" not in request.headers.get("cache-control", "")
             call = decode_chat(request.body, request_id, remember=remember)
             call = msgspec.structs.replace(call, request=with_headers(call.request, request))
-            async with self._router.open(call.request) as answering:
-                if call.stream:
-                    await self._send_stream(responder, call, answering)
-                else:
+            if call.stream:
+                await self._stream(responder, call)
+            else:
+                async with self._router.open(call.request) as answering:
                     await self._send_whole(responder, call, answering)
         except GenerateError as error:
             logger.info("%s failed: %s", request_id, error)
             self._router.trace.refused(request_id, error)
             await send_error(responder, error, request_id)
+
+    async def _stream(self, responder: Responder, call: ChatCall) -> None:
+        async with (
+            self._notes.told(responder, call.request.id) as answered,
+            self._router.open(call.request) as answering,
+        ):
+            await answered()
+            await self._send_stream(responder, call, answering)
 
     async def _send_whole(self, responder: Responder, call: ChatCall, answering: Answering) -> None:
         completion, closing = await answering.whole()
@@ -78,9 +91,10 @@ class OpenAIApi:
             answering.origin, request_id, int(time.time()), include_usage=call.include_usage
         )
         headers = self._headers(call, answering, answering.origin)
-        await responder.start(
-            200, content_type=EVENTS, headers=[("cache-control", "no-cache"), *headers]
-        )
+        if not responder.started:
+            await responder.start(
+                200, content_type=EVENTS, headers=[("cache-control", "no-cache"), *headers]
+            )
         await responder.write(encoder.first())
         async for chunk in answering.chunks:
             events = encoder.chunk(chunk)

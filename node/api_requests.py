@@ -16,6 +16,7 @@ import trio
 from ..mesh.attempts import RuledOut
 from ..mesh.policies import Candidate, Decision
 from ..mesh.route import Route, Tried
+from ..providers.admission import Waiting
 from .http_server import Request, Responder
 from .openai_answers import usage_fields
 from .router import Reuse
@@ -37,12 +38,15 @@ class RequestsApi:
         *,
         reuse: Reuse,
         node_of: Callable[[str], str],
+        waiting: Callable[[str], Waiting | None],
     ) -> None:
-        """`key_text` writes the key of a question, `node_of` names a peer's node."""
+        """`key_text` writes the key of a question, `node_of` names a peer's node, `waiting` says
+        where a request stands that waits for a slot here."""
         self._trace = trace
         self._key_text = key_text
         self._reuse = reuse
         self._node_of = node_of
+        self._waiting = waiting
 
     async def last(self, request: Request, responder: Responder) -> None:
         """`GET /mesh/v1/requests?limit=N`: the last requests of this node, the newest first."""
@@ -94,6 +98,7 @@ class RequestsApi:
             "total_s": _seconds(record.started, ended),
             "usage": usage_fields(record.usage) if record.usage else None,
             "finish_reason": record.finish_reason,
+            "waiting": self._place(record),
             "explained_on": self._elsewhere(record),
         }
 
@@ -122,6 +127,12 @@ class RequestsApi:
             who = f" ({leader.id})" if leader else ""
             return f"an equal request was being answered{who}, and this one shared that"
         return _why_not_reused(record, self._reuse, self._node_of)
+
+    def _place(self, record: Record) -> dict[str, Any] | None:
+        waiting = self._waiting(record.id) if record.state == "running" else None
+        if waiting is None:
+            return None
+        return {"place": waiting.place, "of": waiting.of, "wait_s": waiting.wait}
 
     # --- names
 

@@ -116,6 +116,7 @@ def _summary(request: _Fields) -> Sequence[tuple[str, str]]:
         ("asked for", ", ".join([asked["model"] + (meant if request["model"] else ""), *pins])),
         ("cache", ": ".join(t for t in (cache["status"], cache["why"]) if t)),
         ("policy", request["policy"] or ""),
+        ("waiting", _waiting(request["waiting"])),
         ("answered by", _name(by) if by else ""),
         ("first token", f"after {seconds(first)}" if (first := request["first_token_s"]) else ""),
         ("tokens", tokens + (f", ended by {reason}" if tokens and reason else "")),
@@ -160,6 +161,15 @@ def _weighed(weighed: _Fields, chosen: _Fields, titles: Sequence[str]) -> Sequen
 def _attempt(attempt: _Fields) -> Sequence[str]:
     error = attempt["error"]
     return (_name(attempt), seconds(attempt["seconds"]), error["message"] if error else "answered")
+
+
+def _waiting(place: _Fields | None) -> str:
+    """`number 2 of 3 for a slot, about 12.34 s more`."""
+    if not place:
+        return ""
+    wait = place["wait_s"]
+    about = "" if wait is None else f", about {seconds(wait)} more"
+    return f"number {place['place']} of {place['of']} for a slot{about}"
 
 
 def _name(who: _Fields) -> str:

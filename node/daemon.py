@@ -19,6 +19,7 @@ from ..cache.layers import PublicStore
 from ..mesh.peers import Advert
 from ..mesh.serving import Services
 from ..mesh.transport import TransportError
+from ..providers.admission import Waiting
 from ..providers.base import Answering, Asked, EmbedRequest
 from ..providers.registry import SettingsError
 from .api_cache import CacheApi
@@ -41,6 +42,7 @@ from .membership import Membership
 from .parts import Parts, open_parts, version
 from .rights import unstored
 from .routes import Routes
+from .waiting_notes import WaitingNotes
 
 if TYPE_CHECKING:
     # The stubs that come with libp2p know `trio` without it.
@@ -214,7 +216,8 @@ class Node:
         parts = self._parts
         cache = self._config.cache
         written = functools.partial(key_text, form=cache.key, base=cache.cid_base)
-        openai = OpenAIApi(self._router, parts.names, written)
+        notes = WaitingNotes(self._nursery, waiting=self._where_it_waits, busy=parts.providers.busy)
+        openai = OpenAIApi(self._router, parts.names, notes, written)
         embeddings = EmbeddingsApi(self._embed_router, written)
         ipfs = IpfsApi(parts.reading)
         kubo = kubo_api(
@@ -245,7 +248,13 @@ class Node:
         routes.add("GET", "/mesh/v1/status", mesh.status)
         routes.add("GET", "/mesh/v1/peers", mesh.peers)
         routes.add("GET", "/mesh/v1/providers", mesh.providers)
-        requests = RequestsApi(parts.trace, written, reuse=cache.reuse, node_of=parts.node_of)
+        requests = RequestsApi(
+            parts.trace,
+            written,
+            reuse=cache.reuse,
+            node_of=parts.node_of,
+            waiting=self._where_it_waits,
+        )
         routes.add("GET", "/mesh/v1/requests", requests.last)
         routes.add_below("GET", "/mesh/v1/requests/", requests.one)
         routes.add("POST", "/mesh/v1/reload", mesh.reload)
@@ -272,6 +281,10 @@ class Node:
         routes.add_below("GET", "/ipfs/", ipfs.content)
         kubo.add_to(routes)
         return routes
+
+    def _where_it_waits(self, request_id: str) -> Waiting | None:
+        """Where a request stands, or the one whose computation it shares."""
+        return self._parts.providers.waiting(self._parts.trace.worker(request_id))
 
     def _say_hello(self, address: str) -> None:
         logger.info("%s is up: http://%s/v1 (peer %s)", self._parts.node, address, self._parts.peer)

@@ -125,6 +125,10 @@ class OwnProviders:
         """Those that peers may use, as peers see them."""
         return tuple(p.advert() for p in self._providers if p.shared)
 
+    def busy(self) -> bool:
+        """Might one that comes now have to wait for a slot?"""
+        return not all(own.admission.free for own in self._providers)
+
     def waiting(self, request_id: str) -> Waiting | None:
         """Where the request of that id stands in a queue; None: it waits for no slot here."""
         found = (own.admission.waiting(request_id) for own in self._providers)

@@ -189,6 +189,12 @@ class Trace:
                 return record
         return None
 
+    def worker(self, request_id: str) -> str:
+        """The id of the request whose computation that one waits for: mostly its own."""
+        record = self.find(request_id)
+        leader = None if record is None else self.leader(record)
+        return request_id if leader is None else leader.id
+
     # --- bounds
 
     def _add(self, record: Record) -> None:

@@ -103,6 +103,11 @@ class Admission:
         finally:
             self.leave(place)
 
+    @property
+    def free(self) -> bool:
+        """Would one that comes now have a slot at once?"""
+        return self._slots is None or len(self._inside) < self._slots
+
     def load(self, priority: Priority = "background") -> Load:
         """How busy it is now, to a request of that priority: what would go after it does not count.
 
@@ -112,7 +117,7 @@ class Admission:
             running=len(self._inside),
             waiting=self._line.count(priority),
             slots=self._slots,
-            wait=None if self._free else self._expected(Place("", priority))[1],
+            wait=None if self.free else self._expected(Place("", priority))[1],
         )
 
     def waiting(self, request_id: str) -> Waiting | None:
@@ -144,7 +149,7 @@ class Admission:
     async def enter(self, request: Asked) -> Place:
         """Take a slot, after those whose turn is before. Raises `ProviderBusy`."""
         place = Place(request.kind, request.priority, request.id)
-        if self._free:
+        if self.free:
             self._inside[place] = trio.current_time()
             return place
         self._make_room(place)
@@ -175,10 +180,6 @@ class Admission:
         self._rate = average(self._rate, tokens / max(seconds, MIN_SPAN))
 
     # The queue.
-
-    @property
-    def _free(self) -> bool:
-        return self._slots is None or len(self._inside) < self._slots
 
     def _next(self) -> None:
         """Hand a slot that is free to the next in the line."""

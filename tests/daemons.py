@@ -207,14 +207,25 @@ class EventStream:
         return self
 
     async def __anext__(self) -> dict[str, Any]:
-        while b"\n\n" not in self._buffer:
-            self._buffer += await self._more()
-        event, self._buffer = self._buffer.split(b"\n\n", 1)
+        while (event := await self._next()).startswith(b":"):
+            pass  # a comment
         data = event.removeprefix(b"data: ")
         if data == b"[DONE]":
             raise StopAsyncIteration
         fields: dict[str, Any] = json.loads(data)
         return fields
+
+    async def comment(self) -> str:
+        """The next thing that comes, which must be a comment."""
+        event = await self._next()
+        assert event.startswith(b":"), event
+        return event.decode()
+
+    async def _next(self) -> bytes:
+        while b"\n\n" not in self._buffer:
+            self._buffer += await self._more()
+        event, self._buffer = self._buffer.split(b"\n\n", 1)
+        return event
 
     async def until_error(self) -> list[dict[str, Any]]:
         """The events up to the one that says how the answer broke, which must come."""

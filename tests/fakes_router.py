@@ -20,6 +20,7 @@ from promptmesh.node.node_database import NodeDatabase
 from promptmesh.node.router import Backends as RealBackends
 from promptmesh.node.router import Reuse, Router
 from promptmesh.node.trace import Trace
+from promptmesh.node.waiting_notes import WaitingNotes
 from promptmesh.providers.base import (
     Answering,
     Asked,
@@ -111,6 +112,8 @@ class Setup:
     shared: Shared
     answers: AnswerCache
     ledger: Ledger
+    #: Tells no stream that it waits: there are no queues.
+    notes: WaitingNotes
 
 
 @asynccontextmanager
@@ -142,8 +145,9 @@ async def setup(
             min_agreement=min_agreement,
             trace=trace,
         )
+        notes = WaitingNotes(nursery, waiting=lambda id: None, busy=lambda: False)
         asked = backends if isinstance(backends, Backends) else fakes
-        yield Setup(router, asked, shared, answers, ledger)
+        yield Setup(router, asked, shared, answers, ledger, notes)
         nursery.cancel_scope.cancel()
     database.close()
     node_database.close()

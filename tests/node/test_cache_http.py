@@ -30,6 +30,7 @@ from promptmesh.node.node_database import NodeDatabase
 from promptmesh.node.permissions import Permissions
 from promptmesh.node.router import Reuse, Router
 from promptmesh.node.routes import Routes
+from promptmesh.node.waiting_notes import WaitingNotes
 from promptmesh.providers.base import (
     Answering,
     Chunk,
@@ -167,7 +168,8 @@ async def world(
         )
         routes = Routes()
         names: Any = None  # only `GET /v1/models` needs them
-        openai = OpenAIApi(router, names, written)
+        notes = WaitingNotes(nursery, waiting=lambda id: None, busy=lambda: False)
+        openai = OpenAIApi(router, names, notes, written)
         routes.add("POST", URL, openai.chat_completions)
         async with serving(routes) as client:
             yield World(client, router, backends, shared, cache)

@@ -70,9 +70,15 @@ async def world(*providers: FakeProvider, reuse: Reuse = "deterministic") -> Asy
     )
     async with setup(manager, reuse=reuse, trace=trace) as s:
         written = functools.partial(key_text, form="sha256", base="base32")
-        openai = OpenAIApi(s.router, Names(manager.sources), written)
+        openai = OpenAIApi(s.router, Names(manager.sources), s.notes, written)
         names = {HERE: "here", THERE: "there"}
-        requests = RequestsApi(trace, written, reuse=reuse, node_of=lambda p: names.get(p, ""))
+        requests = RequestsApi(
+            trace,
+            written,
+            reuse=reuse,
+            node_of=lambda p: names.get(p, ""),
+            waiting=lambda id: None,
+        )
         routes = Routes()
         routes.add("POST", URL, openai.chat_completions)
         routes.add("GET", "/mesh/v1/requests", requests.last)
@@ -313,7 +319,7 @@ def test_where_a_peer_answered_the_way_to_its_part_is_said(tmp_path: Path) -> No
         "choices": [{"chosen": candidate, "weighed": [{**candidate, "load": 1.5, "turns": None}]}],
         "attempts": [{**candidate, "seconds": 2.0, "error": None}], "answered_by": None,
         "first_token_s": None, "total_s": 61.5, "usage": None, "finish_reason": None,
-        "explained_on": there,
+        "waiting": {"place": 2, "of": 3, "wait_s": 12.34}, "explained_on": there,
     }  # fmt: skip
     with FakeNode({"GET /mesh/v1/requests/req-1": why}).running(made(tmp_path)):
         ran = run(tmp_path, "explain", "req-1")
@@ -321,6 +327,7 @@ def test_where_a_peer_answered_the_way_to_its_part_is_said(tmp_path: Path) -> No
     assert "asked by …ooWAsker" in lines
     assert "asked for auto, which means m, provider x, privacy mesh" in lines
     assert "Choice (least_loaded: the fewest requests for each slot)" in lines
+    assert "waiting number 2 of 3 for a slot, about 12.34 s more" in lines
     assert "* there:x 1.5" in lines
     assert "there:x 2.00 s answered" in lines
     assert "error cut" in lines
