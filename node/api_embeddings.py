@@ -77,7 +77,7 @@ class EmbeddingsApi:
         except GenerateError as error:
             logger.info("%s failed: %s", request_id, error)
             self._router.trace.refused(request_id, error)
-            await send_error(responder, error, request_id)
+            await send_error(responder, error, request_id, self._router.trace.attempts(request_id))
 
 
 def decode_embed(body: bytes, request_id: str) -> tuple[EmbedRequest, Encoding]:

@@ -62,7 +62,7 @@ class OpenAIApi:
         except GenerateError as error:
             logger.info("%s failed: %s", request_id, error)
             self._router.trace.refused(request_id, error)
-            await send_error(responder, error, request_id)
+            await send_error(responder, error, request_id, self._router.trace.attempts(request_id))
 
     async def _stream(self, responder: Responder, call: ChatCall) -> None:
         async with (
@@ -140,11 +140,17 @@ def answer_headers(
     ]
 
 
-async def send_error(responder: Responder, error: GenerateError, request_id: str) -> None:
+async def send_error(
+    responder: Responder, error: GenerateError, request_id: str, attempts: int
+) -> None:
     """The failure as a status and a body, or as the last event of a stream that has begun."""
     if responder.started:
         await responder.write(error_event(error))
         await responder.end()
         return
-    headers = [("x-promptmesh-request-id", request_id), *error_headers(error)]
+    headers = [
+        ("x-promptmesh-request-id", request_id),
+        ("x-promptmesh-attempts", str(attempts)),
+        *error_headers(error),
+    ]
     await responder.send(status_of(error), error_body(error), content_type=JSON, headers=headers)

@@ -195,6 +195,13 @@ class Trace:
         leader = None if record is None else self.leader(record)
         return request_id if leader is None else leader.id
 
+    def attempts(self, request_id: str) -> int:
+        """How many candidates were asked for it, by itself or by whose computation it shared."""
+        record = self._own.get(request_id)
+        if record is not None and record.route is None:
+            record = self.leader(record)
+        return len(record.route.tried) if record and record.route else 0
+
     # --- bounds
 
     def _add(self, record: Record) -> None:

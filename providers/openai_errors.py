@@ -28,6 +28,8 @@ from .base import (
 MAX_MESSAGE = 500
 #: Seconds. A server that wants more is asked again then.
 MAX_RETRY_AFTER = 24 * 3600.0
+#: Seconds, where a server says that it is asked too often, and not when it may be asked again.
+TOO_OFTEN = 2.0
 
 _CONTEXT = re.compile(
     r"context_length_exceeded|exceed_context_size|context (length|window|size)|maximum context"
@@ -110,10 +112,14 @@ def _one_line(text: str) -> str:
 
 
 def retry_after(headers: Mapping[str, str], now: float) -> float | None:
-    """Seconds to wait by `Retry-After`: a number, or a date to compare with `now` (Unix time)."""
-    text = headers.get("retry-after", "").strip()
+    """Seconds to wait by `Retry-After`: a number, or a date to compare with `now` (Unix time).
+
+    OpenAI and Azure say it more exactly in a header of their own.
+    """
+    exact = headers.get("retry-after-ms", "").strip()
+    text = exact or headers.get("retry-after", "").strip()
     try:
-        seconds = float(text)
+        seconds = float(text) / (1000 if exact else 1)
     except ValueError:
         try:
             date = email.utils.parsedate_to_datetime(text)
@@ -152,7 +158,10 @@ class ErrorReader:
             hint = f"redirects to {place}; give that as base_url" if place else "redirects"
             return ProviderUnavailable(f"{self.name} {hint}")
         said = f"{self.name} answered {status}" + (f": {error.message}" if error.message else "")
-        return self._failure(status, said, error, retry_after(headers, now))
+        wait = retry_after(headers, now)
+        if wait is None and status == 429 and "insufficient_quota" not in error.kind:
+            wait = TOO_OFTEN
+        return self._failure(status, said, error, wait)
 
     def event(self, error: ServerError) -> GenerateError:
         """The failure that an error in a reply with status 200 is."""

@@ -136,7 +136,7 @@ CASES = (
     before("status-403", "403", says="may this key use this model"),
     before("status-404", "404: it does not have the model", says="does not exist"),
     before("status-408", "408", says="408"),
-    before("status-429", "429", says="Rate limit reached"),
+    before("status-429", "429", says="Rate limit reached", status=503, retry_after=2),
     before("status-429-retry-after", "429 with `Retry-After: 7`", status=503, retry_after=7),
     before("status-500", "500", says="out of memory"),
     before("status-502", "502", says="502"),

@@ -193,6 +193,7 @@ def check(case: Case, seen: Seen, *, streamed: bool) -> None:
         assert seen.text == partial
         assert "retry-after" not in seen.headers
     else:
+        assert seen.headers["x-promptmesh-attempts"] == "1"
         assert seen.headers.get("retry-after") == (case.retry_after and str(case.retry_after))
 
 
@@ -283,6 +284,7 @@ async def _check_breaker(case: Case, road: Road, fields: dict[str, Any]) -> None
             assert seen.error is not None
             assert seen.status == 503, seen.error
             assert "is left alone" in seen.error["message"]
+            assert seen.headers["x-promptmesh-attempts"] == "0"
             assert int(seen.headers["retry-after"]) >= 1
             return
     raise AssertionError(f"it was asked again each time: {seen.error}")
@@ -315,7 +317,7 @@ def test_a_peer_whose_server_refuses_connections_is_not_asked(world: World) -> N
 async def _refused_at_a_peer(road: Road) -> None:
     seen = await ask(road.asked, REFUSED, "is it there?", stream=False)
     assert seen.error is not None
-    assert seen.status == 503, seen.error
+    assert (seen.status, seen.headers["x-promptmesh-attempts"]) == (503, "0"), seen.error
     assert "it is unavailable" in seen.error["message"]
     assert "connection refused" in seen.error["message"]
 

@@ -8,7 +8,7 @@ import pytest
 import trio
 from fakes_mesh import asking
 
-from promptmesh.mesh.attempts import RuledOut
+from promptmesh.mesh.attempts import Attempt, RuledOut
 from promptmesh.mesh.policies import Candidate
 from promptmesh.mesh.route import MAX_ERROR, Route
 from promptmesh.node.trace import MAX_NAME, MAX_NAMED, MAX_REQUESTS, Trace
@@ -124,3 +124,17 @@ async def test_names_are_cut_and_what_has_no_id_is_not_remembered() -> None:
             pass
         assert trace.find(unnamed) is None
     trace.route(request("unknown"), False, route_of(1))
+
+
+async def test_attempts_are_counted_also_for_who_shared_the_computation() -> None:
+    trace = Trace()
+    candidate = Candidate(peer="p", node="n", provider="x", offer=ModelOffer(id="m"))
+    tried = [Attempt(candidate, ProviderUnavailable("no"), 0.1), Attempt(candidate, None, 0.2)]
+    with trace.begin(request("leads")) as leads, trace.begin(request("follows")) as follows:
+        leads.flight = follows.flight = b"same"
+        follows.joined = True
+        trace.route(request("leads"), False, Route("round_robin", [], [], [], tried))
+        assert (trace.attempts("leads"), trace.attempts("follows")) == (2, 2)
+    with trace.begin(request("stored")):
+        pass
+    assert (trace.attempts("stored"), trace.attempts("unknown")) == (0, 0)

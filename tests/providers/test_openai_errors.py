@@ -15,7 +15,7 @@ from promptmesh.providers.base import (
     ProviderUnavailable,
     RequestRejected,
 )
-from promptmesh.providers.openai_errors import ErrorReader, read_error, retry_after
+from promptmesh.providers.openai_errors import TOO_OFTEN, ErrorReader, read_error, retry_after
 
 NOW = 1_700_000_000.0
 KEY = "sk-abcdef0123456789"
@@ -153,7 +153,7 @@ def test_try_later_or_elsewhere(status: int) -> None:
     got = failure(status, error("busy"), retry_after="7")
     assert type(got) is ProviderUnavailable
     assert got.retry_after == 7.0
-    assert failure(status, error("busy")).retry_after is None
+    assert failure(status, error("busy")).retry_after == (TOO_OFTEN if status == 429 else None)
 
 
 def test_fault_of_the_server_is_not_read_as_one_of_the_request() -> None:
@@ -189,6 +189,10 @@ def test_redirect_names_the_place(status: int) -> None:
 )
 def test_retry_after(value: str, seconds: float | None) -> None:
     assert retry_after({"retry-after": value}, NOW) == seconds
+
+
+def test_retry_after_in_milliseconds() -> None:
+    assert retry_after({"retry-after-ms": "1500", "retry-after": "2"}, NOW) == 1.5
 
 
 def test_no_retry_after() -> None:
