@@ -160,9 +160,11 @@ class ClaimIndex:
             return Ingested("full", peer, reason=f"claims of {MAX_PEERS} peers are here")
         if batch.expires_at <= now:
             return Ingested("stale", peer, reason="its claims are over")
+        if claim_rows.early(batch, now):
+            return Ingested("early", peer, reason="a claim that was made in the future")
         if self._count() + len(batch.entries) > MAX_ALL_CLAIMS:
             return Ingested("full", peer, reason=f"{MAX_ALL_CLAIMS} claims are here")
-        wrong = claim_rows.untimely(batch, now)
+        wrong = claim_rows.untimely(batch)
         if wrong is None and not opened.signed(self._verify):
             wrong = "not signed"
         if wrong is not None:

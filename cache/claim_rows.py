@@ -49,14 +49,24 @@ class Ingested:
     """What became of an envelope.
 
     `new` was taken; `known` was here already; `own` is this node's; `stale` is of an older epoch or
-    over; `full` could be sound, but there is no room for it here; `fast` came faster than a peer
-    may tell; `silenced` is of a peer that has no say; `refused` is malformed, not signed, of
-    another time or told by another peer than its own; `equivocation` is the second of two batches
-    with one number, and `evidence` holds both envelopes.
+    over; `early` is of the future, as one of the clocks is wrong; `full` could be sound, but there
+    is no room for it here; `fast` came faster than a peer may tell; `silenced` is of a peer that
+    has no say; `refused` is malformed, not signed, held for too long or told by another peer than
+    its own; `equivocation` is the second of two batches with one number, and `evidence` holds both
+    envelopes.
     """
 
     status: Literal[
-        "new", "known", "own", "stale", "full", "fast", "silenced", "refused", "equivocation"
+        "new",
+        "known",
+        "own",
+        "stale",
+        "early",
+        "full",
+        "fast",
+        "silenced",
+        "refused",
+        "equivocation",
     ]
     peer: str = ""
     #: Claims that were taken.
@@ -148,11 +158,14 @@ def own_numbers(database: Database) -> list[Range]:
     return [(1, found[1])] if found and found[1] else []
 
 
-def untimely(batch: Batch, now: float) -> str | None:
+def early(batch: Batch, now: float) -> bool:
+    """Was it made in the future? A wrong clock is no lie, and it may be this node's."""
+    return any(entry.made_at > now + MAX_SKEW for entry in batch.entries)
+
+
+def untimely(batch: Batch) -> str | None:
     """What is wrong with its times, if anything."""
     for entry in batch.entries:
-        if entry.made_at > now + MAX_SKEW:
-            return "a claim that was made in the future"
         if not entry.made_at < entry.expires_at <= entry.made_at + MAX_LIFE:
             return "a claim that holds for too long, or not at all"
     return None

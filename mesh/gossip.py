@@ -31,6 +31,13 @@ SHORTEST_PAUSE = 1.0
 PERIODS_TO_LIVE = 3.5
 #: Seconds to tell the others that this node goes.
 GOODBYE = 2.0
+#: Seconds by which who passes an advert on may be mistaken about its age.
+AGE_ERROR = 5.0
+#: What to do where two nodes have one identity.
+TWIN = (
+    "another node runs with the identity of this one, as happens where its folder was copied, and "
+    "the mesh confuses the two: stop one of them, delete identity.key in its folder, start it again"
+)
 
 
 class Gossip:
@@ -53,6 +60,13 @@ class Gossip:
         self._describe = describe
         self._epoch = epoch
         self._seq = 0
+        #: When this node began to speak, and the last number of each of its epochs since.
+        self._began = trio.current_time()
+        self._spoken: dict[int, int] = {}
+        #: The stamp of an advert of its own that it met, and that is of no epoch of these.
+        self.other: tuple[int, int] | None = None
+        #: Does another node speak with its identity?
+        self.twin = False
         self._on_advert = on_advert
         self._on_claims = on_claims
         self._rng = rng
@@ -74,6 +88,7 @@ class Gossip:
         """Speak and listen until cancelled."""
         await self._transport.subscribe(ADVERTS, self._hear)
         await self._transport.subscribe(CLAIMS, self._on_claims)
+        self._began = trio.current_time()
         self._renew()
         task_status.started()
         while not self._leaving:
@@ -100,6 +115,7 @@ class Gossip:
     def _renew(self) -> None:
         """Make this node's advert anew."""
         self._seq += 1
+        self._spoken[self._epoch] = self._seq
         described = self._describe()
         advert = msgspec.structs.replace(
             Advert(node=described.node, leaving=True) if self._leaving else described,
@@ -134,7 +150,15 @@ class Gossip:
             return False
         if advert.peer != signer or sealed.age:
             return False
+        if self._table.is_twin(advert, trio.current_time()):
+            self._meet_twin(sealed, advert)
         return self._take(sealed, advert)
+
+    def _meet_twin(self, sealed: SignedAdvert, advert: Advert) -> None:
+        if not is_signed(sealed, advert.peer, self._transport.verify):
+            return
+        if self._table.twin(advert.peer, trio.current_time()):
+            logger.warning("two nodes have one identity: %s (%s)", advert.node, advert.peer)
 
     def take_relayed(self, item: bytes) -> None:
         """An advert that a peer passed on. Raises `RemoteProtocolError`."""
@@ -156,11 +180,23 @@ class Gossip:
         return True
 
     def _meet_own(self, sealed: SignedAdvert, advert: Advert) -> None:
-        """An advert of this node from before: its clock went back if that was in a later epoch."""
-        if advert.epoch < self._epoch or advert.stamp <= (self._epoch, self._seq):
+        """An advert of this node that it has not made in this run: of an earlier one, or a twin's.
+
+        It is a twin's if its numbers rise while this node runs. If it is of a later epoch than this
+        one, the clock has gone back since then; this node outdoes its own past, and is heard again.
+        """
+        if advert.seq <= self._spoken.get(advert.epoch, 0):
             return
-        if is_signed(sealed, advert.peer, self._transport.verify):
-            self._epoch = advert.epoch + 1
+        if not is_signed(sealed, advert.peer, self._transport.verify):
+            return
+        epoch, seq = self.other or (-1, 0)
+        since = trio.current_time() - sealed.age - self._began
+        if advert.epoch == epoch and advert.seq > seq and since > AGE_ERROR and not self.twin:
+            self.twin = True
+            logger.error("%s", TWIN)
+        self.other = advert.stamp
+        if not self.twin and advert.stamp > (self._epoch, self._seq):  # else it would never end
+            self._epoch, self._seq = advert.epoch + 1, 0
             self.changed()
 
     def relayed(self, asker: PeerId) -> Iterable[bytes]:

@@ -30,9 +30,9 @@ from .frames import (
     RemoteProtocolError,
     Request,
 )
-from .gossip import Gossip
+from .gossip import TWIN, Gossip
 from .liveness import Liveness
-from .peers import Advert, PeerTable
+from .peers import LATE, Advert, PeerTable
 from .pool import CONNECT, PeerAnswer, StreamPool
 from .protocol import PROTOCOL
 from .serving import Services, Serving
@@ -97,6 +97,8 @@ class Network:
         )
         self._nursery: trio.Nursery | None = None
         self._pool: StreamPool | None = None
+        #: Was a peer asked once more for what it knows of this node?
+        self._asked_again = False
         #: Why a connection is being cut.
         self._reasons: dict[PeerId, str] = {}
         self._advert_listeners: list[Callable[[Advert], None]] = []
@@ -135,6 +137,11 @@ class Network:
     def connected(self) -> Sequence[PeerId]:
         """The members that are connected now."""
         return [peer for peer in self._transport.connected() if not self._is_foreign(peer)]
+
+    @property
+    def problem(self) -> str:
+        """What is wrong with this node's membership; "": nothing."""
+        return TWIN if self._gossip.twin else ""
 
     def members(self) -> int:
         """How many nodes the mesh has, as far as this one knows."""
@@ -294,6 +301,7 @@ class Network:
                 await self._take_items(peer, AskTable(), self._gossip.take_relayed)
                 state = self.table.get(peer)
                 logger.info("%s is here (%s)", (state and state.node) or "a member", peer)
+                self._look_for_twin(peer)
                 await self._on_met(peer)
                 return
             except RemoteProtocolError as error:
@@ -307,6 +315,19 @@ class Network:
                 return
         if isinstance(failure, NotSpoken):
             await self._meet_foreign(peer)
+
+    def _look_for_twin(self, peer: PeerId) -> None:
+        """Where a peer knows an advert of this node that it has not made, ask it once more."""
+        if self._gossip.other is not None and not self._asked_again and self._nursery:
+            self._asked_again = True
+            self._nursery.start_soon(self._ask_again, peer)
+
+    async def _ask_again(self, peer: PeerId) -> None:
+        await trio.sleep(max(LATE, 2 * self._gossip.period))
+        try:
+            await self._take_items(peer, AskTable(), self._gossip.take_relayed)
+        except (TransportError, RemoteProtocolError) as error:
+            logger.debug("peer %s did not tell its table again: %s", peer, error)
 
     async def _meet_foreign(self, peer: PeerId) -> None:
         """A peer with the mesh secret that is no member, such as a Kubo."""

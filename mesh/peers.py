@@ -9,6 +9,7 @@ goes round brings back a node that is gone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
@@ -31,6 +32,12 @@ MIN_TTL, MAX_TTL = 5.0, 600.0
 MEMORY = 3600.0
 #: Seconds for which a peer that cannot be reached is shown after the last try to reach it.
 LINGER = 120.0
+#: Share of its life that the advert of a peer has left whose connection was lost: it is there to
+#: others only if one of its next two comes by way of them.
+LOST = 4 / 7
+#: Seconds after which a node that has begun a new epoch says nothing in the older one any more,
+#: whatever way that takes; and for which it is said that there are two of a peer.
+LATE, TWIN_SHOWN = 15.0, 120.0
 #: What is signed begins with this, so that no other signed bytes pass for an advert.
 CONTEXT = b"promptmesh advert 1\0"
 
@@ -183,6 +190,8 @@ class PeerState:
     failed: float = 0.0
     #: It said that it goes.
     left: bool = False
+    #: When it was last heard in two epochs at once: two nodes have its identity.
+    twin: float = -math.inf
     #: The program of a peer that does not speak the mesh's protocol, such as `kubo/0.22.0`.
     agent: str = ""
 
@@ -190,6 +199,11 @@ class PeerState:
     def foreign(self) -> bool:
         """Is it in the private network and no member of the mesh, as a Kubo is?"""
         return bool(self.agent) and self.advert is None
+
+    @property
+    def ttl(self) -> float:
+        """Seconds for which its advert holds."""
+        return 0.0 if self.advert is None else min(max(self.advert.ttl, MIN_TTL), MAX_TTL)
 
     @property
     def state(self) -> Literal["connected", "known", "unreachable"]:
@@ -216,11 +230,15 @@ class Offered(NamedTuple):
 
 
 class _Past(NamedTuple):
-    """The newest advert ever seen of a peer, and until when that is remembered."""
+    """The newest advert ever seen of a peer, when it was made, and until when it is remembered."""
 
     stamp: tuple[int, int]
     sealed: SignedAdvert
+    made: float
     until: float
+    #: When its epoch was first heard of, and the newest stamp of the one before.
+    since: float
+    before: tuple[int, int] | None
 
 
 class PeerTable:
@@ -273,8 +291,7 @@ class PeerTable:
         ttl = min(max(advert.ttl, MIN_TTL), MAX_TTL)
         if not self.is_news(advert) or age >= ttl or not self._has_room(advert.peer):
             return False
-        self._past.pop(advert.peer, None)  # the order of `_past` is that of their last advert
-        self._past[advert.peer] = _Past(advert.stamp, sealed, now + MEMORY)
+        self._remember(advert, sealed, now, age)
         if advert.leaving:
             self._leave(advert.peer)
             return True
@@ -283,6 +300,37 @@ class PeerTable:
         peer.made, peer.expires = now - age, now - age + ttl
         self.version += 1
         return True
+
+    def _remember(self, advert: Advert, sealed: SignedAdvert, now: float, age: float) -> None:
+        past = self._past.pop(advert.peer, None)  # their order is that of their last advert
+        since, before = now, None if past is None else past.stamp
+        if past is not None and past.stamp[0] == advert.epoch:
+            since, before = past.since, past.before
+        self._past[advert.peer] = _Past(
+            advert.stamp, sealed, now - age, now + MEMORY, since, before
+        )
+
+    def is_twin(self, advert: Advert, now: float) -> bool:
+        """Does its subject go on in an older epoch, though it has begun a newer one long ago?
+
+        Then it is two nodes. For what comes by gossip: that is not passed on late.
+        """
+        past = self._past.get(advert.peer)
+        return (
+            past is not None
+            and advert.epoch < past.stamp[0]
+            and now > past.since + LATE
+            and (past.before is None or advert.stamp > past.before)
+        )
+
+    def twin(self, peer: PeerId, now: float) -> bool:
+        """Two nodes have the identity of that peer. Is that news?"""
+        state = self._peers.get(peer)
+        if state is None:
+            return False
+        news = now > state.twin + TWIN_SHOWN
+        state.twin = now
+        return news
 
     def expire(self, now: float) -> list[PeerId]:
         """Forget what has ended. Returns the peers that are out of the table."""
@@ -303,7 +351,7 @@ class PeerTable:
         """The adverts to tell a peer that asks, each with its age.
 
         Its own newest one is among them though it may have ended: a node whose clock went back
-        learns from it which epoch it must exceed.
+        learns from it which epoch it must exceed, and one that has a twin that there is one.
         """
         adverts = [
             msgspec.structs.replace(peer.sealed, age=max(now - peer.made, 0.0))
@@ -311,7 +359,9 @@ class PeerTable:
             if peer.sealed is not None and peer.peer != asker
         ]
         past = self._past.get(asker)
-        return adverts if past is None else [*adverts, past.sealed]
+        if past is not None:
+            adverts.append(msgspec.structs.replace(past.sealed, age=max(now - past.made, 0.0)))
+        return adverts
 
     def _leave(self, name: PeerId) -> None:
         peer = self._peers.get(name)
@@ -377,6 +427,8 @@ class PeerTable:
             return
         state.connected, state.since, state.rtt = False, now, None
         state.reason, state.failed, state.address = reason, now, ""
+        if state.advert is not None:
+            state.expires = min(state.expires, now + LOST * state.ttl)
         self.version += 1
         if state.left:
             del self._peers[peer]

@@ -41,6 +41,7 @@ class Hearing:
         self._index = index
         self._conduct = conduct
         self._rng = rng
+        self._warned = False
 
     # --- told unasked
 
@@ -116,6 +117,12 @@ class Hearing:
         taken: Ingested = self._index.ingest(envelope, now, told_by=told_by)
         if taken.status in ("full", "fast", "silenced"):
             logger.debug("claims of %s are not kept: %s", taken.peer, taken.reason)
+        if taken.status == "early" and not self._warned:
+            self._warned = True
+            logger.warning(
+                "claims of %s are of the future, and not used: its clock is wrong, or this one's",
+                taken.peer,
+            )
         if taken.status == "equivocation":
             self._conduct.offended(taken.peer, "equivocation", now, evidence=taken.evidence)
             self._index.forget(taken.peer)

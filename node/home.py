@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 IDENTITY_BYTES = 32
 #: Of any of the small files here; what is larger was not written by us.
 _MAX_FILE_BYTES = 1 << 20
+#: No epoch is so great: what peers accept, and room to rise.
+MAX_EPOCH = 2**52
 MAX_PEERS = 256
 MAX_ADDRESSES_PER_PEER = 16
 
@@ -66,6 +68,7 @@ class Home:
         self.identity_path = path / "identity.key"
         self.swarm_key_path = path / "swarm.key"
         self.peers_path = path / "peers.json"
+        self.epoch_path = path / "epoch"
         self.node_path = path / "node.json"
         self.lock_path = path / "lock"
         self.cache_path = path / "cache.sqlite"
@@ -163,6 +166,27 @@ class Home:
         }
         fields = {"bootstrap": list(known.bootstrap[:MAX_PEERS]), "peers": peers}
         _write(self.peers_path, json.dumps(fields, indent=1).encode())
+
+    def next_epoch(self, now: int) -> int:
+        """A number for this start that is greater than that of each one before.
+
+        It is the time in milliseconds (`now`), but for a clock that has gone back since: others
+        would take what the node says for older than what they know of it. Where the file cannot be
+        used, that is logged, and it is the time.
+        """
+        last = -1
+        if self.epoch_path.exists():
+            with contextlib.suppress(HomeError, ValueError):
+                last = int(_read(self.epoch_path, ""))
+            if not 0 <= last < MAX_EPOCH:
+                logger.warning("%s is damaged and not used", self.epoch_path)
+                last = -1
+        epoch = max(now, last + 1)
+        try:
+            _write(self.epoch_path, str(epoch).encode())
+        except HomeError as error:
+            logger.warning("the number of this start is not remembered: %s", error)
+        return epoch
 
     # --- the running node -----------------------------------------------------------------------
 

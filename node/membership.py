@@ -71,7 +71,7 @@ class Membership:
         self._describe = describe
         self._rng = rng
         #: Why the node is not in the mesh though it should be; "" if it is.
-        self.problem = ""
+        self._problem = ""
         self._alone = not config.enabled
         self._network: Network | None = None
         self._transport: Transport | None = None
@@ -79,6 +79,11 @@ class Membership:
         self._scope = trio.CancelScope()
         self._settled = trio.Event()
         self._saver = _Saver(home)
+
+    @property
+    def problem(self) -> str:
+        """Why the node is not in the mesh though it should be, or not well; "" if it is."""
+        return self._problem or (self._network.problem if self._network else "")
 
     @property
     def addresses(self) -> list[str]:
@@ -136,8 +141,8 @@ class Membership:
         # The file is of another mesh by now, which the peers of this one must not be mixed into.
         self._saver.enabled = False
         await self._begin_anew()
-        if self.problem:
-            raise TransportError(self.problem)
+        if self._problem:
+            raise TransportError(self._problem)
 
     async def leave(self) -> None:
         """Tell the peers, and be alone until `reload`."""
@@ -157,7 +162,7 @@ class Membership:
         await self._settled.wait()
 
     def _settle(self, problem: str) -> None:
-        self.problem = problem
+        self._problem = problem
         self._settled.set()
 
     async def _session(self, task_status: TaskStatus[None]) -> None:
@@ -205,8 +210,7 @@ class Membership:
             self._table,
             self._services,
             describe=self._describe,
-            # Milliseconds: a node is not started twice in one.
-            epoch=int(time.time() * 1000),
+            epoch=self._home.next_epoch(int(time.time() * 1000)),
             rng=self._rng,
             on_claims=self._sharing.hear,
             on_met=self._sharing.meet,

@@ -12,6 +12,7 @@ it (`latency`) or somebody waits for a peer that does not answer (`cut`).
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -55,6 +56,7 @@ class MemoryNetwork:
         self._transports: dict[PeerId, MemoryTransport] = {}
         self._cut: set[frozenset[PeerId]] = set()
         self._change = trio.Event()
+        self._numbers = itertools.count()
 
     def transport(self, name: str) -> MemoryTransport:
         """A new node. After `aclose` the name may be used again: the node has come back."""
@@ -121,7 +123,6 @@ class MemoryTransport:
         self._handling: dict[trio.CancelScope, _End] = {}
         self._told: list[ConnectionHandler] = []
         self._topics: dict[str, GossipHandler] = {}
-        self._published = 0
         self._heard: set[tuple[PeerId, int]] = set()
         self._gossip_in, self._gossip_out = trio.open_memory_channel[_Message](math.inf)
 
@@ -249,8 +250,8 @@ class MemoryTransport:
     async def publish(self, topic: str, data: bytes) -> None:
         if len(data) > MAX_MESSAGE:
             raise ValueError(f"{len(data)} bytes are too many for a gossiped message")
-        self._published += 1
-        message = _Message(self.peer_id, self._published, topic, data)
+        # No number comes twice, also not after a restart.
+        message = _Message(self.peer_id, next(self.network._numbers), topic, data)
         self._heard.add((message.origin, message.number))
         self._pass_on(message)
         await trio.lowlevel.checkpoint()

@@ -56,7 +56,15 @@ def asking(prompt: str = "hi", **cache: object) -> GenerateRequest:
 class Member:
     """A node's cache and sharing, and what its peers may ask of it."""
 
-    def __init__(self, name: str, trusted: Sequence[str] = ("all",), *, seed: int = 1) -> None:
+    def __init__(
+        self,
+        name: str,
+        trusted: Sequence[str] = ("all",),
+        *,
+        seed: int = 1,
+    ) -> None:
+        #: Seconds by which its clock is ahead.
+        self.ahead = 0.0
         # As the transport of that name in a `MemoryNetwork`.
         self.identity = Identity(hashlib.sha256(name.encode()).digest())
         self.peer = self.identity.peer_id
@@ -88,7 +96,7 @@ class Member:
             permissions=Permissions(answers=self.answers, namespaces=namespaces),
             peer=self.peer,
             rng=Random(self._seed),
-            clock=now,
+            clock=lambda: now() + self.ahead,
         )
 
     async def make(self, request: GenerateRequest, text: str, **how: bool) -> str:
@@ -97,7 +105,7 @@ class Member:
             request_key(request),
             Completion(text=text, finish_reason="stop"),
             model="m",
-            now=now(),
+            now=now() + self.ahead,
             namespace=request.cache.namespace,
             **how,  # type: ignore[arg-type]
         )

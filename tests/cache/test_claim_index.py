@@ -114,7 +114,6 @@ def test_claims_outlive_the_process(tmp_path: Path) -> None:
     [
         (b"junk", "not an envelope"),
         (envelope(signer="q"), "not signed"),
-        (envelope("p", 1, entry(made_at=NOW + MAX_SKEW + 1)), "future"),
         (envelope("p", 1, entry(), entry(2, expires_at=NOW + MAX_LIFE + 1)), "too long"),
         (envelope("p", 1, entry(), entry(2, expires_at=NOW)), "not at all"),
         (envelope("p", 1, entry(), entry(2, made_at=NOW - 50, expires_at=NOW - 60)), "not at all"),
@@ -126,6 +125,15 @@ def test_what_is_wrong_is_refused(index: ClaimIndex, data: bytes, why: str) -> N
     assert why in refused.reason
     assert index.versions(NOW) == {}
     assert index.live(NOW) == 0
+
+
+def test_what_is_of_the_future_waits_for_its_time(index: ClaimIndex) -> None:
+    """One of the clocks is wrong; when it is set right, the batch is taken."""
+    data = envelope("p", 1, entry(1), entry(2, made_at=NOW + MAX_SKEW + 1))
+    early = index.ingest(data, NOW)
+    assert (early.status, index.versions(NOW), index.live(NOW)) == ("early", {}, 0)
+    assert "future" in early.reason
+    assert index.ingest(data, NOW + 1).status == "new"
 
 
 def test_times_at_the_limit(index: ClaimIndex) -> None:

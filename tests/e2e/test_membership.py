@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -63,21 +64,75 @@ async def test_a_restarted_node_finds_its_mesh_without_help(tmp_path: Path) -> N
         assert (await a.chat("hello", "echo")).status_code == 200
 
 
-async def test_a_frozen_peer_is_noticed_and_found_again(tmp_path: Path) -> None:
-    async with mesh(tmp_path, {"a": "", "b": ECHO}) as (a, b):
-        await a.wait_for_model("echo")
-        b.signal(signal.SIGSTOP)
+@pytest.mark.parametrize("how", [signal.SIGSTOP, signal.SIGKILL])
+async def test_a_dead_peer_gets_no_more_work_and_is_found_again(
+    tmp_path: Path, how: signal.Signals
+) -> None:
+    """Stopped, its kernel still takes what is sent to it; killed, its connections break."""
+    config = {"a": "", "b": ECHO, "c": ECHO}
+    async with mesh(tmp_path, config) as (a, b, c):
+        await a.wait_for_peers("b", "c")
+        address = await mesh_address(b)
+        await both_answer(a)
+        b.signal(how)
+        answers = [(await a.chat(f"after {n}", "echo")) for n in range(6)]
+        assert [x.status_code for x in answers] == [200] * 6
+        assert {x.headers["x-promptmesh-node"] for x in answers} == {"c"}
+        # At most one of them was tried at b in vain.
+        assert sum(int(x.headers["x-promptmesh-attempts"]) for x in answers) <= 7
 
         async def noticed() -> bool:
             return (await table(a)).get("b") != "connected"
 
-        await until(noticed, "a notices that b is silent", 15)
-        answer = await a.chat("hello", "echo")
-        assert answer.status_code in (404, 502, 503), answer.text
-        assert "echo" in answer.json()["error"]["message"]
-        b.signal(signal.SIGCONT)
-        await a.wait_for_peers("b")
+        async def forgotten() -> bool:
+            sources = [m["promptmesh"]["sources"] for m in (await a.json("/v1/models"))["data"]]
+            return "b" not in {source["node"] for one in sources for source in one}
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(until, noticed, "a notices that b is silent", 8)
+            nursery.start_soon(until, forgotten, "a offers no model of b any more", 15)
+        (lost,) = [p for p in await a.json("/mesh/v1/peers") if p["node"] == "b" or p["reason"]]
+        assert lost["state"] == "unreachable"
+        assert lost["reason"]
+        if how is signal.SIGSTOP:
+            b.signal(signal.SIGCONT)
+        else:
+            await b.wait_exit(10)
+            await b.start("--listen", address)
+        await a.wait_for_peers("b", "c")
+        await both_answer(a)
+        assert (await c.json("/mesh/v1/status"))["mesh"]["problem"] is None
+
+
+async def both_answer(daemon: Daemon) -> None:
+    """Wait until it has had answers of b and of c."""
+    seen: set[str] = set()
+
+    async def ask() -> bool:
+        answer = await daemon.chat(f"hello {trio.current_time()}", "echo")
+        seen.add(answer.headers.get("x-promptmesh-node", ""))
+        return {"b", "c"} <= seen
+
+    await until(ask, "both b and c answer", 30)
+
+
+async def test_a_copied_folder_is_said_clearly(tmp_path: Path) -> None:
+    async with mesh(tmp_path, {"a": "", "b": ECHO}) as (a, b):
         await a.wait_for_model("echo")
+        left_out = shutil.ignore_patterns("lock", "node.json", "log", "*.sqlite*", "config.toml")
+        shutil.copytree(b.home, tmp_path / "copy", ignore=left_out)
+        copy = Daemon(tmp_path / "copy", "copy")
+        try:
+            await copy.start()
+
+            async def says_so() -> bool:
+                problem = (await copy.json("/mesh/v1/status"))["mesh"]["problem"]
+                return "another node runs with the identity of this one" in (problem or "")
+
+            await until(says_so, "the copy knows that it is one", 60)
+            assert "delete identity.key" in copy.log.read_text()
+        finally:
+            await copy.aclose()
 
 
 async def test_garbage_at_the_mesh_port_does_not_stop_the_node(tmp_path: Path) -> None:

@@ -229,3 +229,105 @@ async def test_a_node_that_meets_its_own_later_advert_outdoes_it(
     a.gossip.take_relayed(others(later, a.transport.sign))
     await trio.sleep(2)
     assert b.heard[-1].epoch == 501
+
+
+#: Milliseconds since 1970: what epochs are made of.
+IN_2026, IN_2099 = 1_795_000_000_000, 4_070_908_800_000
+
+
+def own_advert(speaker: Speaker, epoch: int, seq: int, age: float = 0.0) -> bytes:
+    """An advert with the speaker's identity that it has not made in this run."""
+    advert = Advert(peer=speaker.transport.peer_id, node="a", epoch=epoch, seq=seq, ttl=30.0)
+    return others(advert, speaker.transport.sign, age=age)
+
+
+@pytest.mark.parametrize("seq", [1, 2, 500])
+async def test_a_restart_within_one_millisecond(
+    autojump_clock: Clock, nursery: trio.Nursery, seq: int
+) -> None:
+    """The epoch is the same, and the numbers begin again: the others take it for old."""
+    a, b = await two(nursery)
+    b.gossip.take_relayed(own_advert(a, 1, seq))
+    await trio.sleep(2)
+    for item in b.gossip.relayed(a.transport.peer_id):
+        a.gossip.take_relayed(item)
+    a.models = ("new",)
+    await trio.sleep(5)
+    assert b.table.offers("new")
+    assert not a.gossip.twin
+
+
+async def test_a_clock_that_was_in_2099_harms_nobody(
+    autojump_clock: Clock, nursery: trio.Nursery
+) -> None:
+    a, b = await two(nursery)
+    c = Speaker(a.transport.network, "c", epoch=IN_2026)
+    await c.transport.connect(b.transport.peer_id, b.transport.addresses)
+    await nursery.start(c.gossip.run)
+    await trio.sleep(1)
+    b.gossip.take_relayed(own_advert(c, IN_2099, 77, age=2.0))
+    # What the others say of themselves counts as before, whatever c's clock says.
+    a.models = ("new",)
+    a.gossip.changed()
+    await trio.sleep(2)
+    assert b.table.offers("new")
+    # c is not heard, as it seems to speak of long ago, until it has asked b for what it knows.
+    assert b.table.offers("m") == ()
+    for item in b.gossip.relayed(c.transport.peer_id):
+        c.gossip.take_relayed(item)
+    await trio.sleep(2)
+    state = b.table.get(c.transport.peer_id)
+    assert state is not None
+    assert state.advert is not None
+    assert (state.advert.epoch, [o.peer.node for o in b.table.offers("m")]) == (IN_2099 + 1, ["c"])
+    await trio.sleep(60)
+    assert [o.peer.node for o in b.table.offers("m")] == ["c"]
+    assert not c.gossip.twin
+
+
+async def test_a_twin_is_who_goes_on_speaking_as_this_node(
+    autojump_clock: Clock, nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
+) -> None:
+    a, _ = await two(nursery)
+    await trio.sleep(1)
+    a.gossip.take_relayed(own_advert(a, 0, 10, age=3.0))
+    a.gossip.take_relayed(own_advert(a, 0, 12, age=1.0))  # another peer heard more of its past
+    assert not a.gossip.twin
+    await trio.sleep(20)
+    a.gossip.take_relayed(own_advert(a, 0, 14, age=18.0))  # that was before, too
+    a.gossip.take_relayed(own_advert(a, 0, 14, age=1.0))
+    a.gossip.take_relayed(own_advert(a, 1, 2, age=1.0))  # its own of this run
+    assert not a.gossip.twin
+    a.gossip.take_relayed(others(Advert(peer=a.transport.peer_id, seq=16), lambda data: b"forged"))
+    assert not a.gossip.twin
+    a.gossip.take_relayed(own_advert(a, 0, 16, age=1.0))
+    assert a.gossip.twin
+    a.gossip.take_relayed(own_advert(a, 0, 18, age=1.0))
+    assert caplog.text.count("another node runs with the identity of this one") == 1
+
+
+async def test_twins_do_not_outdo_each_other_for_ever(
+    autojump_clock: Clock, nursery: trio.Nursery
+) -> None:
+    a, b = await two(nursery)
+    await trio.sleep(10)
+    for n in range(20):
+        a.gossip.take_relayed(own_advert(a, 1000, 10 + n))
+        await trio.sleep(2)
+    assert a.gossip.twin
+    assert {advert.epoch for advert in b.heard} <= {1, 1001}
+
+
+async def test_others_say_that_there_are_two_of_a_peer(
+    autojump_clock: Clock, nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
+) -> None:
+    a, b = await two(nursery)
+    await trio.sleep(1)
+    for n in range(20):
+        await a.transport.publish(ADVERTS, own_advert(a, 0, 100 + n))
+        await trio.sleep(1)
+    state = b.table.get(a.transport.peer_id)
+    assert state is not None
+    assert state.twin == pytest.approx(20.0, abs=1.1)
+    assert caplog.text.count("two nodes have one identity") == 1
+    assert b.table.offers("m")  # who spoke last in the later epoch is who is meant

@@ -10,15 +10,19 @@ from fakes import MemoryNetwork
 from fakes_mesh import FakeProvider, Node, asking, mesh_of, wait_until
 
 from promptmesh.mesh.asking import Deadlines
+from promptmesh.mesh.frames import encode_value
 from promptmesh.mesh.measure import BackendId
 from promptmesh.mesh.network import GREETINGS
+from promptmesh.mesh.peers import Advert, seal
 from promptmesh.mesh.pool import MAX_IDLE, MAX_UNREAD
+from promptmesh.mesh.route import Route
 from promptmesh.mesh.transport import TransportError
 from promptmesh.providers.base import (
     ContentFiltered,
     DeadlineExceeded,
     ModelNotFound,
     ModelOffer,
+    Policy,
     ProviderUnavailable,
     RequestRejected,
     StreamInterrupted,
@@ -315,6 +319,47 @@ async def test_a_black_hole_is_noticed(
     await wait_until(lambda: bool(a.table.offers("m")))
 
 
+@pytest.mark.parametrize("policy", ["round_robin", "least_loaded", "best_performance"])
+async def test_a_dead_peer_gets_no_more_work_and_is_out_in_time(
+    autojump_clock: Clock, nursery: trio.Nursery, network: MemoryNetwork, policy: Policy
+) -> None:
+    """A black hole: nothing comes back, and nobody says why."""
+    a, b, _c = await three(nursery, network, FakeProvider("x"), FakeProvider("y"))
+    await trio.sleep(30)
+    network.cut(b.transport)
+    cut_at = trio.current_time()
+    routes: list[tuple[float, float, Route]] = []
+
+    async def ask(number: int) -> None:
+        began = trio.current_time() - cut_at
+        _, origin = await a.ask(asking(policy=policy, id=f"r{number}"))
+        assert origin.node == "c"
+        routes.append((began, trio.current_time() - cut_at, a.routes[f"r{number}"]))
+
+    out_at = gone_at = None
+    for number in range(120):
+        nursery.start_soon(ask, number)
+        await trio.sleep(0.25)
+        passed = trio.current_time() - cut_at
+        if out_at is None and a.state_of(b) == "unreachable":
+            out_at = passed
+        if gone_at is None and [o.peer.node for o in a.table.offers("m")] == ["c"]:
+            gone_at = passed
+    await wait_until(lambda: len(routes) == 120)
+    asked_b = [r for r in routes if any(t.candidate.node == "b" for t in r[2].tried)]
+    assert bool(asked_b) == (policy != "best_performance")  # it asks first how busy b is
+    failed_at = min((ended for _, ended, _ in asked_b), default=0.0)
+    assert failed_at <= 8.0
+    assert all(began <= failed_at for began, _, _ in asked_b)
+    assert out_at is not None
+    assert out_at <= 8.0
+    assert gone_at is not None
+    assert gone_at <= 15.0
+    network.heal(b.transport)
+    await wait_until(lambda: len(a.table.offers("m")) == 2)
+    assert a.state_of(b) == "connected"
+
+
 async def test_leaving_is_announced(
     autojump_clock: Clock, nursery: trio.Nursery, network: MemoryNetwork
 ) -> None:
@@ -336,7 +381,7 @@ async def test_a_killed_node_is_out_at_once_and_forgotten_in_time(
     await trio.sleep(0.1)
     assert a.state_of(b) == "unreachable"
     assert {(await a.ask())[1].node for _ in range(3)} == {"c"}
-    await trio.sleep(20)
+    await trio.sleep(12)
     assert [offered.peer.node for offered in a.table.offers("m")] == ["c"]
 
 
@@ -374,6 +419,49 @@ async def test_a_node_whose_clock_went_back_is_heard_again(
     again = Node(network, "b", FakeProvider("new"), epoch=5, bootstrap=a.transport.addresses)
     nursery.start_soon(again.run)
     assert await wait_until(lambda: names(a, again) == ["new"]) < 5.0
+
+
+async def test_a_twin_is_noticed_by_the_node_that_starts_beside_it(
+    autojump_clock: Clock, nursery: trio.Nursery, network: MemoryNetwork
+) -> None:
+    """A copied home folder: what is told to the second of itself goes on rising."""
+    a, b = Node(network, "a"), Node(network, "b", FakeProvider("x"), epoch=5)
+    await mesh_of(nursery, a, b)
+    await b.kill()
+    await trio.sleep(20)
+    again = Node(network, "b", FakeProvider("x"), epoch=9, bootstrap=a.transport.addresses)
+    speaking = True
+
+    async def speak_as_the_first() -> None:
+        number = 100
+        while speaking:
+            advert = Advert(peer=b.peer_id, node="b", epoch=5, seq=number, ttl=17.5)
+            told[:] = [encode_value(seal(advert, again.transport.sign))]
+            number += 1
+            await trio.sleep(5)
+
+    told: list[bytes] = []
+    heard = a.network._gossip.relayed
+    a.network._serving._table = lambda asker: [*heard(asker), *told]
+    nursery.start_soon(speak_as_the_first)
+    nursery.start_soon(again.run)
+    await wait_until(lambda: "runs with the identity" in again.network.problem)
+    speaking = False
+    assert a.network.problem == ""
+
+
+async def test_a_restart_is_no_twin(
+    autojump_clock: Clock, nursery: trio.Nursery, network: MemoryNetwork
+) -> None:
+    a, b = Node(network, "a"), Node(network, "b", FakeProvider("x"), epoch=5)
+    await mesh_of(nursery, a, b)
+    for epoch in (6, 3, 7):
+        await b.kill()
+        b = Node(network, "b", FakeProvider("x"), epoch=epoch, bootstrap=a.transport.addresses)
+        nursery.start_soon(b.run)
+        await trio.sleep(30)
+        assert a.table.offers("m")
+        assert b.network.problem == ""
 
 
 async def test_a_partition_heals_by_itself(

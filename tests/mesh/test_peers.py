@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 
 from promptmesh.mesh.frames import RemoteProtocolError, encode_value
 from promptmesh.mesh.peers import (
+    LATE,
     LINGER,
     MAX_ADVERT,
     MAX_PEERS,
     MEMORY,
+    TWIN_SHOWN,
     Advert,
     Gpu,
     Machine,
@@ -171,6 +173,46 @@ def test_a_connected_peer_stays_when_its_advert_ends() -> None:
     assert peer.providers == ()
 
 
+def test_the_advert_of_a_lost_peer_has_time_for_two_more() -> None:
+    table = PeerTable("me")
+    table.connected("b", "", 100.0)
+    observe(table, offering("b", "m", ttl=17.5), 100.0)
+    table.disconnected("b", "it did not answer", 101.0)
+    table.expire(110.9)
+    assert asked(table, "m") == ["b"]
+    table.expire(111.0)
+    assert asked(table, "m") == []
+    peer = table.get("b")
+    assert peer is not None
+    assert (peer.state, peer.reason) == ("unreachable", "it did not answer")  # still shown
+    # Others still hear it: this node alone has lost it.
+    assert observe(table, offering("b", "m", ttl=17.5, seq=2), 112.0)
+    table.expire(129.0)
+    assert asked(table, "m") == ["b"]
+    # What is over soon anyhow does not live on.
+    table.connected("b", "", 129.0)
+    table.disconnected("b", "again", 129.1)
+    table.expire(129.5)
+    assert asked(table, "m") == []
+
+
+def test_who_goes_on_in_an_older_epoch_is_two() -> None:
+    table = PeerTable("me")
+    assert not table.is_twin(offering("b"), 0.0)
+    observe(table, offering("b", epoch=1, seq=7), 0.0)
+    observe(table, offering("b", epoch=2, seq=1), 10.0)
+    assert not table.is_twin(offering("b", epoch=1, seq=8), 10.0 + LATE)  # it was under way
+    observe(table, offering("b", epoch=2, seq=2), 20.0)
+    assert not table.is_twin(offering("b", epoch=1, seq=7), 30.0)  # heard before
+    assert not table.is_twin(offering("b", epoch=2, seq=1), 30.0)
+    assert not table.is_twin(offering("b", epoch=3, seq=1), 30.0)
+    assert table.is_twin(offering("b", epoch=1, seq=8), 30.0)
+    assert table.twin("b", 30.0)
+    assert not table.twin("b", 35.0)  # said already
+    assert table.twin("b", 36.0 + TWIN_SHOWN)
+    assert not table.twin("unknown", 30.0)
+
+
 def test_what_is_relayed_carries_its_age_and_the_askers_own_last_advert() -> None:
     table = PeerTable("me")
     old = offering("b", epoch=9)
@@ -179,6 +221,7 @@ def test_what_is_relayed_carries_its_age_and_the_askers_own_last_advert() -> Non
     table.expire(118.0)  # b has ended: a ghost is not told, but to itself
     assert [s.age for s in table.relayed("x", 119.0)] == [19.0]
     told = table.relayed("b", 119.0)
+    assert [s.age for s in told] == [19.0, 21.0]
     assert [open_sealed(encode_value(s))[1].peer for s in told] == ["c", "b"]
 
 

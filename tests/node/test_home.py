@@ -202,6 +202,33 @@ def test_forgetting_the_mesh(tmp_path: Path) -> None:
     assert not home.known_peers()
 
 
+def test_epochs_rise_whatever_the_clock_says(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    home.make("")
+    times = [1000, 1000, 4_070_908_800_000, 2000, 0]
+    epochs = [Home(tmp_path).next_epoch(now) for now in times]
+    assert epochs == [1000, 1001, *(4_070_908_800_000 + n for n in range(3))]
+
+
+@pytest.mark.parametrize("text", ["", "x", "-5", "1" * 5000, "9" * 20, "\xff"])
+def test_a_damaged_epoch_is_the_time(
+    tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    home = Home(tmp_path)
+    home.make("")
+    home.epoch_path.write_text(text)
+    assert home.next_epoch(1000) == 1000
+    assert "is damaged" in caplog.text
+    assert home.next_epoch(1000) == 1001
+
+
+def test_an_epoch_that_cannot_be_written_is_the_time(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert Home(tmp_path / "missing").next_epoch(1000) == 1000
+    assert "is not remembered" in caplog.text
+
+
 def test_the_running_node_is_found_while_it_runs(tmp_path: Path) -> None:
     home = made(tmp_path)
     assert home.running() is None

@@ -16,6 +16,9 @@ from promptmesh.mesh.transport import TransportError
 from promptmesh.node.claiming import PATIENCE
 from promptmesh.providers.base import Completion
 
+#: Seconds.
+YEAR = 365 * 86400.0
+
 
 async def test_an_answer_is_found_by_the_others(autojump_clock: trio.testing.MockClock) -> None:
     async with mesh("a", "b", "c") as ((a, _), (b, _), (c, _)):
@@ -124,6 +127,35 @@ async def test_nonsense_is_not_passed_on(message: bytes) -> None:
     member = Member("a")
     assert member.sharing.hear("12D3-x", message) is False
     member.database.close()
+
+
+@pytest.mark.parametrize("ahead", [-20 * YEAR, -3600.0, 3600.0, 70 * YEAR])
+async def test_a_wrong_clock_costs_hits_and_nobodys_say(
+    ahead: float, autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with mesh("a", "b", "c") as ((a, _), (b, _), (c, _)):
+        b.ahead = ahead
+        for number in range(20):
+            await a.make(asking(str(number)), f"answer {number}")
+            await b.make(asking(f"b{number}"), f"answer {number}")
+            await trio.sleep(2)
+        await trio.sleep(300)
+        # The two whose clocks are right share as if b were not there, and nobody is a liar.
+        assert await find(c, asking("3")) == ("answer 3", a.peer)
+        for one in (a, b, c):
+            for other in (a, b, c):
+                assert one.conduct.silence(other.peer, now() + one.ahead) is None
+        if abs(ahead) > 3600:
+            assert await find(b, asking("3")) is None
+        b.ahead = 0.0
+        await a.make(asking("after"), "it was set right")
+        await trio.sleep(100)
+        assert await find(b, asking("after")) == ("it was set right", a.peer)
+        assert await find(b, asking("3")) == ("answer 3", a.peer)
+        await b.make(asking("b after"), "hello")
+        await trio.sleep(100)
+        assert await find(a, asking("b after")) == ("hello", b.peer)
+        assert ("are of the future" in caplog.text) == (abs(ahead) > 120)
 
 
 async def test_alone_it_finds_and_tells_nothing() -> None:
