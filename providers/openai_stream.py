@@ -25,8 +25,8 @@ from .openai_errors import ErrorReader
 #: The longest answer of a server that answers whole although it was asked for a stream, in bytes.
 MAX_WHOLE = 32 * 1024 * 1024
 #: Characters of an answer: its text, reasoning and tool calls. Models end after 400,000 tokens, and
-#: whoever writes more than a million does not end at all.
-MAX_ANSWER = 4 * 1024 * 1024
+#: whoever writes twice as many does not end at all. All of it fits into one frame to a peer.
+MAX_ANSWER = 3 * 1024 * 1024
 
 
 class _Function(msgspec.Struct, gc=False):

@@ -199,7 +199,7 @@ CASES = (
         says="no whole answer within",
         left=True,
         paused=False,
-        deadline=2.0,
+        deadline=1.5,
     ),
     whole("no-done", "`finish_reason` without `[DONE]`"),
     whole("duplicate-finish", "`finish_reason` and `[DONE]` twice"),

@@ -63,6 +63,7 @@ from promptmesh.providers.base import (
     Text,
     Usage,
 )
+from promptmesh.providers.openai_stream import MAX_ANSWER
 
 REQUEST = GenerateRequest(
     model="m",
@@ -468,3 +469,8 @@ def test_merging_keeps_the_answer() -> None:
     assert [c.text for c in merged] == ["ab", "", "c", "d", "ef", ""]
     assert merged[-1].finish_reason == "stop"
     assert merged[3].logprobs == ({"x": 1},)
+
+
+def test_the_longest_answer_of_a_server_fits_into_one_frame() -> None:
+    frame = Piece(chunk=Chunk(text="\U0001f600" * MAX_ANSWER))
+    assert len(encode_value(frame)) < MAX_REPLY
