@@ -347,7 +347,7 @@ def test_fault_of_embeddings(world: World, case: Case) -> None:
 
 
 async def _fault_of_embeddings(case: Case, road: Road) -> None:
-    async with httpx.AsyncClient(base_url=road.asked.url, timeout=CASE_S) as client:
+    async with road.asked.client(timeout=CASE_S) as client:
         body = {"model": case.fault, "input": "Once upon a time."}
         response = await client.post("/v1/embeddings", json=body)
     error = response.json()["error"]
