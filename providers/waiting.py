@@ -100,8 +100,9 @@ class Line:
         if newcomer is not None:
             queues[newcomer.rank][newcomer] = None
         overtaken = list(self._overtaken)
-        while any(queues):
+        while len(left := [queue for queue in queues if queue]) > 1:
             yield _take(queues, overtaken)
+        yield from itertools.chain(*left)
 
 
 def _take(queues: _Queues, overtaken: list[int]) -> Place:
