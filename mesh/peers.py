@@ -192,6 +192,8 @@ class PeerState:
     left: bool = False
     #: When it was last heard in two epochs at once: two nodes have its identity.
     twin: float = -math.inf
+    #: The name that it said last.
+    name: str = ""
     #: The program of a peer that does not speak the mesh's protocol, such as `kubo/0.22.0`.
     agent: str = ""
 
@@ -213,8 +215,8 @@ class PeerState:
 
     @property
     def node(self) -> str:
-        """Its name, if it said one."""
-        return self.advert.node if self.advert else ""
+        """Its name, if it ever said one."""
+        return self.advert.node if self.advert else self.name
 
     @property
     def providers(self) -> Sequence[ProviderAdvert]:
@@ -268,11 +270,13 @@ class PeerTable:
         return self._peers.get(peer)
 
     def name_of(self, peer: PeerId) -> str:
-        """The name of its node, if no other goes by the same; else ""."""
+        """The name of its node, if no other that is there goes by the same; else ""."""
         state = self._peers.get(peer)
-        if state is None or not state.node:
+        if state is None or state.advert is None or not state.node:
             return ""
-        same = sum(other.node == state.node for other in self._peers.values())
+        same = sum(
+            other.advert is not None and other.node == state.node for other in self._peers.values()
+        )
         return state.node if same == 1 else ""
 
     # --- adverts
@@ -297,6 +301,7 @@ class PeerTable:
             return True
         peer = self._peers.get(advert.peer) or self._add(advert.peer, now)
         peer.advert, peer.sealed, peer.left, peer.agent = advert, sealed, False, ""
+        peer.name = advert.node
         peer.made, peer.expires = now - age, now - age + ttl
         self.version += 1
         return True

@@ -13,7 +13,8 @@ import trio
 
 from ..cache.answers import AnswerCache
 from ..cache.layers import FurtherState
-from ..mesh.peers import Machine, PeerState, PeerTable, ProviderAdvert
+from ..mesh.measure import BackendId, Experience, Measured, Speed
+from ..mesh.peers import TWIN_SHOWN, Machine, PeerState, PeerTable, ProviderAdvert
 from ..mesh.transport import TransportError
 from .api_rights import rights_fields
 from .http_server import Request, Responder
@@ -24,6 +25,8 @@ from .routes import send_problem
 logger = logging.getLogger(__name__)
 
 JSON = "application/json"
+#: What is said of a peer that speaks in two epochs at once.
+TWINS = "two nodes have its identity, as happens where a folder was copied"
 
 
 class MembershipControl(Protocol):
@@ -57,6 +60,7 @@ class MeshApi:
         kubo: Callable[[], FurtherState] | None = None,
         membership: MembershipControl,
         rights: Rights,
+        experience: Experience,
         ready: Callable[[], bool],
     ) -> None:
         self._peer = peer
@@ -71,6 +75,8 @@ class MeshApi:
         self._kubo = kubo
         self._membership = membership
         self._rights = rights
+        #: What requests to the peers have taught.
+        self._experience = experience
         self._ready = ready
         self._started = time.time()
 
@@ -109,24 +115,60 @@ class MeshApi:
             "node": self._node,
             "state": "connected",
             "address": next(iter(self._membership.addresses), ""),
+            "via": "",
             "ipfs": "",
             "providers": [_advert(p.advert()) for p in self._providers],
             "gpus": machine["gpus"],
             "machine": machine,
             "reason": self._membership.problem,
+            "warning": "",
             **rights_fields(Restricted()),
         }
         now = trio.current_time()
         others = sorted(self._peers, key=lambda p: (p.state, p.node, p.peer))
-        rows = [_peer(p, now) | rights_fields(self._rights.of(p.peer)) for p in others]
+        rows = [self._peer_row(p, now) | rights_fields(self._rights.of(p.peer)) for p in others]
         await _send(responder, [own, *rows, *self._absent()])
+
+    def _peer_row(self, peer: PeerState, now: float) -> dict[str, Any]:
+        machine = _machine(peer.advert.machine if peer.advert else Machine())
+        return {
+            "peer": peer.peer,
+            "node": peer.node,
+            "state": peer.state,
+            "address": peer.address,
+            "via": _via(peer),
+            # A peer that is no member is one of IPFS: it has the mesh secret, and exchanges blocks.
+            "ipfs": peer.agent if peer.foreign else "",
+            "providers": [self._provider_of(peer.peer, p, now) for p in peer.providers],
+            "gpus": machine["gpus"],
+            "machine": machine,
+            "rtt_ms": None if peer.rtt is None else round(peer.rtt * 1000, 3),
+            # The table counts in monotonic seconds, which mean nothing outside.
+            "since": int(time.time() - (now - peer.since)),
+            "reason": peer.reason,
+            "warning": TWINS if now < peer.twin + TWIN_SHOWN else "",
+        }
+
+    def _provider_of(self, peer: str, advert: ProviderAdvert, now: float) -> dict[str, Any]:
+        """What a peer claims of a provider, and what this node measured."""
+        backend = BackendId(peer, advert.name)
+        refusal = self._experience.breakers.refusal(backend, now)
+        speeds = (
+            (offer.id, self._experience.measures.get(Measured(peer, advert.name, offer.id)))
+            for offer in advert.models
+        )
+        return _advert(advert) | {
+            "measured": [_measured(model, speed, now) for model, speed in speeds if speed],
+            "in_flight": self._experience.loads.in_flight(backend),
+            "paused": refusal and {"seconds": round(refusal[0], 1), "reason": refusal[1]},
+        }
 
     def _absent(self) -> Iterator[dict[str, Any]]:
         """The peers that may not everything and are not in the table."""
         for peer, restricted in self._rights.restricted().items():
             if self._peers.get(peer) is None:
                 state = PeerState(peer, reason="it is not in the mesh now")
-                row = _peer(state, trio.current_time()) | rights_fields(restricted)
+                row = self._peer_row(state, trio.current_time()) | rights_fields(restricted)
                 yield row | {"node": restricted.node, "since": None}
 
     async def providers(self, request: Request, responder: Responder) -> None:
@@ -199,20 +241,19 @@ def _machine(machine: Machine) -> dict[str, Any]:
     return fields
 
 
-def _peer(peer: PeerState, now: float) -> dict[str, Any]:
-    machine = _machine(peer.advert.machine if peer.advert else Machine())
+def _via(peer: PeerState) -> str:
+    """How a connected peer is reached."""
+    if not peer.connected:
+        return ""
+    return "relayed" if "/p2p-circuit" in peer.address else "direct"
+
+
+def _measured(model: str, speed: Speed, now: float) -> dict[str, Any]:
+    """What this node saw of a peer's model."""
     return {
-        "peer": peer.peer,
-        "node": peer.node,
-        "state": peer.state,
-        "address": peer.address,
-        # A peer that is no member is one of IPFS: it has the mesh secret, and exchanges blocks.
-        "ipfs": peer.agent if peer.foreign else "",
-        "providers": [_advert(p) for p in peer.providers],
-        "gpus": machine["gpus"],
-        "machine": machine,
-        "rtt_ms": None if peer.rtt is None else round(peer.rtt * 1000, 3),
-        # The table counts in monotonic seconds, which mean nothing outside.
-        "since": int(time.time() - (now - peer.since)),
-        "reason": peer.reason,
+        "model": model,
+        "ttft_s": speed.ttft and round(speed.ttft, 4),
+        "tokens_per_s": speed.rate and round(speed.rate, 2),
+        "answers": speed.answers,
+        "errors": round(speed.errors_at(now), 3),
     }

@@ -213,6 +213,12 @@ def _add_tables(commands: _Commands) -> None:
         "show who is in the mesh, and how loaded",
         "Its commands say what a peer may. Every member may everything until it is denied.",
     )
+    peers.add_argument(
+        "-v",
+        "--verbose",
+        action="store_true",
+        help="each peer in detail: its address, what it claims, what this node measured",
+    )
     _json_flag(peers)
     _add_rights(peers)
     tables: tuple[tuple[str, _Run, str], ...] = (

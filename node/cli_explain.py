@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
-from .cli_mesh import typed
-from .cli_output import Column, fail, print_json, print_table, printable, say
+from .cli_output import Column, fail, print_json, print_table, printable, say, seconds
 from .cli_tables import NOTHING, node_of, short_peer
 
 _Fields = Mapping[str, Any]
@@ -33,7 +32,7 @@ def explain(args: argparse.Namespace) -> int:
     if args.json:
         print_json(request)
         return 0
-    _explain(args, request)
+    _explain(request)
     return 0
 
 
@@ -69,7 +68,7 @@ def _row(request: _Fields) -> Sequence[str]:
     )
 
 
-def _explain(args: argparse.Namespace, request: _Fields) -> None:
+def _explain(request: _Fields) -> None:
     print(_title(request))
     for name, text in _summary(request):
         if text:
@@ -87,8 +86,7 @@ def _explain(args: argparse.Namespace, request: _Fields) -> None:
     if request["explained_on"]:
         where = request["explained_on"]
         name = where["node"] or short_peer(where["peer"])
-        command = typed(args, f"explain {request['id']}")
-        say(f"What {name} did with it: `{command}` on {name}.", "dim")
+        say(f"What {name} did with it: `promptmesh explain {request['id']}` on {name}.", "dim")
 
 
 def _title(request: _Fields) -> str:
@@ -180,12 +178,3 @@ def _name(who: _Fields) -> str:
 
 def _time(at: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
-
-
-def seconds(value: float | None) -> str:
-    """`0.31 s`, `12 ms`."""
-    if value is None:
-        return NOTHING
-    if value < 0.1:
-        return f"{value * 1000:.1f} ms" if value else "0 s"
-    return f"{value:.2f} s"

@@ -23,6 +23,8 @@ _CODES: dict[Style, str] = {"dim": "2", "bold": "1", "red": "31", "yellow": "33"
 #: C0 and C1 controls but newline and tab, and the marks that turn the direction of writing.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 GAP = "  "
+#: Columns of the terminal that a cut cell takes at least for others to be left out for it.
+READABLE = 10
 
 
 def prepare_streams() -> None:
@@ -85,11 +87,15 @@ def read_input(limit: int) -> str:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table. `shrink`: cut when the terminal is too narrow."""
+    """A column of a table.
+
+    `shrink`: cut when the terminal is too narrow; `optional`: left out when it is still so.
+    """
 
     title: str
     right: bool = False
     shrink: bool = False
+    optional: bool = False
 
 
 def print_table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
@@ -107,6 +113,9 @@ def table_lines(
     cells += [[" ".join(printable(cell).split()) for cell in row] for row in rows]
     widths = [max(map(cell_width, column)) for column in zip(*cells, strict=True)]
     if width is not None:
+        kept = _kept(columns, widths, width)
+        columns, widths = [columns[i] for i in kept], [widths[i] for i in kept]
+        cells = [[row[i] for i in kept] for row in cells]
         widths = _shrunk(columns, widths, width)
     return [
         GAP.join(
@@ -115,6 +124,16 @@ def table_lines(
         ).rstrip()
         for row in cells
     ]
+
+
+def _kept(columns: Sequence[Column], widths: Sequence[int], width: int) -> list[int]:
+    """The columns that are shown: optional ones go, the last first, until the rest is readable."""
+    kept = list(range(len(columns)))
+    for i in reversed(range(len(columns))):
+        least = sum(min(widths[k], READABLE) if columns[k].shrink else widths[k] for k in kept)
+        if columns[i].optional and least + len(GAP) * (len(kept) - 1) > width:
+            kept.remove(i)
+    return kept
 
 
 def _shrunk(columns: Sequence[Column], widths: list[int], width: int) -> list[int]:
@@ -174,3 +193,12 @@ def duration(seconds: float) -> str:
         if seconds < limit:
             return f"{max(seconds, 0) / size:.0f} {unit}"
     return f"{seconds / 86_400:.0f} d"
+
+
+def seconds(value: float | None) -> str:
+    """`0.31 s`, `12.0 ms`: how long something took; `-`: nobody knows."""
+    if value is None:
+        return "-"
+    if value < 0.1:
+        return f"{value * 1000:.1f} ms" if value else "0 s"
+    return f"{value:.2f} s"

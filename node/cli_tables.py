@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,9 +12,12 @@ from .cli_mesh import home_of, typed
 from .cli_output import (
     Column,
     byte_size,
+    duration,
     print_json,
     print_table,
+    printable,
     say,
+    seconds,
 )
 from .cli_rights import rights_text
 from .client import NodeClient, NodeNotRunning
@@ -42,35 +46,88 @@ def peers(args: argparse.Namespace) -> int:
     columns = (
         Column("NODE"),
         Column("PEER"),
-        Column("STATE"),
+        Column("REACHED"),
+        Column("FOR", right=True),
         Column("LOAD", right=True),
+        Column("TOK/S", right=True),
         Column("MODELS", shrink=True),
-        Column("MACHINE", shrink=True),
-        Column("RTT", right=True),
-        Column("ADDRESS", shrink=True),
+        Column("RTT", right=True, optional=True),
+        Column("MACHINE", shrink=True, optional=True),
     )
     print_table(columns, [_peer_row(row, first=i == 0) for i, row in enumerate(rows)])
     for row in rows:
-        if row.get("reason"):
-            say(f"{row['node'] or short_peer(row['peer'])}: {row['reason']}", "dim")
+        name = row["node"] or short_peer(row["peer"])
+        for text in filter(None, (row.get("reason"), row.get("warning"))):
+            say(f"{name}: {text}", "dim")
         if denied := rights_text(row):
-            say(f"{row['node'] or short_peer(row['peer'])}: {denied} (`peers allow`)")
+            say(f"{name}: {denied} (`peers allow`)")
+    if args.verbose:
+        for row in rows[1:]:
+            _print_peer(row)
     return 0
 
 
 def _peer_row(row: Mapping[str, Any], *, first: bool) -> Sequence[str]:
     providers = row.get("providers") or []
-    rtt = row.get("rtt_ms")
+    rtt, since = row.get("rtt_ms"), row.get("since")
     return (
         _node_name(row) + (" (this)" if first else ""),
         short_peer(row["peer"]),
-        row["state"],
+        "here" if first else row.get("via") or row["state"],
+        NOTHING if since is None else duration(time.time() - since),
         _load(providers),
+        _speed(providers),
         _names(model for provider in providers for model in provider["models"]),
-        _machine(row),
         NOTHING if rtt is None else f"{rtt:.1f} ms",
-        row.get("address") or NOTHING,
+        _machine(row),
     )
+
+
+def _speed(providers: Sequence[Mapping[str, Any]]) -> str:
+    """`31 of 90`: what is seen here of what is claimed there; `(90)`: it is only claimed."""
+    seen = [
+        (measured["answers"], measured["tokens_per_s"], provider.get("tokens_per_s"))
+        for provider in providers
+        for measured in provider.get("measured") or ()
+        if measured["tokens_per_s"]
+    ]
+    if seen:
+        _, rate, claimed = max(seen, key=lambda s: s[0])
+        return f"{rate:.0f} of {claimed:.0f}" if claimed else f"{rate:.0f}"
+    claims = [rate for provider in providers if (rate := provider.get("tokens_per_s"))]
+    return f"({max(claims):.0f})" if claims else NOTHING
+
+
+def _print_peer(row: Mapping[str, Any]) -> None:
+    """All that is known of a peer: what it claims, and what this node measured."""
+    print(f"\n{printable(_node_name(row))}  {row['peer']}")
+    lines = [("address", row.get("address")), ("machine", _machine(row))]
+    for provider in row.get("providers") or ():
+        lines += [(provider["name"], text) for text in _provider_lines(provider)]
+    before = ""
+    for name, text in lines:
+        if text and text != NOTHING:
+            print(f"  {printable('' if name == before else name):<14}{printable(text)}")
+            before = name
+
+
+def _provider_lines(provider: Mapping[str, Any]) -> Iterable[str]:
+    state = "" if provider["state"] == "ready" else f" ({provider['state']}: {provider['reason']})"
+    claims = _pace(provider.get("ttft_s"), provider.get("tokens_per_s")) or "nothing of its speed"
+    yield f"{_load([provider])} busy{state}; claims {claims}"
+    for measured in provider.get("measured") or ():
+        seen = _pace(measured["ttft_s"], measured["tokens_per_s"]) or "no speed yet"
+        failed = f", {measured['errors']:.0%} of the last failed" if measured["errors"] else ""
+        yield f"we see {seen} from {measured['model']} ({measured['answers']} answers{failed})"
+    if paused := provider.get("paused"):
+        yield f"left alone for {paused['seconds']:g} s more: {paused['reason']}"
+
+
+def _pace(ttft: float | None, rate: float | None) -> str:
+    parts = [f"{rate:.0f} tok/s"] if rate else []
+    if ttft is not None:
+        parts.append(f"{seconds(ttft)} to the first token")
+    return ", ".join(parts)
 
 
 def _node_name(row: Mapping[str, Any]) -> str:

@@ -239,6 +239,7 @@ class Node:
             kubo=parts.layers.state if parts.layers else None,
             membership=self._membership,
             rights=parts.rights,
+            experience=parts.backends.experience,
             ready=lambda: bool(parts.backends.models()),
         )
         routes = Routes()

@@ -1,7 +1,7 @@
 """Compares what a document shows with what really came.
 
 The rule: each line of the document must be among the lines that really came, in the document's
-order. Numbers (and so times, ports and sizes) may be others, and any spaces count as one; `...` and
+order. Numbers (and so ports and sizes) and times with their units may be others, and any spaces count as one; `...` and
 `…` stand for anything. CIDs and peer ids may be others too, but where the document shows one twice,
 one must have come twice, and where it shows two, two. Everything else must be there as it is.
 """
@@ -18,6 +18,7 @@ _TOKEN = re.compile(
     r"|(?P<stub>\b(bafy|12D3KooW)\w*(…|\.\.\.))"
     r"|(?P<request>\breq-[0-9a-f]{20}\b)"
     r"|(?P<cut>\.\.\.|…)"
+    r"|(?P<time>\d+(\.\d+)? (ms|s|min|h|d)\b)"
     r"|(?P<number>\d+(\.\d+)?)"
     r"|(?P<space>\s+)"
 )
@@ -28,6 +29,7 @@ _ANY = {
     "request": "req-[0-9a-f]{20}",
     "stub": ".*",
     "cut": ".*",
+    "time": r"\d+(?:\.\d+)?\s+(?:ms|s|min|h|d)",
     "number": r"\d+(?:\.\d+)?",
     "space": r"\s+",
 }

@@ -185,6 +185,7 @@ def test_the_advert_of_a_lost_peer_has_time_for_two_more() -> None:
     peer = table.get("b")
     assert peer is not None
     assert (peer.state, peer.reason) == ("unreachable", "it did not answer")  # still shown
+    assert (peer.node, peer.providers, table.name_of("b")) == ("B", (), "")
     # Others still hear it: this node alone has lost it.
     assert observe(table, offering("b", "m", ttl=17.5, seq=2), 112.0)
     table.expire(129.0)

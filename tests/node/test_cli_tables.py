@@ -27,6 +27,7 @@ PEERS: list[dict[str, Any]] = [
         "node": "alpha",
         "state": "connected",
         "address": "",
+        "via": "",
         "providers": [
             {"name": "local_hf", "kind": "local_hf", "models": ["smol"], "slots": 16,
              "running": 3, "waiting": 2, "state": "ready"},
@@ -57,6 +58,7 @@ PEERS: list[dict[str, Any]] = [
         "node": "",
         "state": "connected",
         "address": "/ip4/10.0.0.3/tcp/4001",
+        "via": "direct",
         "ipfs": "kubo/0.22.0",
         "providers": [],
         "gpus": [],
@@ -122,16 +124,71 @@ def test_peers(tmp_path: Path) -> None:
     rows, said = shown(tmp_path, "peers")
     cells = [[cell.strip() for cell in row] for row in rows]
     assert cells == [
-        ["NODE", "PEER", "STATE", "LOAD", "MODELS", "MACHINE", "RTT", "ADDRESS"],
-        ["alpha (this)", "…5W8mTzUu", "connected", "3/20 +2", "smol, big",
-         "RTX 4090 24 GB 42%", "-", "-"],
-        ["b\N{REPLACEMENT CHARACTER}[31mta", "…" + PEERS[1]["peer"][-8:], "unreachable", "-", "-",
-         "4 CPUs 8 GB", "1.2 ms", "-"],
-        ["kubo/0.22.0 (ipfs)", "…bXnwNmeZ", "connected", "-", "-", "-", "0.3 ms",
-         "/ip4/10.0.0.3/tcp/4001"],
+        ["NODE", "PEER", "REACHED", "FOR", "LOAD", "TOK/S", "MODELS", "RTT", "MACHINE"],
+        ["alpha (this)", "…5W8mTzUu", "here", "-", "3/20 +2", "-", "smol, big", "-",
+         "RTX 4090 24 GB 42%"],
+        ["b\N{REPLACEMENT CHARACTER}[31mta", "…" + PEERS[1]["peer"][-8:], "unreachable",
+         cells[2][3], "-", "-", "-", "1.2 ms", "4 CPUs 8 GB"],
+        ["kubo/0.22.0 (ipfs)", "…bXnwNmeZ", "direct", cells[3][3], "-", "-", "-", "0.3 ms", "-"],
     ]  # fmt: skip
+    assert cells[2][3].endswith(" d")
     assert "connection refused" in said
     assert "\x1b" not in said
+
+
+def provider(name: str, **fields: Any) -> dict[str, Any]:
+    plain = {"name": name, "kind": "k", "models": ["smol"], "slots": 4, "running": 1, "waiting": 0,
+             "state": "ready", "reason": "", "ttft_s": None, "tokens_per_s": None,
+             "measured": [], "in_flight": 0, "paused": None}  # fmt: skip
+    return plain | fields
+
+
+def test_what_a_peer_claims_and_what_we_see(tmp_path: Path) -> None:
+    seen = {"model": "smol", "ttft_s": 0.5, "tokens_per_s": 31.2, "answers": 12, "errors": 0.03}
+    few = seen | {"model": "big", "ttft_s": None, "tokens_per_s": None, "answers": 1, "errors": 0}
+    providers = [
+        provider("vllm", ttft_s=0.02, tokens_per_s=90.1, measured=[few, seen]),
+        provider("other", tokens_per_s=7.0, state="unavailable", reason="no \x1b[1manswer",
+                 paused={"seconds": 3.2, "reason": "it answered 500"}),
+    ]  # fmt: skip
+    peer = PEERS[1] | {"node": "beta", "state": "connected", "via": "relayed", "reason": "",
+                       "warning": "two nodes have its identity", "providers": providers,
+                       "address": "/ip4/1.2.3.4/tcp/1/p2p/Q/p2p-circuit"}  # fmt: skip
+    claims = PEERS[2] | {"node": "c", "ipfs": "", "providers": providers[1:]}
+    with FakeNode({"GET /mesh/v1/peers": [PEERS[0], peer, claims]}).running(made(tmp_path)):
+        short, long = run(tmp_path, "peers"), run(tmp_path, "peers", "-v")
+    _, _, beta, only_claims = short.out.splitlines()
+    assert " relayed " in beta
+    assert " 31 of 90 " in beta
+    assert " (7) " in only_claims
+    assert "beta: two nodes have its identity" in short.err
+    assert long.out.startswith(short.out)
+    lines = [" ".join(line.split()) for line in long.out.splitlines()]
+    i = lines.index(f"beta {peer['peer']}")
+    assert lines[i + 1 :][:7] == [
+        "address /ip4/1.2.3.4/tcp/1/p2p/Q/p2p-circuit",
+        "machine 4 CPUs 8 GB",
+        "vllm 1/4 busy; claims 90 tok/s, 20.0 ms to the first token",
+        "we see no speed yet from big (1 answers)",
+        "we see 31 tok/s, 0.50 s to the first token from smol (12 answers, 3% of the last failed)",
+        "other 1/4 busy (unavailable: no \N{REPLACEMENT CHARACTER}[1manswer); claims 7 tok/s",
+        "left alone for 3.2 s more: it answered 500",
+    ]
+
+
+def test_what_is_optional_is_left_out_where_there_is_no_room() -> None:
+    columns = (
+        Column("NAME"),
+        Column("TEXT", shrink=True),
+        Column("MORE", shrink=True, optional=True),
+    )
+    rows = [("a" * 10, "b" * 30, "c" * 30)]
+    wide, narrow, tiny = (table_lines(columns, rows, width) for width in (50, 30, 5))
+    assert "cccc" in wide[1]
+    assert max(map(cell_width, wide)) <= 50
+    assert narrow == ["NAME        TEXT", "aaaaaaaaaa  bbbbbbbbbbbbbbbbb…"]
+    assert "MORE" not in tiny[0]
+    assert table_lines(columns, rows) == table_lines(columns, rows, 200)
 
 
 def test_models(tmp_path: Path) -> None:
