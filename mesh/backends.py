@@ -31,7 +31,7 @@ from ..providers.base import (
 from .affinity import Affinity, Beginning, beginnings
 from .asking import Asking, Deadlines
 from .attempts import Attempts
-from .candidates import Candidates, LocalBackend, Source, paused
+from .candidates import Candidates, LocalBackend, Source
 from .embedding import answer_of
 from .frames import AskLoads, Load, PresentLoads
 from .measure import BackendId, Experience
@@ -180,7 +180,7 @@ class BackendManager:
                 candidate = attempts.next()
                 asking = self._asking(candidate, request, started, route)
                 try:
-                    self._check_breaker(candidate)
+                    self._check_obstacle(candidate)
                     async with asking.open() as answering:
                         attempts.answered(candidate, asking.seconds)
                         route.first_at = now = trio.current_time()
@@ -257,11 +257,11 @@ class BackendManager:
         state = self._peers.get(peer)
         return [provider.name for provider in state.providers] if state else []
 
-    def _check_breaker(self, candidate: Candidate) -> None:
-        """It may have opened since the candidates were weighed."""
-        refusal = self.experience.breakers.refusal(candidate.backend, trio.current_time())
-        if refusal is not None:
-            raise ProviderUnavailable(paused(*refusal), retry_after=refusal[0])
+    def _check_obstacle(self, candidate: Candidate) -> None:
+        """There may be one since the candidates were sorted."""
+        obstacle = self._candidates.obstacle(candidate, trio.current_time())
+        if obstacle is not None:
+            raise ProviderUnavailable(obstacle.reason, retry_after=obstacle.wait)
 
     def _attempts(
         self, request: Asked, policy: Policy, local_only: bool, key: bytes

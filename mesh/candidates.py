@@ -15,7 +15,7 @@ from ..providers.base import Asked, ModelOffer, Priority, Provider
 from .attempts import Obstacle, RuledOut, rule_out
 from .frames import Load
 from .measure import BackendId, Busy, Experience, Measured
-from .peers import Offered, PeerState, PeerTable, ProviderAdvert
+from .peers import Offered, PeerTable, ProviderAdvert
 from .policies import Candidate
 from .transport import PeerId
 
@@ -136,11 +136,10 @@ class Candidates:
                 for offer in backend.provider.models():
                     if offer.id == request.model:
                         candidate = self._own(backend, offer, request.priority)
-                        yield candidate, self._breaker_obstacle(candidate, now)
+                        yield candidate, self.obstacle(candidate, now)
         for offered in self._peers.offers(request.model) if with_peers else ():
             candidate = self._remote(offered, now)
-            obstacle = _obstacle(offered.peer, offered.provider)
-            yield candidate, obstacle or self._breaker_obstacle(candidate, now)
+            yield candidate, self.obstacle(candidate, now) or _not_ready(offered.provider)
 
     def _own(self, backend: LocalBackend, offer: ModelOffer, priority: Priority) -> Candidate:
         busy = self._own_busy(backend, priority)
@@ -179,9 +178,13 @@ class Candidates:
             paid=provider.paid,
         )
 
-    def _breaker_obstacle(self, candidate: Candidate, now: float) -> Obstacle | None:
+    def obstacle(self, candidate: Candidate, now: float) -> Obstacle | None:
+        """What keeps it from being asked now. It may be news since the candidates were sorted."""
+        peer = None if candidate.own else self._peers.get(candidate.peer)
+        if peer is not None and peer.state == "unreachable":
+            return Obstacle(f"its node is not reachable: {peer.reason}")
         refusal = self._experience.breakers.refusal(candidate.backend, now)
-        return None if refusal is None else Obstacle(paused(*refusal), refusal[0])
+        return None if refusal is None else Obstacle(_paused(*refusal), refusal[0])
 
 
 def _load(backend: LocalBackend, priority: Priority) -> Load:
@@ -190,14 +193,11 @@ def _load(backend: LocalBackend, priority: Priority) -> Load:
     return Load(running=load.running, waiting=load.waiting, slots=slots, wait=load.wait)
 
 
-def _obstacle(peer: PeerState, provider: ProviderAdvert) -> Obstacle | None:
-    """Why this peer's provider cannot be asked now, as far as the table knows."""
-    if peer.state == "unreachable":
-        return Obstacle(f"its node is not reachable: {peer.reason}")
-    if provider.state != "ready":
-        return Obstacle(f"it is {provider.state}: {provider.reason}", wait=5.0)
-    return None
+def _not_ready(provider: ProviderAdvert) -> Obstacle | None:
+    if provider.state == "ready":
+        return None
+    return Obstacle(f"it is {provider.state}: {provider.reason}", wait=5.0)
 
 
-def paused(wait: float, reason: str) -> str:
+def _paused(wait: float, reason: str) -> str:
     return f"it failed and is left alone for {wait:.1f} s more: {reason}"

@@ -477,6 +477,27 @@ async def test_a_partition_heals_by_itself(
     await wait_until(lambda: len(a.table.offers("m")) == 2)
 
 
+async def test_who_was_lost_meanwhile_is_not_waited_for(
+    autojump_clock: Clock, nursery: trio.Nursery, network: MemoryNetwork
+) -> None:
+    """A node that is cut off answers by its own provider as soon as it knows that it is alone."""
+    a, *others = (Node(network, name, FakeProvider("x")) for name in "abcd")
+    await mesh_of(nursery, a, *others)
+    network.cut(a.transport)
+    began = trio.current_time()
+    finished: list[float] = []
+
+    async def ask() -> None:
+        _, origin = await a.ask()
+        assert origin.node == "a"
+        finished.append(trio.current_time() - began)
+
+    async with trio.open_nursery() as asking_all:
+        for _ in range(8):
+            asking_all.start_soon(ask)
+    assert max(finished) < 4.0  # two missed pings, and no time to connect
+
+
 async def test_bootstrap_is_enough_to_know_everybody(
     autojump_clock: Clock, nursery: trio.Nursery, network: MemoryNetwork
 ) -> None:
