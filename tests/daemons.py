@@ -52,8 +52,10 @@ async def until(condition: Callable[[], Awaitable[bool]], what: str, within: flo
 class Daemon:
     """One `promptmesh up` with a home of its own."""
 
-    def __init__(self, home: Path, name: str, config: str = "") -> None:
+    def __init__(self, home: Path, name: str, config: str = "", **environment: str) -> None:
         self.home = home
+        #: What it has beside this process's environment.
+        self._environment = environment
         self.name = name
         self.log = home / "log"
         self._process: trio.Process | None = None
@@ -72,7 +74,7 @@ class Daemon:
             capture_stdout=True,
             capture_stderr=True,
             check=False,
-            env=clean_environment(),
+            env=clean_environment(**self._environment),
         )
         assert not check or done.returncode == 0, (arguments, done.stderr.decode())
         return done.stdout.decode()
@@ -89,7 +91,7 @@ class Daemon:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=clean_environment(),
+                env=clean_environment(**self._environment),
             )
         await until(self._answers, f"{self.name} answers HTTP; {self.log}", START_S)
         return self

@@ -11,6 +11,7 @@ What it saw it remembers: each request, and whether its client left before it ha
 from __future__ import annotations
 
 import socket
+import ssl
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
@@ -71,8 +72,9 @@ class Seen:
 class FaultBackend(ScriptedServer):
     """See the module."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, *, scheme: str = "http") -> None:
         super().__init__(port)
+        self._scheme = scheme
         self.seen: list[Seen] = []
         #: Fault -> the requests that must be there before it strikes: they fail at once together.
         self.together: dict[str, int] = {}
@@ -82,13 +84,13 @@ class FaultBackend(ScriptedServer):
 
     def base(self, fault: str) -> str:
         """The base URL of a server with that fault."""
-        return f"{self.origin}/{fault}/v1"
+        return f"{self._scheme}://127.0.0.1:{self.port}/{fault}/v1"
 
     def of(self, fault: str, model: str | None = None) -> list[Seen]:
         """The requests that met that fault, of a model or of all."""
         return [s for s in self.seen if s.fault == fault and model in (None, s.model)]
 
-    async def serve(self, stream: trio.SocketStream) -> None:
+    async def serve(self, stream: trio.abc.Stream) -> None:
         """Serve one connection until one of both ends it."""
         async with stream:
             side = ServerSide(stream, self)
@@ -142,6 +144,8 @@ class Call:
     def reset(self) -> None:
         """Cut the connection, so that the client sees a reset and no end."""
         stream = self._side.stream
+        if isinstance(stream, trio.SSLStream):
+            stream = stream.transport_stream
         assert isinstance(stream, trio.SocketStream)
         stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         stream.socket.close()
@@ -318,12 +322,13 @@ FAULTS: dict[str, Strike] = {
 
 
 @asynccontextmanager
-async def fault_backend() -> AsyncIterator[FaultBackend]:
-    """A `FaultBackend` on a free port."""
+async def fault_backend(tls: ssl.SSLContext | None = None) -> AsyncIterator[FaultBackend]:
+    """A `FaultBackend` on a free port, which speaks TLS if it has a context for that."""
     (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
-    backend = FaultBackend(listener.socket.getsockname()[1])
+    backend = FaultBackend(listener.socket.getsockname()[1], scheme="https" if tls else "http")
+    door = trio.SSLListener(listener, tls, https_compatible=True) if tls else listener
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(trio.serve_listeners, backend.serve, [listener])
+        nursery.start_soon(trio.serve_listeners, backend.serve, [door])
         yield backend
         nursery.cancel_scope.cancel()
 
