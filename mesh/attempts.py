@@ -25,6 +25,7 @@ from ..providers.base import (
     RequestRejected,
     Task,
 )
+from .ladder import refusal
 from .policies import Candidate
 
 #: No tokenizer makes fewer tokens of a text than one for so many characters, near enough; a prompt
@@ -57,6 +58,8 @@ class RuledOut(NamedTuple):
     #: The request names another provider or peer.
     pinned: bool = False
     too_long: bool = False
+    #: It costs more than the request may.
+    too_dear: bool = False
 
     def __str__(self) -> str:
         return f"{self.candidate}: {self.reason}"
@@ -87,6 +90,9 @@ def rule_out(candidate: Candidate, request: Asked, obstacle: Obstacle | None) ->
         or _ability(candidate, request)
     ):
         return RuledOut(candidate, reason)
+    if (refused := refusal(candidate, request)) is not None:
+        wait = refused.wait
+        return RuledOut(candidate, refused.reason, wait=wait, too_dear=wait is None)
     if offer.context_length is not None and _least_tokens(request) > offer.context_length:
         reason = f"the prompt does not fit into its {offer.context_length} tokens"
         return RuledOut(candidate, reason, too_long=True)
@@ -214,6 +220,8 @@ class Attempts:
             return ProviderUnavailable(message)
         if all(r.too_long for r in reasons):
             return ContextTooLong(message, field="messages")
+        if all(r.too_dear for r in reasons):
+            return RequestRejected(message, field="promptmesh.max_cost")
         return RequestRejected(message)
 
 

@@ -26,6 +26,7 @@ from ..providers.base import (
     ModelOffer,
     Origin,
     Policy,
+    Prefer,
     ProviderUnavailable,
 )
 from .affinity import Affinity, Beginning, beginnings
@@ -34,6 +35,7 @@ from .attempts import Attempts
 from .candidates import Candidates, LocalBackend, Source
 from .embedding import answer_of
 from .frames import AskLoads, Load, PresentLoads
+from .ladder import rung
 from .measure import BackendId, Experience
 from .peers import Advert, PeerTable
 from .policies import Candidate, Choice, Turns, Work
@@ -76,6 +78,7 @@ class BackendManager:
         deadlines: Deadlines | None = None,
         on_claim: Callable[[PeerId, bytes, str], None] = lambda peer, claim, cid: None,
         why_not_ask: Callable[[PeerId], str] = lambda peer: "",
+        prefer: Prefer = "free",
         on_route: Callable[[Asked, bool, Route], None] = lambda request, local_only, route: None,
     ) -> None:
         """`on_route` is told of each request how it goes, at its beginning."""
@@ -90,6 +93,7 @@ class BackendManager:
         )
         self._peers = peers
         self._policy: Policy = policy
+        self._prefer: Prefer = prefer
         self._rng = rng
         self._deadlines = deadlines or Deadlines()
         self._on_claim = on_claim
@@ -276,7 +280,7 @@ class BackendManager:
             request,
             suitable,
             ruled_out,
-            choose=lambda left: choice.take(left, trio.current_time()),
+            choose=lambda left: choice.take(self._rung(request, left), trio.current_time()),
             models=lambda: (
                 source.offer.id
                 for source in self._candidates.sources(
@@ -286,6 +290,9 @@ class BackendManager:
             for_peer=local_only,
         )
         return attempts, choice, prompt
+
+    def _rung(self, request: Asked, left: Sequence[Candidate]) -> Sequence[Candidate]:
+        return rung(left, request.prefer or self._prefer)
 
     def _work(self, request: Asked) -> Work:
         measures = self.experience.measures
@@ -310,7 +317,7 @@ class BackendManager:
         if attempts.tried:
             self._candidates.refresh(attempts.left, attempts.request.priority)
         now = trio.current_time()
-        drawn = choice.draw(attempts.left, now)
+        drawn = choice.draw(self._rung(attempts.request, attempts.left), now)
         asked = worth_probing(drawn, choice.work, now) if self._network else ()
         if asked and self._network is not None:
             await self._probes.ask(asked, self._network.probe, now)

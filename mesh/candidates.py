@@ -14,9 +14,10 @@ import trio
 from ..providers.base import Asked, ModelOffer, Priority, Provider
 from .attempts import Obstacle, RuledOut, rule_out
 from .frames import Load
+from .ladder import Bill, is_paid
 from .measure import BackendId, Busy, Experience, Measured
 from .peers import Offered, PeerTable, ProviderAdvert
-from .policies import Candidate
+from .policies import Allowance, Candidate
 from .transport import PeerId
 
 
@@ -44,8 +45,10 @@ class LocalBackend:
     shared: bool
     #: How busy it is to a request of that priority, which does not wait for less urgent ones.
     load: Callable[[Priority], HasLoad]
-    #: It spends somebody's money or subscription.
+    #: It spends somebody's money or subscription, where an offer has no price.
     paid: bool = False
+    #: What may still be spent there today, by the asker (`GenerateRequest.asker`).
+    allowance: Callable[[PeerId], Allowance] = lambda asker: Allowance()
 
 
 class Source(NamedTuple):
@@ -131,18 +134,24 @@ class Candidates:
         self, request: Asked, with_peers: bool, only_shared: bool
     ) -> Iterator[tuple[Candidate, Obstacle | None]]:
         now = trio.current_time()
+        bill = Bill(
+            request, lambda: self._experience.measures.length(request.model, kind=request.kind)
+        )
         for backend in self._local():
             if backend.shared or not only_shared:
                 for offer in backend.provider.models():
                     if offer.id == request.model:
-                        candidate = self._own(backend, offer, request.priority)
+                        candidate = self._own(backend, offer, request, bill)
                         yield candidate, self.obstacle(candidate, now)
         for offered in self._peers.offers(request.model) if with_peers else ():
-            candidate = self._remote(offered, now)
+            candidate = self._remote(offered, now, bill)
             yield candidate, self.obstacle(candidate, now) or _not_ready(offered.provider)
 
-    def _own(self, backend: LocalBackend, offer: ModelOffer, priority: Priority) -> Candidate:
-        busy = self._own_busy(backend, priority)
+    def _own(
+        self, backend: LocalBackend, offer: ModelOffer, request: Asked, bill: Bill
+    ) -> Candidate:
+        busy = self._own_busy(backend, request.priority)
+        paid = is_paid(offer.price, backend.paid)
         return Candidate(
             peer=self._peer_id,
             node=self._node,
@@ -151,7 +160,9 @@ class Candidates:
             own=True,
             busy=busy,
             speed=self._experience.measures.get(Measured(self._peer_id, backend.name, offer.id)),
-            paid=backend.paid,
+            paid=paid,
+            cost=bill.at(offer.price, paid=paid),
+            allowance=backend.allowance(request.asker),
         )
 
     def _own_busy(self, backend: LocalBackend, priority: Priority) -> Busy:
@@ -160,8 +171,9 @@ class Candidates:
         count = load.running + load.waiting
         return Busy(0, count, load.slots, told=count, wait=load.wait, at=trio.current_time())
 
-    def _remote(self, offered: Offered, now: float) -> Candidate:
+    def _remote(self, offered: Offered, now: float, bill: Bill) -> Candidate:
         peer, provider, offer = offered
+        paid = is_paid(offer.price, provider.paid)
         busy = self._experience.loads.get(BackendId(peer.peer, provider.name), provider.load)
         return Candidate(
             peer=peer.peer,
@@ -175,7 +187,8 @@ class Candidates:
             said_ttft=provider.ttft,
             said_rate=provider.rate,
             forbidden=self._why_not_ask(peer.peer),
-            paid=provider.paid,
+            paid=paid,
+            cost=bill.at(offer.price, paid=paid),
         )
 
     def obstacle(self, candidate: Candidate, now: float) -> Obstacle | None:

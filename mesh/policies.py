@@ -47,6 +47,15 @@ MAX_DECISIONS = 8
 MAX_MODELS = 1024
 
 
+class Allowance(NamedTuple):
+    """What may still be spent at a provider of this node today (US dollars), and by what rule."""
+
+    left: float = math.inf
+    rule: str = ""
+    #: Seconds until it is another day.
+    renewed: float = 0.0
+
+
 @dataclass(slots=True, eq=False)
 class Candidate:
     """A provider of a node that offers the model asked for."""
@@ -73,6 +82,10 @@ class Candidate:
     seen: float = 0.0
     #: It spends somebody's money or subscription.
     paid: bool = False
+    #: US dollars that the request is expected to cost there; None: nobody says.
+    cost: float | None = 0.0
+    #: What may still be spent there today, if it is this node's own.
+    allowance: Allowance = field(default_factory=Allowance)
     #: Why no request of this node may go there; "": it may.
     forbidden: str = ""
 

@@ -171,6 +171,12 @@ def _add_ask(commands: _Commands) -> None:
     ask.add_argument("--provider", metavar="P", help="ask only this provider")
     ask.add_argument("--peer", metavar="P", help="ask only this peer (its name or id)")
     ask.add_argument("--policy", metavar="P", choices=get_args(Policy), help=_policies())
+    ask.add_argument(
+        "--max-cost",
+        metavar="USD",
+        type=float,
+        help="answer only if that is expected to cost at most so many US dollars",
+    )
     ask.add_argument("--system", metavar="TEXT", help="the system message")
     ask.add_argument("--max-tokens", metavar="N", type=int, help="end the answer after N tokens")
     ask.add_argument("--temperature", metavar="T", type=float, help="0 for the same answer always")

@@ -101,7 +101,12 @@ def _answer(
 def _body(args: argparse.Namespace, prompt: str) -> dict[str, Any]:
     """The request in the OpenAI dialect."""
     system = [{"role": "system", "content": args.system}] if args.system else []
-    who = {"provider": args.provider, "peer": args.peer, "policy": args.policy}
+    who = {
+        "provider": args.provider,
+        "peer": args.peer,
+        "policy": args.policy,
+        "max_cost": args.max_cost,
+    }
     fields = {
         "model": args.model,
         "messages": [*system, {"role": "user", "content": prompt}],

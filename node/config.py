@@ -26,7 +26,7 @@ from .config_sections import (
     NodeConfig,
     ProviderConfig,
 )
-from .config_values import ConfigError, Secret, settings_of
+from .config_values import ConfigError, Secret, plain, settings_of
 
 __all__ = [
     "SECTIONS",
@@ -86,7 +86,7 @@ class Config:
     def _provider_values(self, provider: ProviderConfig) -> Iterator[tuple[str, Any, str]]:
         prefix = f"providers.{provider.name}"
         for each in settings_of(prefix, ProviderConfig):
-            value = getattr(provider, each.name)
+            value = plain(getattr(provider, each.name))
             yield each.key, value, self.sources.get(each.key, "default")
         for name, value in provider.options.items():
             yield (
@@ -294,6 +294,13 @@ class _Loader:
                 text = f"the name {values['name']!r} is taken: give each a `name` of its own"
                 self._problem(FILE_NAME, where, text)
             names.add(values["name"])
+            limits = ("limits.max_cost_per_day", "limits.max_member_cost_per_day")
+            limited = any(self._values[limit] is not None for limit in limits)
+            if limited and values.get("api_key_env") and not values.keys() & {"price", "prices"}:
+                self._warnings.append(
+                    f"providers.{values['name']} has a key and no `price`: what it costs is not "
+                    "counted, and no limit of a day holds for it"
+                )
             yield self._provider(values, table)
 
     def _provider_values(self, where: str, table: dict[str, Any]) -> dict[str, Any]:
@@ -311,7 +318,7 @@ class _Loader:
             text = "keys do not belong into a file: name the variable that holds it (api_key_env)"
             self._problem(FILE_NAME, f"{where}: api_key", text)
         values.setdefault("name", values.get("kind", ""))
-        values.setdefault("share", not values.get("api_key_env"))
+        values.setdefault("share", not (values.get("api_key_env") or _costs(values)))
         return values
 
     def _provider(self, values: dict[str, Any], table: dict[str, Any]) -> ProviderConfig:
@@ -332,6 +339,12 @@ def _without_secrets(value: Any) -> Any:
     if isinstance(value, dict):
         return dict.fromkeys(value, "...")
     return re.sub(r"//[^/]*@", "//...@", value) if isinstance(value, str) else value
+
+
+def _costs(values: Mapping[str, Any]) -> bool:
+    """Has a provider with these keys a price that is not zero?"""
+    prices = [values.get("price"), *values.get("prices", {}).values()]
+    return any(price.prompt or price.completion for price in prices if price is not None)
 
 
 def _did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..cache.kubo_address import endpoint
-from ..providers.base import Policy
+from ..providers.base import Policy, Prefer, Price
 from .addresses import check_dialable, check_listen
 from .config_values import Secret, setting
 
@@ -67,7 +67,10 @@ def check_multibase(text: str) -> str:
     """A base that CIDs can be written in. Raises `ValueError`."""
     from ..cache.cid import cid_of, cid_text
 
-    cid_text(cid_of(bytes(32)), text)
+    try:
+        cid_text(cid_of(bytes(32)), text)
+    except ValueError as error:
+        raise ValueError(f"expected a multibase such as base58btc: {error}") from None
     return text
 
 
@@ -132,6 +135,11 @@ class MeshConfig:
         "Who answers a request that several can answer: everyone in turn, the one with the most "
         "free slots, or the one expected to finish first. `promptmesh init` writes "
         "`best_performance`.",
+    )
+    prefer: Prefer = setting(  # noqa: RUF009 (makes a dataclass field)
+        "free",
+        "Who comes first, whatever the policy: free providers before paid ones (`free`); among the "
+        "free ones this node's own, while they have a free slot (`own`); or nobody (`any`).",
     )
 
 
@@ -271,6 +279,18 @@ class LimitsConfig:
         "one, or is refused.",
         high=65536,
     )
+    max_cost_per_day: float | None = setting(
+        None,
+        "What this node's providers that have a `price` may cost in a day (UTC), whoever asks.",
+        unit="US dollars",
+        left_out="as much as is asked",
+    )
+    max_member_cost_per_day: float | None = setting(
+        None,
+        "How much of it other members may spend.",
+        unit="US dollars",
+        left_out="as much as `max_cost_per_day`",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,7 +300,8 @@ class ProviderConfig:
     kind: str = setting(doc="What it is, such as `openai_compatible`.", check=check_name)
     name: str = setting(doc="Its name in PROVIDER/MODEL.", left_out="its kind", check=check_name)
     share: bool = setting(
-        doc="May peers use it?", left_out="yes; no where a key pays (`api_key_env`)"
+        doc="May peers use it?",
+        left_out="yes; no where a key pays (`api_key_env`), or a `price` says that it costs",
     )
     slots: int | None = setting(
         None, "Requests it takes at once.", left_out="the kind's own default", low=1, high=4096
@@ -293,6 +314,17 @@ class ProviderConfig:
     )
     api_key_env: str = setting(
         "", "The environment variable that holds its key. Never the key itself.", left_out="no key"
+    )
+    price: Price | None = setting(  # noqa: RUF009 (makes a dataclass field)
+        None,
+        "What it charges, as `{prompt = 0.5, completion = 1.5}`.",
+        unit="US dollars for a million tokens",
+        left_out="nothing; where a key pays, not known",
+    )
+    prices: dict[str, Price] = setting(  # noqa: RUF009 (makes a dataclass field)
+        factory=dict,
+        doc='The same of single models, as `{"MODEL" = {prompt = 3, completion = 15}}`.',
+        left_out="`price`",
     )
     api_key: Secret | None = None
     #: The keys that only its kind understands, such as `base_url`.

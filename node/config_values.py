@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
+from ..providers.base import Price
+
 _TRUE = ("1", "true", "yes", "on")
 _FALSE = ("0", "false", "no", "off")
 #: A text of the configuration may not be longer: no name, address or path is.
@@ -101,7 +103,7 @@ class Setting:
         if isinstance(converted, int | float) and not isinstance(converted, bool):
             if not self.about.low <= converted <= self.about.high:
                 raise ValueError(f"expected {self.expected}, not {_shown(value)}")
-        elif self.about.check is not None:
+        elif self.about.check is not None and isinstance(converted, str | tuple):
             texts = (converted,) if isinstance(converted, str) else converted
             self._check(self.about.check, texts)
         return converted
@@ -135,6 +137,10 @@ class Setting:
         if get_origin(plain) is Literal:
             return "one of " + ", ".join(get_args(plain))
         words = {bool: "true or false", str: "a text", int: "a whole number", float: "a number"}
+        if plain is Price:
+            return f"a table with `prompt` and `completion` in {self.about.unit}"
+        if get_origin(plain) is dict:
+            return "a table of such tables"
         if plain not in words:
             return "a list of texts"
         unit = f" of {self.about.unit}" if self.about.unit else ""
@@ -176,11 +182,32 @@ def _converted(value: object, type_: Any) -> Any:
     elif get_origin(type_) is tuple:
         if isinstance(value, list | tuple) and all(_is_text(each) for each in value):
             return tuple(value)
+    elif type_ is Price:
+        return _price(value)
+    elif get_origin(type_) is dict:
+        if isinstance(value, dict) and all(_is_text(name) for name in value):
+            return {name: _price(each) for name, each in value.items()}
     elif type_ is float and isinstance(value, int | float) and not isinstance(value, bool):
         if math.isfinite(value):
             return float(value)
     elif (type_ is str and _is_text(value)) or (type_ in (int, bool) and type(value) is type_):
         return value
+    raise TypeError
+
+
+def plain(value: Any) -> Any:
+    """A value as TOML writes it."""
+    if isinstance(value, Price):
+        return {"prompt": value.prompt, "completion": value.completion}
+    return {k: plain(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def _price(value: object) -> Price:
+    """Raises `TypeError`."""
+    if isinstance(value, dict) and value and value.keys() <= {"prompt", "completion"}:
+        numbers = {name: _converted(each, float) for name, each in value.items()}
+        if min(numbers.values()) >= 0:
+            return Price(**numbers)
     raise TypeError
 
 

@@ -14,6 +14,7 @@ from ..providers.base import (
     Image,
     Message,
     Policy,
+    Prefer,
     Priority,
     Privacy,
     RequestRejected,
@@ -112,6 +113,9 @@ class MeshFields(msgspec.Struct, forbid_unknown_fields=True):
     peer: str | None = None
     policy: Policy | None = None
     privacy: Privacy = "any"
+    #: US dollars.
+    max_cost: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    prefer: Prefer | None = None
     cache: _Cache = msgspec.field(default_factory=_Cache)
     priority: Priority = "own"
     deadline_s: _Seconds | None = None
@@ -229,6 +233,8 @@ def routing(mesh: MeshFields) -> dict[str, Any]:
         "peer": mesh.peer,
         "policy": mesh.policy,
         "privacy": mesh.privacy,
+        "max_cost": mesh.max_cost,
+        "prefer": mesh.prefer,
         "cache": CacheControl(**cache),
         "priority": mesh.priority,
         "deadline": mesh.deadline_s,

@@ -13,10 +13,13 @@ import trio
 from ..mesh.candidates import LocalBackend
 from ..mesh.frames import Load
 from ..mesh.peers import ProviderAdvert
+from ..mesh.policies import Allowance
+from ..mesh.transport import PeerId
 from ..providers.admission import Admission, Waiting
 from ..providers.base import Health, Priority
 from ..providers.registry import Runs, build
-from .config import Config
+from .config import Config, ProviderConfig
+from .pricing import Priced, Purse
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +45,11 @@ class OwnProvider:
     kind: str
     admission: Admission
     shared: bool
+    #: It spends somebody's money or subscription, where an offer has no price.
     paid: bool
+    #: What has prices, and the money for it; None: it costs nothing that is known.
+    priced: Priced | None = None
+    allowance: Callable[[PeerId], Allowance] = lambda asker: Allowance()
     health: Health = NOT_SEEN
     _offered: object = None
 
@@ -59,12 +66,13 @@ class OwnProvider:
     def backend(self) -> LocalBackend:
         """It as a candidate."""
         return LocalBackend(
-            provider=self.admission,
+            provider=self.priced or self.admission,
             name=self.name,
             kind=self.kind,
             shared=self.shared,
             load=self.load,
             paid=self.paid,
+            allowance=self.allowance,
         )
 
     def advert(self) -> ProviderAdvert:
@@ -73,7 +81,7 @@ class OwnProvider:
         return ProviderAdvert(
             name=self.name,
             kind=self.kind,
-            models=tuple(self.admission.models()),
+            models=tuple((self.priced or self.admission).models()),
             slots=load.slots,
             running=load.running,
             waiting=load.waiting,
@@ -152,36 +160,42 @@ class OwnProviders:
             tell()
 
 
-def build_providers(config: Config, environment: Mapping[str, str], folder: Path) -> OwnProviders:
+def build_providers(
+    config: Config, environment: Mapping[str, str], folder: Path, purse: Purse
+) -> OwnProviders:
     """The providers of a configuration. Raises `SettingsError` that names what is wrong.
 
     `environment` is what a model's own process is started with; in `folder` it may keep what it
-    found out of a model.
+    found out of a model. `purse` pays.
     """
     found = []
     if config.local_hf.model:
         found.append(_local_hf(config, environment, folder))
     if config.local_hf.embedding_model:
         found.append(_local_hf_embed(config, environment, folder))
-    for table in config.providers:
-        settings = dict(table.options)
-        if table.api_key is not None:
-            settings["api_key"] = table.api_key.reveal()
-        slots = table.slots or DEFAULT_SLOTS.get(table.kind)
-        found.append(
-            OwnProvider(
-                name=table.name,
-                kind=table.kind,
-                admission=Admission(
-                    build(table.kind, table.name, settings),
-                    slots=slots,
-                    max_waiting=_either(table.max_waiting, config.limits.max_waiting),
-                ),
-                shared=table.share,
-                paid=table.api_key is not None,
-            )
-        )
+    found += [_configured(table, config, purse) for table in config.providers]
     return OwnProviders(found)
+
+
+def _configured(table: ProviderConfig, config: Config, purse: Purse) -> OwnProvider:
+    settings = dict(table.options)
+    if table.api_key is not None:
+        settings["api_key"] = table.api_key.reveal()
+    admission = Admission(
+        build(table.kind, table.name, settings),
+        slots=table.slots or DEFAULT_SLOTS.get(table.kind),
+        max_waiting=_either(table.max_waiting, config.limits.max_waiting),
+    )
+    has_price = table.price is not None or bool(table.prices)
+    return OwnProvider(
+        name=table.name,
+        kind=table.kind,
+        admission=admission,
+        shared=table.share,
+        paid=table.api_key is not None,
+        priced=Priced(admission, purse, table.price, table.prices) if has_price else None,
+        allowance=purse.allowance,
+    )
 
 
 def _local_hf(config: Config, environment: Mapping[str, str], folder: Path) -> OwnProvider:

@@ -32,6 +32,7 @@ from .names import Names
 from .node_database import NodeDatabase
 from .own_providers import OwnProviders, build_providers
 from .permissions import Permissions
+from .pricing import Purse
 from .reading import Reading
 from .rights import Rights
 from .router import Router
@@ -106,11 +107,17 @@ def open_parts(config: Config, home: Home, environment: Mapping[str, str]) -> It
     """
     identity = Identity(home.identity())
     peer = identity.peer_id
-    providers = build_providers(config, environment, home.path)
     node_database = NodeDatabase(home.database_path)
     ledger = Ledger(node_database, peer=peer)
+    purse = Purse(
+        ledger,
+        peer=peer,
+        per_day=config.limits.max_cost_per_day,
+        per_day_by_members=config.limits.max_member_cost_per_day,
+    )
     database = Database(home.cache_path)
     try:
+        providers = build_providers(config, environment, home.path, purse)
         rights = Rights(node_database)
         blocks = SqliteBlocks(database)
         limits = Limits(
@@ -162,6 +169,7 @@ def open_parts(config: Config, home: Home, environment: Mapping[str, str]) -> It
             ),
             on_claim=sharing.take_claim,
             why_not_ask=rights.why_not_ask,
+            prefer=config.mesh.prefer,
             on_route=trace.route,
         )
         yield Parts(

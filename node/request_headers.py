@@ -22,11 +22,11 @@ class HasHeaders(Protocol):
     def headers(self) -> Mapping[str, str]: ...
 
 
-def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not 0 <= seconds < math.inf:
+def _not_negative(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < math.inf:
         raise ValueError
-    return seconds
+    return number
 
 
 #: Header -> (field, its type).
@@ -35,13 +35,15 @@ _REQUEST: dict[str, tuple[str, Callable[[str], Any]]] = {
     "x-promptmesh-peer": ("peer", str),
     "x-promptmesh-policy": ("policy", str),
     "x-promptmesh-privacy": ("privacy", str),
+    "x-promptmesh-max-cost": ("max_cost", _not_negative),
+    "x-promptmesh-prefer": ("prefer", str),
     "x-promptmesh-priority": ("priority", str),
-    "x-promptmesh-deadline-s": ("deadline", _seconds),
+    "x-promptmesh-deadline-s": ("deadline", _not_negative),
 }
 _CACHE: dict[str, tuple[str, Callable[[str], Any]]] = {
     "x-promptmesh-cache-mode": ("mode", str),
-    "x-promptmesh-cache-ttl": ("ttl", _seconds),
-    "x-promptmesh-cache-max-age": ("max_age", _seconds),
+    "x-promptmesh-cache-ttl": ("ttl", _not_negative),
+    "x-promptmesh-cache-max-age": ("max_age", _not_negative),
     "x-promptmesh-cache-scope": ("scope", str),
     "x-promptmesh-cache-namespace": ("namespace", str),
     "x-promptmesh-cache-min-agreement": ("min_agreement", int),
@@ -75,7 +77,8 @@ def _changes(
             try:
                 changes[field] = convert(value)
             except ValueError:
-                expected = "a number of seconds" if convert is _seconds else "a whole number"
+                whole = convert is int
+                expected = "a whole number" if whole else "a number that is not negative"
                 raise RequestRejected(
                     f"{header}: {value!r} is not {expected}", field=header
                 ) from None

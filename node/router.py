@@ -342,7 +342,14 @@ def _noted(answering: Answering, key: bytes, record: Record, account: Account) -
 def flight_key(key: bytes, request: Asked) -> bytes:
     """Who may answer separates flights, though not stored answers."""
     cache = request.cache
-    who = (request.provider, request.peer, request.privacy, cache.scope, str(cache.min_agreement))
+    who = (
+        request.provider,
+        request.peer,
+        request.privacy,
+        str(request.max_cost),
+        cache.scope,
+        str(cache.min_agreement),
+    )
     return key + "\0".join(part or "" for part in who).encode()
 
 

@@ -23,6 +23,8 @@ Privacy = Literal["local", "mesh", "any"]
 Priority = Literal["own", "member", "background"]
 Policy = Literal["round_robin", "least_loaded", "best_performance"]
 FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
+#: Whether free providers are asked before paid ones, and this node's own before its peers'.
+Prefer = Literal["own", "free", "any"]
 CacheStatus = Literal["hit-local", "hit-mesh", "miss", "bypass", "coalesced"]
 #: What a model is for: it answers a chat, or makes vectors of texts.
 Task = Literal["generate", "embed"]
@@ -162,6 +164,10 @@ class ModelRequest(Value, frozen=True, kw_only=True):
     policy: Policy | None = None
     #: `local`: this machine, no third party; `mesh`: members, no third party; `any`: anybody.
     privacy: Privacy = "any"
+    #: US dollars that the answer may be expected to cost; None: any.
+    max_cost: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    #: None: as the node's configuration says.
+    prefer: Prefer | None = None
     cache: CacheControl = CacheControl()
     #: Who goes first where requests wait for a slot.
     priority: Priority = "own"

@@ -234,6 +234,8 @@ def test_what_does_not_decide_it_is_not() -> None:
         privacy="local",
         priority="background",
         asker="p",
+        max_cost=0.5,
+        prefer="any",
         cache=CacheControl(mode="refresh", ttl=3, max_age=4, scope="local"),
         deadline=5.0,
         id="r",

@@ -235,6 +235,8 @@ NO_PART: dict[type[msgspec.Struct], dict[str, Any]] = {
         "privacy": "local",
         "priority": "background",
         "asker": "p",
+        "max_cost": 0.5,
+        "prefer": "any",
         "deadline": 3.0,
         "id": "r-1",
     },

@@ -25,6 +25,7 @@ from promptmesh.node.config import (
 )
 from promptmesh.node.config_template import starting_config
 from promptmesh.node.config_values import settings_of
+from promptmesh.providers.base import Price
 
 PEER = "12D3KooWGRUQyF9z5ZJxkYbW3pB8xYyK8mJm3bS9Fh1m5W8mTzUu"
 
@@ -178,6 +179,11 @@ def test_an_empty_variable_counts_as_not_set(tmp_path: Path) -> None:
         ("providers = 1", "each written [[providers]]"),
         ("[providers]\nkind = 'echo'", "each written [[providers]]"),
         ("[[providers]]\nname = 'x'", "the key `kind` is missing"),
+        ("[[providers]]\nkind = 'x'\nprice = 1", "price: expected a table with `prompt`"),
+        ("[[providers]]\nkind = 'x'\nprice = {}", "price: expected a table with `prompt`"),
+        ("[[providers]]\nkind = 'x'\nprice = {prompt = -1}", "US dollars for a million"),
+        ("[[providers]]\nkind = 'x'\nprice = {input = 1}", "US dollars for a million"),
+        ("[[providers]]\nkind = 'x'\nprices = {m = 1}", "prices: expected a table of such"),
         ("[[providers]]\nkind = 'x'\nslots = 0", "slots: expected a whole number from 1"),
         ("[[providers]]\nkind = 'x'\napi_key = 'sk-secret'", "api_key_env"),
         ("[[providers]]\nkind = 'x'\n[[providers]]\nkind = 'x'", "the name 'x' is taken"),
@@ -259,6 +265,33 @@ def test_the_tables_of_providers(tmp_path: Path) -> None:
 def test_a_paid_provider_is_shared_when_told_so(tmp_path: Path) -> None:
     text = "[[providers]]\nkind = 'x'\napi_key_env = 'K'\nshare = true"
     assert load(tmp_path, text, {"K": "k"}).providers[0].share
+
+
+PRICED = """[[providers]]
+kind = "x"
+price = {prompt = 0.5, completion = 2}
+[providers.prices]
+"org/large" = {completion = 15.5}
+"""
+
+
+def test_prices(tmp_path: Path) -> None:
+    config = load(tmp_path, PRICED)
+    (provider,) = config.providers
+    assert provider.price == Price(prompt=0.5, completion=2)
+    assert provider.prices == {"org/large": Price(completion=15.5)}
+    assert not provider.share  # it costs something
+    shown = {key: value for key, value, _ in config.values()}
+    assert shown["providers.x.price"] == {"prompt": 0.5, "completion": 2}
+    free = "[[providers]]\nkind = 'x'\nprice = {prompt = 0}"
+    assert load(tmp_path, free).providers[0].share
+
+
+def test_a_limit_of_money_says_what_it_does_not_count(tmp_path: Path) -> None:
+    text = "[limits]\nmax_cost_per_day = 1.5\n[[providers]]\nkind = 'x'\napi_key_env = 'K'\n"
+    (warning,) = load(tmp_path, text, {"K": "k"}).warnings
+    assert "providers.x has a key and no `price`" in warning
+    assert not load(tmp_path, text + "price = {prompt = 1}", {"K": "k"}).warnings
 
 
 def test_keys_never_show(tmp_path: Path) -> None:
