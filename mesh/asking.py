@@ -62,7 +62,7 @@ class Asking:
         *,
         deadlines: Deadlines,
         experience: Experience,
-        kind: str,
+        kind: str | None,
         stamp: Callable[[Origin], Origin],
         closed: Callable[[Candidate, PeerAnswer], None],
         finished: Callable[[Chunk], None],
@@ -71,10 +71,12 @@ class Asking:
         self.candidate = candidate
         #: Its first token came: what follows cannot be tried elsewhere.
         self.begun = False
+        #: It failed by the request's fault, or its caller's.
+        self.blameless = False
         self._source = source
         self._deadlines = deadlines
         self._experience = experience
-        #: What lengths are remembered by (`GenerateRequest.kind`).
+        #: What lengths are remembered by (`GenerateRequest.kind`); None: it is no whole answer.
         self._kind = kind
         #: Makes the answer's origin what it is to this node's callers.
         self._stamp = stamp
@@ -227,6 +229,7 @@ class Asking:
             f"{self.candidate} broke off its answer: {failure}",
             partial=self.text,
             retry_after=failure.retry_after,
+            again=failure.again,
         )
 
     # --- what is learnt
@@ -241,13 +244,15 @@ class Asking:
         if self._computed and tokens:
             now = self._remote.arrived if self._remote else trio.current_time()
             self._experience.measures.of(what).finished(tokens, now - self._first_at, now)
-            self._experience.measures.add_length(what.model, tokens, self._kind)
+            if self._kind is not None:
+                self._experience.measures.add_length(what.model, tokens, self._kind)
         if self._remote:
             self._closed(self.candidate, self._remote)
 
     def _failed(self, error: Exception) -> GenerateError:
         """Learn from a failure, and say it in the caller's terms."""
         failure, fault = _judge(error)
+        self.blameless = fault is Fault.NONE
         self._settled = True
         self._end()
         self._experience.failed(

@@ -1,18 +1,23 @@
 """One request's way through its candidates: who may be asked, who is next, when to give up. Pure.
 
-Each candidate is asked at most once for a request. Before the first token a failure leads to the
-next candidate; after it the answer has begun and the failure is the caller's.
+A failure leads to the next candidate; after the first token only to such a one as can go on from
+there (`continuing`). Each is asked at most once for a request. Where nobody else is left, one whose
+failure may pass is asked once more, after a pause. What is asked beyond a second candidate is
+inside a budget that all requests of the node share.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from random import Random
 from typing import NamedTuple
 
 from ..providers.base import (
     Asked,
     CacheOnlyMiss,
+    ContentFiltered,
     ContextTooLong,
     DeadlineExceeded,
     GenerateError,
@@ -20,11 +25,15 @@ from ..providers.base import (
     Image,
     Input,
     ModelNotFound,
+    ModelOffer,
     ProviderBusy,
     ProviderUnavailable,
     RequestRejected,
+    StreamInterrupted,
     Task,
 )
+from .budget import Budget
+from .continuing import SoFar, Way, way_of, way_on
 from .ladder import refusal
 from .policies import Candidate
 
@@ -33,6 +42,14 @@ from .policies import Candidate
 MOST_CHARACTERS_A_TOKEN = 8
 #: Names of models, and candidates with their reasons, that an error lists.
 MOST_LISTED = 20
+#: Share of the requests that may be sent once more or to a third candidate, how many that may be at
+#: once, and how many a second whatever is asked.
+RETRY_SHARE, MOST_RETRIES, RETRIES_A_SECOND = 0.2, 20.0, 0.2
+#: Seconds until the same candidate is asked again, on average; the pauses of several requests lie
+#: half of it to both sides.
+PAUSE = 0.3
+#: A caller waits no longer than this (s) for a candidate to be asked again: else it is told when.
+LONGEST_PAUSE = 1.5
 #: What to say of a model that is not for the task.
 _NOT_FOR: dict[Task, str] = {
     "generate": "it is not for chats: it makes embeddings",
@@ -139,6 +156,19 @@ def _least_tokens_of(given: Input) -> int:
     return len(given) // MOST_CHARACTERS_A_TOKEN if isinstance(given, str) else len(given)
 
 
+class Step(NamedTuple):
+    """The candidate to ask, after a pause (s), and how it is to go on from what there is."""
+
+    candidate: Candidate
+    pause: float = 0.0
+    way: Way = "restart"
+
+
+def retry_budget(now: float) -> Budget:
+    """What all requests of a node have together for further attempts."""
+    return Budget(RETRY_SHARE, most=MOST_RETRIES, a_second=RETRIES_A_SECOND, now=now)
+
+
 class Attempts:
     """Decides who is asked next, for one request."""
 
@@ -150,63 +180,182 @@ class Attempts:
         *,
         choose: Callable[[Sequence[Candidate]], Candidate],
         models: Callable[[], Iterable[str]],
+        obstacle: Callable[[Candidate], Obstacle | None],
+        budget: Budget,
+        rng: Random,
+        until: float = math.inf,
         for_peer: bool = False,
     ) -> None:
+        """`obstacle` says what keeps a candidate from being asked now. `until` the caller waits.
+
+        What a peer asks for is tried once: the peer decides what is next.
+        """
         self.request = request
         self.ruled_out = ruled_out
         self.tried: list[Attempt] = []
         #: Who may still be asked.
         self.left = list(candidates)
+        #: What the caller has of an answer that broke, and why it did.
+        self.so_far: SoFar | None = None
+        self._broke: StreamInterrupted | None = None
+        #: Whose text that is.
+        self._by: list[ModelOffer] = []
         self._choose = choose
         self._models = models
+        self._obstacle = obstacle
+        self._budget = budget
+        self._rng = rng
+        self._until = until
         self._for_peer = for_peer
+        self._repeated = False
+        #: Those that could be asked at first, and could not when it was their turn.
+        self._held_back: list[RuledOut] = []
+        #: Why nobody further was asked.
+        self._stopped = ""
 
-    def next(self) -> Candidate:
-        """The candidate to ask now. Raises the error that ends the request if there is none."""
-        if not self.left:
-            raise self._all_failed() if self.tried else self._no_candidate()
-        chosen = self._choose(self.left)
-        self.left.remove(chosen)
-        return chosen
+    @property
+    def may_go_on(self) -> bool:
+        """If the answer breaks after its first token, is there anybody who could go on?"""
+        request = self.request
+        return (
+            len(self.left) > 1
+            and isinstance(request, GenerateRequest)
+            and any(way_of(request, (), c.offer) for c in self.left)
+        )
+
+    @property
+    def may_be_asked(self) -> list[Candidate]:
+        """Those left that can give the answer, or go on from what there is of it."""
+        return [c for c in self.left if self._way(c)]
+
+    def next(self, now: float) -> Step:
+        """Whom to ask now. Raises the error that ends the request if there is nobody."""
+        while left := self.may_be_asked:
+            chosen = self._choose(left)
+            self.left.remove(chosen)
+            obstacle = self._obstacle(chosen)
+            if obstacle is not None:
+                self._held_back.append(RuledOut(chosen, obstacle.reason, wait=obstacle.wait))
+            elif len(self.tried) < 2 or self._budget.take(now):
+                return Step(chosen, way=self._way(chosen) or "restart")
+            else:
+                self._stopped = "too many requests were tried again lately"
+                break
+        else:
+            if (step := self._once_more(now)) is not None:
+                return step
+        raise self._end()
 
     def failed(self, candidate: Candidate, error: GenerateError, seconds: float) -> None:
-        """It failed before its first token. Raises `error` where nobody else may be asked."""
+        """It failed before its first token. Raises the error where nobody else may be asked."""
         self.tried.append(Attempt(candidate, error, seconds))
         if isinstance(error, ContextTooLong):
             size = candidate.offer.context_length or 0
             self.left = [c for c in self.left if (c.offer.context_length or 0) > size]
             if not self.left:
-                raise error
+                raise self._told(error)
         elif isinstance(error, ModelNotFound):
             pass  # what that peer offered was old news
-        elif isinstance(error, RequestRejected | CacheOnlyMiss):
-            raise error
+        elif isinstance(error, ContentFiltered | CacheOnlyMiss):
+            raise self._told(error)
+        elif isinstance(error, RequestRejected) and self.so_far is None:
+            raise error  # else it is the prefix that it does not take
 
     def answered(self, candidate: Candidate, seconds: float) -> None:
         """Its first token came."""
         self.tried.append(Attempt(candidate, None, seconds))
 
+    def broke(self, error: StreamInterrupted, seconds: float, so_far: SoFar) -> None:
+        """The one that answered last broke off its answer."""
+        candidate = self.tried.pop().candidate
+        self.tried.append(Attempt(candidate, error, seconds))
+        self._by.append(candidate.offer)
+        self.so_far = so_far
+        self._broke = self._broke or error
+
+    def differed(self, error: GenerateError, seconds: float) -> GenerateError:
+        """The one that went on gave something else. Returns the error that ends the request."""
+        candidate = self.tried.pop().candidate
+        self.tried.append(Attempt(candidate, error, seconds))
+        return self._told(error)
+
+    def _way(self, candidate: Candidate) -> Way | None:
+        request = self.request
+        if self.so_far is None or not isinstance(request, GenerateRequest):
+            return "restart"
+        return way_on(request, self._by, candidate.offer, self.so_far)
+
+    # --- once more where it failed
+
+    def _once_more(self, now: float) -> Step | None:
+        """The candidate that may be asked again first."""
+        if self._repeated or self._for_peer:
+            return None
+        steps = [
+            Step(a.candidate, self._pause(a.candidate, a.error), way)
+            for a in self.tried
+            if a.error is not None and _may_pass(a.error) and (way := self._way(a.candidate))
+        ]
+        step = min(steps, key=lambda step: step.pause, default=None)
+        if step is None or step.pause > min(LONGEST_PAUSE, self._until - now):
+            return None
+        if not self._budget.take(now):
+            self._stopped = "too many requests were tried again lately"
+            return None
+        self._repeated = True
+        return step
+
+    def _pause(self, candidate: Candidate, error: GenerateError) -> float:
+        """Seconds until it may be asked again, as it said itself and as its breaker says."""
+        obstacle = self._obstacle(candidate)
+        jittered = PAUSE * self._rng.uniform(0.5, 1.5)
+        return max(jittered, error.retry_after or 0.0, obstacle.wait if obstacle else 0.0)
+
+    # --- what is said at the end
+
+    def _end(self) -> GenerateError:
+        if self._broke is not None:
+            return self._told()
+        return self._all_failed() if self.tried else self._no_candidate()
+
+    def _told(self, error: GenerateError | None = None) -> GenerateError:
+        """The error for the caller, which hides no earlier failure of an answer that had begun."""
+        if self._broke is None or self.so_far is None:
+            assert error is not None
+            return error
+        later = [str(a) for a in self.tried if a.error is not self._broke]
+        later += map(str, self._held_back)
+        why = self._stopped or "nobody can go on from there"
+        reasons = "; ".join([self._broke.message, *later, *([] if error else [why])])
+        return StreamInterrupted(
+            reasons, partial=self.so_far.text, retry_after=self._broke.retry_after
+        )
+
     def _all_failed(self) -> GenerateError:
         errors = [a.error for a in self.tried if a.error is not None]
         reasons = [str(a) for a in self.tried]
-        reasons += [str(r) for r in self.ruled_out if not r.pinned]
+        reasons += [str(r) for r in (*self.ruled_out, *self._held_back) if not r.pinned]
+        reasons += [self._stopped] if self._stopped else []
         message = f"every candidate for `{self.request.model}` failed: {_listed(reasons, '; ')}"
         if all(isinstance(e, ModelNotFound) for e in errors):
             return ModelNotFound(message, field="model")
         waits = [e.retry_after for e in errors if e.retry_after is not None]
+        waits += [r.wait for r in self._held_back if r.wait is not None]
         kind: type[GenerateError] = ProviderUnavailable
         for same in (ProviderBusy, DeadlineExceeded):
             if all(isinstance(e, same) for e in errors):
                 kind = same
-        return kind(message, retry_after=min(waits, default=None))
+        again = any(e.again for e in errors)
+        return kind(message, retry_after=min(waits, default=None), again=again)
 
     def _no_candidate(self) -> GenerateError:
         model = self.request.model
-        if not self.ruled_out:
+        ruled_out = [*self.ruled_out, *self._held_back]
+        if not ruled_out:
             models = sorted(set(self._models()))
             there = f"there are: {_listed(models, ', ')}" if models else "there is no model at all"
             return ModelNotFound(f"nobody offers the model `{model}`; {there}", field="model")
-        reasons = [r for r in self.ruled_out if not r.pinned] or list(self.ruled_out)
+        reasons = [r for r in ruled_out if not r.pinned] or ruled_out
         text = _listed([str(r) for r in reasons], "; ")
         message = f"nobody can answer with `{model}` now: {text}"
         waits = [r.wait for r in reasons if r.wait is not None]
@@ -223,6 +372,14 @@ class Attempts:
         if all(r.too_dear for r in reasons):
             return RequestRejected(message, field="promptmesh.max_cost")
         return RequestRejected(message)
+
+
+def _may_pass(error: GenerateError) -> bool:
+    """Is the same candidate worth another try? Not where it was silent, or full, or is wrong."""
+    if isinstance(error, ProviderBusy | DeadlineExceeded):
+        return False
+    told = isinstance(error, ProviderUnavailable) and error.retry_after is not None
+    return error.again or told
 
 
 def _listed(items: Sequence[str], separator: str) -> str:

@@ -6,6 +6,7 @@ It is thin: `attempts` and `policies` decide, `asking` carries out, `measure` re
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from random import Random
@@ -31,10 +32,13 @@ from ..providers.base import (
 )
 from .affinity import Affinity, Beginning, beginnings
 from .asking import Asking, Deadlines
-from .attempts import Attempts
+from .attempts import Attempts, Step, retry_budget
+from .budget import Budget
 from .candidates import Candidates, LocalBackend, Source
+from .continuing import continued
 from .embedding import answer_of
 from .frames import AskLoads, Load, PresentLoads
+from .handover import Handover, tasks
 from .ladder import rung
 from .measure import BackendId, Experience
 from .peers import Advert, PeerTable
@@ -102,6 +106,8 @@ class BackendManager:
         self._affinity = Affinity()
         self._probes = Probes(self.experience.loads, self._providers_of)
         self._network: PeerNetwork | None = None
+        #: Made with the first request: before it there may be no clock.
+        self._budget: Budget | None = None
 
     # --- the network, which may come and go
 
@@ -177,37 +183,59 @@ class BackendManager:
             policy, tuple(attempts.left), attempts.ruled_out, choice.decisions, attempts.tried
         )
         self._on_route(request, local_only, route)
+
+        async def next_step() -> Step:
+            return await self._next_step(attempts, choice, policy)
+
+        def ask(step: Step) -> Asking:
+            return self._asking(step, attempts, started, route)
+
+        def answered(step: Step, asking: Asking) -> None:
+            attempts.answered(step.candidate, asking.seconds)
+            now = trio.current_time()
+            route.first_at = route.first_at or now
+            self._affinity.saw(prompt, step.candidate.backend, now)
+
         try:
+            if attempts.may_go_on:
+                async with tasks() as nursery:
+                    handover = Handover(
+                        attempts, nursery, next_step=next_step, ask=ask, answered=answered
+                    )
+                    yield Answering(await handover.begin(), handover)
+                return
             while True:
-                if policy == "best_performance":
-                    await self._look(attempts, choice)
-                candidate = attempts.next()
-                asking = self._asking(candidate, request, started, route)
+                step = await next_step()
+                asking = ask(step)
                 try:
-                    self._check_obstacle(candidate)
                     async with asking.open() as answering:
-                        attempts.answered(candidate, asking.seconds)
-                        route.first_at = now = trio.current_time()
-                        self._affinity.saw(prompt, candidate.backend, now)
+                        answered(step, asking)
                         yield answering
                 except GenerateError as error:
                     if asking.begun:
                         raise
-                    logger.info("request %s: %s failed: %s", request.id, candidate, error)
-                    attempts.failed(candidate, error, asking.seconds)
+                    logger.info("request %s: %s failed: %s", request.id, step.candidate, error)
+                    attempts.failed(step.candidate, error, asking.seconds)
                 else:
                     return
         finally:
             route.settle()
 
-    def _asking(
-        self,
-        candidate: Candidate,
-        request: Asked,
-        started: float,
-        route: Route,
-    ) -> Asking:
-        number = len(route.attempts) + 1
+    async def _next_step(self, attempts: Attempts, choice: Choice, policy: Policy) -> Step:
+        """Whom to ask now, once it may be asked. Raises the error that ends the request."""
+        while True:
+            if policy == "best_performance":
+                await self._look(attempts, choice)
+            step = attempts.next(trio.current_time())
+            if not step.pause:
+                return step
+            await trio.sleep(step.pause)
+            if self._candidates.obstacle(step.candidate, trio.current_time()) is None:
+                return step
+
+    def _asking(self, step: Step, attempts: Attempts, started: float, route: Route) -> Asking:
+        candidate, request, kind = step.candidate, attempts.request, attempts.request.kind
+        number = len(attempts.tried) + 1
 
         def stamp(origin: Origin) -> Origin:
             return _seen_from_here(origin, candidate, route.policy, number)
@@ -218,12 +246,16 @@ class BackendManager:
         forwarded = msgspec.structs.replace(
             request, provider=candidate.provider, peer=None, policy=None, deadline=left
         )
+        whole = True
+        if step.way == "continue" and isinstance(forwarded, GenerateRequest):
+            assert attempts.so_far is not None
+            forwarded, whole = continued(forwarded, attempts.so_far), False
         return Asking(
             candidate,
             lambda: self._source(candidate, forwarded),
             deadlines=self._deadlines,
             experience=self.experience,
-            kind=request.kind,
+            kind=kind if whole else None,
             stamp=stamp,
             closed=self._closed,
             finished=route.finished,
@@ -261,15 +293,12 @@ class BackendManager:
         state = self._peers.get(peer)
         return [provider.name for provider in state.providers] if state else []
 
-    def _check_obstacle(self, candidate: Candidate) -> None:
-        """There may be one since the candidates were sorted."""
-        obstacle = self._candidates.obstacle(candidate, trio.current_time())
-        if obstacle is not None:
-            raise ProviderUnavailable(obstacle.reason, retry_after=obstacle.wait)
-
     def _attempts(
         self, request: Asked, policy: Policy, local_only: bool, key: bytes
     ) -> tuple[Attempts, Choice, Sequence[Beginning]]:
+        now = trio.current_time()
+        self._budget = self._budget or retry_budget(now)
+        self._budget.earn(now)
         with_peers = self._network is not None and not local_only
         suitable, ruled_out = self._candidates.sort(
             request, with_peers=with_peers, only_shared=local_only
@@ -287,6 +316,10 @@ class BackendManager:
                     with_peers=with_peers, only_shared=local_only
                 )
             ),
+            obstacle=lambda c: self._candidates.obstacle(c, trio.current_time()),
+            budget=self._budget,
+            rng=self._rng,
+            until=math.inf if request.deadline is None else now + request.deadline,
             for_peer=local_only,
         )
         return attempts, choice, prompt
@@ -314,10 +347,13 @@ class BackendManager:
 
     async def _look(self, attempts: Attempts, choice: Choice) -> None:
         """Ask how busy those are that may be chosen, where it is not known well enough."""
+        left = attempts.may_be_asked
+        if not left:
+            return
         if attempts.tried:
-            self._candidates.refresh(attempts.left, attempts.request.priority)
+            self._candidates.refresh(left, attempts.request.priority)
         now = trio.current_time()
-        drawn = choice.draw(self._rung(attempts.request, attempts.left), now)
+        drawn = choice.draw(self._rung(attempts.request, left), now)
         asked = worth_probing(drawn, choice.work, now) if self._network else ()
         if asked and self._network is not None:
             await self._probes.ask(asked, self._network.probe, now)
@@ -339,8 +375,10 @@ async def _limited(
 def _seen_from_here(origin: Origin, candidate: Candidate, policy: str, attempts: int) -> Origin:
     """What a backend says of itself, with what this node knows better."""
     offer = candidate.offer
+    stored_there = origin.cache == "hit-local" and not candidate.own
     return msgspec.structs.replace(
         origin,
+        cache="hit-mesh" if stored_there else origin.cache,
         peer=candidate.peer,
         node=candidate.node,
         provider=origin.provider if origin.cache.startswith("hit") else candidate.provider,

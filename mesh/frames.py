@@ -148,6 +148,7 @@ class Failed(Value, frozen=True, kw_only=True, tag_field="kind", tag="error"):
     retry_after: float | None = None
     partial: str = ""
     field: str | None = None
+    again: bool = False
     loads: dict[str, Load] = msgspec.field(default_factory=dict)
 
 

@@ -197,6 +197,7 @@ def error_frame(error: GenerateError, loads: dict[str, Load]) -> Failed:
         retry_after=error.retry_after,
         partial=error.partial[:MAX_PARTIAL],
         field=error.field,
+        again=error.again,
         loads=loads,
     )
 
@@ -208,6 +209,7 @@ def frame_error(frame: Failed) -> GenerateError:
         retry_after=frame.retry_after,
         partial=frame.partial[:MAX_PARTIAL],
         field=frame.field,
+        again=frame.again,
     )
 
 

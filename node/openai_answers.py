@@ -33,6 +33,8 @@ def origin_fields(origin: Origin, request_id: str, cid: str | None) -> dict[str,
     }
     if cid is not None:
         fields["cid"] = cid
+    if origin.begun_by:
+        fields["begun_by"] = origin.begun_by
     return fields
 
 

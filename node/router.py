@@ -305,10 +305,11 @@ class Router:
     ) -> str | None:
         """Store a whole answer or an embedding, tell the others, and return its CID.
 
-        None if it may not be kept. `seconds`: how long it took to come.
+        None if it may not be kept: it is cut, or two engines made parts of it. `seconds`: how long
+        it took to come.
         """
         shared = request.cache.scope == "mesh" and request.privacy != "local"
-        if isinstance(content, Completion) and _is_cut(content, request):
+        if isinstance(content, Completion) and (origin.begun_by or _is_cut(content, request)):
             return None
         computed = origin.cache == "miss"  # and not a peer's stored answer
         stored = await self._answers.store(

@@ -284,6 +284,8 @@ class Origin(Value, frozen=True, kw_only=True):
     weights: str | None = None
     engine: str | None = None
     numerics: str | None = None
+    #: Who gave the beginning of the text, where it broke off and this one continued it.
+    begun_by: str = ""
     #: What the offer charges for computing it, as the asking node knows it.
     price: Price | None = None
 
@@ -567,6 +569,7 @@ class GenerateError(Exception):
         retry_after: float | None = None,
         partial: str = "",
         field: str | None = None,
+        again: bool = False,
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -574,6 +577,8 @@ class GenerateError(Exception):
         self.partial = partial
         #: The request's field that is at fault.
         self.field = field
+        #: It may pass at once: another try at the same place is worth while.
+        self.again = again
 
     def __str__(self) -> str:
         return self.message

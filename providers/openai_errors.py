@@ -174,7 +174,10 @@ class ErrorReader:
         kind, hint = _classify(status, error)
         field = error.field if issubclass(kind, RequestRejected) else None
         return kind(
-            self.redact(message) + hint, retry_after=wait, field=field and self.redact(field)
+            self.redact(message) + hint,
+            retry_after=wait,
+            field=field and self.redact(field),
+            again=status >= 500 and wait is None,
         )
 
 

@@ -32,6 +32,8 @@ class Case:
     elsewhere: bool = True
     #: The server sees that its client leaves.
     left: bool = False
+    #: It may pass at once: the server is asked once more, if there is no other.
+    again: bool = False
     #: After a second one it is left alone for a while.
     paused: bool = True
     #: The answer, where it is one after all, and how it ended.
@@ -69,7 +71,12 @@ class Case:
     def _server(self) -> str:
         if self.fault == REFUSED:
             return "nothing"
-        return "its client leaves" if self.left else "one request"
+        requests = "two requests" if self.again else "one request"
+        return (
+            (f"{requests}, whose clients leave" if self.again else "its client leaves")
+            if self.left
+            else requests
+        )
 
     @property
     def _next(self) -> str:
@@ -138,12 +145,14 @@ CASES = (
     before("status-408", "408", says="408"),
     before("status-429", "429", says="Rate limit reached", status=503, retry_after=2),
     before("status-429-retry-after", "429 with `Retry-After: 7`", status=503, retry_after=7),
-    before("status-500", "500", says="out of memory"),
-    before("status-502", "502", says="502"),
+    before("status-500", "500", says="out of memory", again=True),
+    before("status-502", "502", says="502", again=True),
     before("status-503-retry-after", "503 with `Retry-After: 7`", status=503, retry_after=7),
     before("redirect", "a redirect", says="redirects to"),
     before("web-page", "a web page", says="web page"),
-    before("endless-error", "500 with a body without end", says="answered 500", left=True),
+    before(
+        "endless-error", "500 with a body without end", says="answered 500", left=True, again=True
+    ),
     context("vllm"),
     context("llama.cpp"),
     context("ollama"),

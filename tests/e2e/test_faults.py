@@ -294,7 +294,9 @@ async def _with_a_healthy_one(case: Case, road: Road, fields: dict[str, Any]) ->
 async def _check_backend(case: Case, backend: FaultBackend, *, requests: int = 3) -> None:
     """Each request came once, and whoever was not to go on reading left."""
     met = backend.of(case.fault)
-    assert len(met) == (0 if case.fault == REFUSED else requests)
+    asked = 0 if case.fault == REFUSED else requests
+    # Two callers had no other server. The breaker may let only one of them ask once more.
+    assert asked <= len(met) <= asked + (2 if case.again else 0)
     with trio.fail_after(CASE_S):
         for seen in met:
             await seen.over.wait()

@@ -1,12 +1,25 @@
 """Who is asked next, and what is said when nobody is left."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from random import Random
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 
-from promptmesh.mesh.attempts import MOST_LISTED, Attempts, Obstacle, RuledOut, rule_out
+from promptmesh.mesh.attempts import (
+    LONGEST_PAUSE,
+    MOST_LISTED,
+    PAUSE,
+    Attempts,
+    Obstacle,
+    RuledOut,
+    retry_budget,
+    rule_out,
+)
+from promptmesh.mesh.budget import Budget
 from promptmesh.mesh.policies import Candidate
 from promptmesh.providers.base import (
     CacheOnlyMiss,
@@ -19,6 +32,7 @@ from promptmesh.providers.base import (
     Message,
     ModelNotFound,
     ModelOffer,
+    ProviderBusy,
     ProviderUnavailable,
     RequestRejected,
     StreamInterrupted,
@@ -43,6 +57,10 @@ def attempts(
     ruled_out: Sequence[RuledOut] = (),
     models: Sequence[str] = (),
     for_peer: bool = False,
+    budget: Budget | None = None,
+    obstacles: Mapping[Candidate, Obstacle] = MappingProxyType({}),
+    until: float = math.inf,
+    rng: Random | None = None,
     **fields: Any,
 ) -> Attempts:
     return Attempts(
@@ -51,8 +69,19 @@ def attempts(
         ruled_out,
         choose=lambda left: left[0],
         models=lambda: models,
+        obstacle=obstacles.get,
+        budget=budget or retry_budget(0.0),
+        rng=rng or Random(1),
+        until=until,
         for_peer=for_peer,
     )
+
+
+def ask(way: Attempts, now: float = 0.0) -> Candidate:
+    """Who is asked now; it must be at once."""
+    step = way.next(now)
+    assert step.pause == 0
+    return step.candidate
 
 
 A, B, C = candidate("a"), candidate("b"), candidate("c")
@@ -74,9 +103,9 @@ A, B, C = candidate("a"), candidate("b"), candidate("c")
 )
 def test_the_next_is_asked_after(error: GenerateError) -> None:
     way = attempts(A, B)
-    assert way.next() is A
+    assert ask(way) is A
     way.failed(A, error, 0.1)
-    assert way.next() is B
+    assert ask(way) is B
     way.answered(B, 0.2)
     assert [str(a) for a in way.tried] == [f"a:vllm: {error.message}", "b:vllm: answered"]
 
@@ -88,7 +117,7 @@ def test_the_next_is_asked_after(error: GenerateError) -> None:
 def test_nobody_else_is_asked_after(error: GenerateError) -> None:
     way = attempts(A, B)
     with pytest.raises(type(error)) as raised:
-        way.failed(way.next(), error, 0.1)
+        way.failed(ask(way), error, 0.1)
     assert raised.value is error
     assert len(way.tried) == 1
 
@@ -102,8 +131,8 @@ def test_only_a_larger_model_is_asked_when_the_context_is_too_long() -> None:
     )
     error = ContextTooLong("5000 tokens")
     way = attempts(small, same, unknown, large)
-    way.failed(way.next(), error, 0.1)
-    assert way.next() is large
+    way.failed(ask(way), error, 0.1)
+    assert ask(way) is large
     with pytest.raises(ContextTooLong) as raised:
         way.failed(large, error, 0.1)
     assert raised.value is error
@@ -113,10 +142,10 @@ def test_each_is_asked_once_and_the_error_names_all_with_their_reasons() -> None
     out = rule_out(C, asking(), Obstacle("its node is not reachable: refused", 2.0))
     assert out is not None
     way = attempts(A, B, ruled_out=[out])
-    way.failed(way.next(), ProviderUnavailable("500 from vllm"), 0.1)
-    way.failed(way.next(), DeadlineExceeded("no token within 120 s", retry_after=7.0), 120.0)
+    way.failed(ask(way), ProviderUnavailable("500 from vllm"), 0.1)
+    way.failed(ask(way), DeadlineExceeded("no token within 120 s", retry_after=7.0), 120.0)
     with pytest.raises(ProviderUnavailable) as raised:
-        way.next()
+        ask(way)
     error = raised.value
     assert not isinstance(error, DeadlineExceeded)
     for part in ("`m`", "a:vllm: 500 from vllm", "b:vllm: no token within 120 s", "c:vllm: its no"):
@@ -127,10 +156,120 @@ def test_each_is_asked_once_and_the_error_names_all_with_their_reasons() -> None
 def test_deadlines_alone_stay_deadlines_and_missing_models_missing() -> None:
     for kind in (DeadlineExceeded, ModelNotFound):
         way = attempts(A, B)
-        way.failed(way.next(), kind("x"), 0.1)
-        way.failed(way.next(), kind("y"), 0.1)
+        way.failed(ask(way), kind("x"), 0.1)
+        way.failed(ask(way), kind("y"), 0.1)
         with pytest.raises(kind):
-            way.next()
+            ask(way)
+
+
+def test_one_whose_breaker_has_opened_meanwhile_is_passed_over() -> None:
+    obstacles = {B: Obstacle("it failed and is left alone for 3.0 s more", 3.0)}
+    way = attempts(A, B, C, obstacles=obstacles)
+    way.failed(ask(way), ProviderUnavailable("500"), 0.1)
+    assert ask(way) is C
+    way.failed(C, ProviderUnavailable("502"), 0.1)
+    with pytest.raises(ProviderUnavailable, match="b:vllm: it failed and is left alone") as raised:
+        way.next(0.0)
+    assert raised.value.retry_after == 3.0
+
+
+# --- once more
+
+
+SERVER = ProviderUnavailable("500", again=True)
+
+
+def test_where_nobody_else_is_left_it_is_asked_once_more_after_a_pause() -> None:
+    way = attempts(A, B)
+    way.failed(ask(way), SERVER, 0.1)
+    assert ask(way) is B  # another one first
+    way.failed(B, DeadlineExceeded("silent"), 0.1)
+    step = way.next(0.0)
+    assert step.candidate is A
+    assert PAUSE / 2 <= step.pause <= PAUSE * 1.5
+    way.failed(A, SERVER, 0.1)
+    with pytest.raises(ProviderUnavailable):
+        way.next(1.0)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        DeadlineExceeded("silent"),
+        ProviderBusy("full", retry_after=0.5),
+        ProviderUnavailable("connection refused"),
+        ProviderUnavailable("429", retry_after=LONGEST_PAUSE + 0.1),
+        ModelNotFound("gone"),
+    ],
+)
+def test_it_is_not_asked_again_after(error: GenerateError) -> None:
+    way = attempts(A)
+    way.failed(ask(way), error, 0.1)
+    with pytest.raises(GenerateError):
+        way.next(0.0)
+
+
+def test_a_peers_request_is_not_tried_again() -> None:
+    way = attempts(A, for_peer=True)
+    way.failed(ask(way), SERVER, 0.1)
+    with pytest.raises(ProviderUnavailable) as raised:
+        way.next(0.0)
+    assert raised.value.again  # whoever asked decides
+
+
+def test_the_pause_is_what_the_server_and_the_breaker_say() -> None:
+    limited = attempts(A)
+    limited.failed(ask(limited), ProviderUnavailable("429", retry_after=1.5), 0.1)
+    assert limited.next(0.0).pause == 1.5
+    obstacles: dict[Candidate, Obstacle] = {}
+    broken = attempts(A, obstacles=obstacles)
+    broken.failed(ask(broken), SERVER, 0.1)
+    obstacles[A] = Obstacle("left alone", 1.0)
+    assert broken.next(0.0).pause == 1.0
+    hurried = attempts(A, until=1.0)
+    hurried.failed(ask(hurried), ProviderUnavailable("429", retry_after=1.5), 0.1)
+    with pytest.raises(ProviderUnavailable):
+        hurried.next(0.0)
+
+
+def test_pauses_differ() -> None:
+    pauses = set()
+    rng = Random(1)
+    for _ in range(20):
+        way = attempts(A, rng=rng)
+        way.failed(ask(way), SERVER, 0.1)
+        pauses.add(way.next(0.0).pause)
+    assert len(pauses) == 20
+
+
+def test_the_budget_bounds_what_is_sent_beyond_a_second_candidate() -> None:
+    empty = Budget(0.2, most=20, now=0.0)
+    way = attempts(A, B, C, budget=empty)
+    way.failed(ask(way), SERVER, 0.1)
+    assert ask(way) is B
+    way.failed(B, SERVER, 0.1)
+    with pytest.raises(ProviderUnavailable, match="too many requests were tried again lately"):
+        way.next(0.0)
+    way = attempts(A, budget=empty)
+    way.failed(ask(way), SERVER, 0.1)
+    with pytest.raises(ProviderUnavailable, match="too many requests"):
+        way.next(0.0)
+
+
+def test_a_budget_is_a_share_of_the_requests() -> None:
+    share = Budget(0.25, most=3, now=0.0)
+    assert not share.take(0.0)
+    for _ in range(4):
+        share.earn(0.0)
+    assert share.take(0.0)
+    assert not share.take(9e9)
+    for _ in range(100):
+        share.earn(9e9)
+    assert [share.take(9e9) for _ in range(4)] == [True, True, True, False]
+    fills = Budget(0.2, most=2, a_second=0.5, now=0.0)
+    assert [fills.take(0.0) for _ in range(3)] == [True, True, False]
+    assert not fills.take(1.0)
+    assert fills.take(2.0)
 
 
 # --- nobody to ask
@@ -138,16 +277,16 @@ def test_deadlines_alone_stay_deadlines_and_missing_models_missing() -> None:
 
 def test_nobody_offers_it_says_what_there_is() -> None:
     with pytest.raises(ModelNotFound) as raised:
-        attempts(models=["z", "llama", "z"]).next()
+        attempts(models=["z", "llama", "z"]).next(0.0)
     assert raised.value.message == "nobody offers the model `m`; there are: llama, z"
     assert raised.value.field == "model"
     with pytest.raises(ModelNotFound, match="no model at all"):
-        attempts().next()
+        attempts().next(0.0)
 
 
 def test_a_long_list_is_cut() -> None:
     with pytest.raises(ModelNotFound, match=f"and {100 - MOST_LISTED} more"):
-        attempts(models=[f"m{i}" for i in range(100)]).next()
+        attempts(models=[f"m{i}" for i in range(100)]).next(0.0)
 
 
 def reasons(*candidates: Candidate, obstacle: Obstacle | None = None, **fields: Any) -> Any:
@@ -159,7 +298,9 @@ def reasons(*candidates: Candidate, obstacle: Obstacle | None = None, **fields: 
 
 def test_what_passes_is_an_unavailability_with_the_time_to_come_back() -> None:
     with pytest.raises(ProviderUnavailable) as raised:
-        reasons(A, B, obstacle=Obstacle("it failed and is left alone for 3.0 s more", 3.0)).next()
+        reasons(A, B, obstacle=Obstacle("it failed and is left alone for 3.0 s more", 3.0)).next(
+            0.0
+        )
     assert raised.value.retry_after == 3.0
     assert "a:vllm: it failed" in raised.value.message
     assert "b:vllm: it failed" in raised.value.message
@@ -168,33 +309,33 @@ def test_what_passes_is_an_unavailability_with_the_time_to_come_back() -> None:
 def test_what_does_not_pass_is_the_requests_fault() -> None:
     third = candidate("a", egress=True)
     with pytest.raises(RequestRejected, match="a:vllm: privacy is `mesh`"):
-        reasons(third, privacy="mesh").next()
+        reasons(third, privacy="mesh").next(0.0)
 
 
 def test_a_prompt_that_fits_nowhere_is_too_long() -> None:
     with pytest.raises(ContextTooLong, match="its 100 tokens"):
-        reasons(candidate("a", context_length=100), text="x" * 9000).next()
+        reasons(candidate("a", context_length=100), text="x" * 9000).next(0.0)
 
 
 def test_another_peer_than_the_one_asked_for_is_not_listed_as_a_reason() -> None:
     request = asking(peer="b")
     found = [rule_out(A, request, None), rule_out(B, request, Obstacle("starting"))]
     with pytest.raises(ProviderUnavailable) as raised:
-        attempts(ruled_out=[r for r in found if r]).next()
+        attempts(ruled_out=[r for r in found if r]).next(0.0)
     assert "b:vllm: starting" in raised.value.message
     assert "a:vllm" not in raised.value.message
 
 
 def test_a_peer_that_does_not_have_it_is_a_missing_model() -> None:
     with pytest.raises(ModelNotFound, match="the request is for peer z"):
-        reasons(A, B, peer="z").next()
+        reasons(A, B, peer="z").next(0.0)
 
 
 def test_to_a_peer_that_asks_it_is_never_the_requests_fault() -> None:
     out = rule_out(A, asking(privacy="local"), None)
     assert out is not None
     with pytest.raises(ProviderUnavailable):
-        attempts(ruled_out=[out], for_peer=True).next()
+        attempts(ruled_out=[out], for_peer=True).next(0.0)
 
 
 # --- the filter

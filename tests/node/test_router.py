@@ -62,6 +62,13 @@ async def test_a_sampled_answer_is_stored_and_not_reused_unless_asked_for() -> N
         assert (await ask(s, any_sample))[1] == "hit-local"
 
 
+async def test_what_two_engines_made_is_not_stored_as_the_answer_of_one() -> None:
+    async with setup(Backends(origin={"begun_by": "n:other"})) as s:
+        assert (await ask(s, asking()))[2] is None
+        assert (await ask(s, asking()))[:2] == ("hi 2", "miss")
+        assert not s.shared.told
+
+
 @pytest.mark.parametrize(("reuse", "computed"), [("always", 1), ("never", 2)])
 async def test_reuse_is_policy(reuse: Reuse, computed: int) -> None:
     async with setup(reuse=reuse) as s:
