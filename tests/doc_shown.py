@@ -1,9 +1,10 @@
 """Compares what a document shows with what really came.
 
 The rule: each line of the document must be among the lines that really came, in the document's
-order. Numbers (and so ports and sizes) and times with their units may be others, and any spaces count as one; `...` and
-`…` stand for anything. CIDs and peer ids may be others too, but where the document shows one twice,
-one must have come twice, and where it shows two, two. Everything else must be there as it is.
+order. Numbers (and so ports and sizes) and times with their units may be others, and any spaces
+count as one; `...` and `…` stand for anything. CIDs and peer ids may be others too, but where the
+document shows one twice, one must have come twice, and where it shows two, two. Everything else
+must be there as it is.
 """
 
 from __future__ import annotations

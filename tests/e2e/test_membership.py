@@ -36,6 +36,7 @@ async def test_join_and_leave_while_running(tmp_path: Path) -> None:
             await b.wait_for_model("echo")
             answer = await b.chat("hello", "echo")
             assert answer.headers["x-promptmesh-node"] == "a"
+            await both_ends_explain(answer.headers["x-promptmesh-request-id"], b, a)
 
             await b.cli("leave")
             assert await b.models() == set()
@@ -48,6 +49,18 @@ async def test_join_and_leave_while_running(tmp_path: Path) -> None:
             assert json.loads(await b.cli("invite", "--json"))["link"] != link
         finally:
             await b.aclose()
+
+
+async def both_ends_explain(request_id: str, asker: Daemon, answerer: Daemon) -> None:
+    """The id is the same on both nodes; each tells its own part."""
+    asked = await asker.json(f"/mesh/v1/requests/{request_id}")
+    served = await answerer.json(f"/mesh/v1/requests/{request_id}")
+    assert asked["explained_on"]["node"] == asked["answered_by"]["node"] == answerer.name
+    assert (asked["asker"], served["asker"]["node"]) == (None, asker.name)
+    assert [t["error"] for t in asked["attempts"]] == [t["error"] for t in served["attempts"]]
+    assert asked["cache"]["key"] == served["cache"]["key"]
+    assert asked["cache"]["cid"] == served["cache"]["cid"]
+    assert served["total_s"] <= asked["total_s"]
 
 
 async def test_a_restarted_node_finds_its_mesh_without_help(tmp_path: Path) -> None:
@@ -74,6 +87,14 @@ async def test_a_dead_peer_gets_no_more_work_and_is_found_again(
         await a.wait_for_peers("b", "c")
         address = await mesh_address(b)
         await both_answer(a)
+        (row,) = [p for p in await a.json("/mesh/v1/peers") if p["node"] == "b"]
+        assert (row["via"], row["reason"], row["warning"]) == ("direct", "", "")
+        (echo,) = row["providers"]
+        assert (echo["in_flight"], echo["paused"]) == (0, None)
+        (seen,) = echo["measured"]
+        assert seen["model"] == "echo"
+        assert seen["answers"] >= 1
+        assert seen["ttft_s"] > 0
         b.signal(how)
         answers = [(await a.chat(f"after {n}", "echo")) for n in range(6)]
         assert [x.status_code for x in answers] == [200] * 6
@@ -92,7 +113,7 @@ async def test_a_dead_peer_gets_no_more_work_and_is_found_again(
             nursery.start_soon(until, noticed, "a notices that b is silent", 8)
             nursery.start_soon(until, forgotten, "a offers no model of b any more", 15)
         (lost,) = [p for p in await a.json("/mesh/v1/peers") if p["node"] == "b" or p["reason"]]
-        assert lost["state"] == "unreachable"
+        assert (lost["node"], lost["state"], lost["via"]) == ("b", "unreachable", "")
         assert lost["reason"]
         if how is signal.SIGSTOP:
             b.signal(signal.SIGCONT)
