@@ -17,6 +17,7 @@ from ..providers.base import (
     CacheOnlyMiss,
     Chunk,
     DeadlineExceeded,
+    Declined,
     EmbedRequest,
     GenerateError,
     Origin,
@@ -300,7 +301,7 @@ def _judge(error: Exception) -> tuple[GenerateError, Fault]:
             return DeadlineExceeded(error.message), Fault.PROVIDER_AT_ONCE
         case _Cut():
             return ProviderUnavailable(error.message), Fault.PROVIDER
-        case RequestRejected() | CacheOnlyMiss() | ProviderBusy():
+        case RequestRejected() | CacheOnlyMiss() | ProviderBusy() | Declined():
             return error, Fault.NONE
         case GenerateError():
             return error, Fault.PROVIDER

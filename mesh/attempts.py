@@ -20,6 +20,7 @@ from ..providers.base import (
     ContentFiltered,
     ContextTooLong,
     DeadlineExceeded,
+    Declined,
     GenerateError,
     GenerateRequest,
     Image,
@@ -75,7 +76,7 @@ class RuledOut(NamedTuple):
     #: The request names another provider or peer.
     pinned: bool = False
     too_long: bool = False
-    #: It costs more than the request may.
+    #: It costs more than the request may, or than is left today.
     too_dear: bool = False
 
     def __str__(self) -> str:
@@ -108,8 +109,7 @@ def rule_out(candidate: Candidate, request: Asked, obstacle: Obstacle | None) ->
     ):
         return RuledOut(candidate, reason)
     if (refused := refusal(candidate, request)) is not None:
-        wait = refused.wait
-        return RuledOut(candidate, refused.reason, wait=wait, too_dear=wait is None)
+        return RuledOut(candidate, refused.reason, wait=refused.wait, too_dear=True)
     if offer.context_length is not None and _least_tokens(request) > offer.context_length:
         reason = f"the prompt does not fit into its {offer.context_length} tokens"
         return RuledOut(candidate, reason, too_long=True)
@@ -359,6 +359,8 @@ class Attempts:
         text = _listed([str(r) for r in reasons], "; ")
         message = f"nobody can answer with `{model}` now: {text}"
         waits = [r.wait for r in reasons if r.wait is not None]
+        if self._for_peer and all(r.too_dear for r in reasons):
+            return Declined(message, retry_after=min(waits, default=None))
         if waits:
             return ProviderUnavailable(message, retry_after=min(waits))
         message = f"nobody may answer this with `{model}`: {text}"
@@ -375,8 +377,8 @@ class Attempts:
 
 
 def _may_pass(error: GenerateError) -> bool:
-    """Is the same candidate worth another try? Not where it was silent, or full, or is wrong."""
-    if isinstance(error, ProviderBusy | DeadlineExceeded):
+    """Is the same candidate worth another try? Not where it was silent, full, or said no."""
+    if isinstance(error, ProviderBusy | Declined | DeadlineExceeded):
         return False
     told = isinstance(error, ProviderUnavailable) and error.retry_after is not None
     return error.again or told

@@ -19,6 +19,7 @@ from ..providers.base import (
     Answering,
     Asked,
     Chunk,
+    Declined,
     GenerateError,
     ProviderUnavailable,
     StreamInterrupted,
@@ -200,7 +201,7 @@ class _Conversation:
         peer = self._stream.peer
         self._choosing.chose(peer)
         if not self._services.may_serve(peer):
-            raise ProviderUnavailable("its owner does not let this node use it")
+            raise Declined("its owner does not let this node use it")
         last: Chunk | None = None
         self._begun = False
         async with self._services.answer(_as_members(request), peer) as answering:

@@ -20,6 +20,7 @@ from ..providers.base import (
     Answering,
     Asked,
     Chunk,
+    Declined,
     Embedding,
     EmbedRequest,
     GenerateRequest,
@@ -27,7 +28,6 @@ from ..providers.base import (
     ModelOffer,
     Price,
     Provider,
-    ProviderUnavailable,
     Usage,
     total_usage,
 )
@@ -77,10 +77,10 @@ class Purse:
 
     @contextmanager
     def hold(self, amount: float, asker: PeerId) -> Iterator[None]:
-        """While inside, so much is not left. Raises `ProviderUnavailable` if it is not left now."""
+        """While inside, so much is not left. Raises `Declined` if it is not left now."""
         allowance = self.allowance(asker)
         if allowance.left <= 0 or amount > allowance.left:
-            raise ProviderUnavailable(
+            raise Declined(
                 f"{dollars(amount)} are expected, and {dollars(max(allowance.left, 0))} of "
                 f"{allowance.rule} is left today",
                 retry_after=allowance.renewed,
@@ -138,7 +138,7 @@ class Priced:
 
     @asynccontextmanager
     async def open(self, request: GenerateRequest) -> AsyncIterator[Answering]:
-        """As the provider. Raises `ProviderUnavailable` where too little money is left today."""
+        """As the provider. Raises `Declined` where too little money is left today."""
         with self._purse.hold(self._expected(request), request.asker):
             async with self._provider.open(request) as answering:
                 chunks = self._count(request, aiter(answering.chunks))

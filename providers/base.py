@@ -554,6 +554,7 @@ class GenerateError(Exception):
           ModelNotFound      nobody here has that model
         ProviderUnavailable  this provider cannot now; another may (`retry_after` in seconds)
           ProviderBusy       its queue is full or too long: no fault of it
+          Declined           its owner does not let this asker use it, or not for so much money
           DeadlineExceeded   a time limit passed (of connecting, first token, gap or the whole)
         StreamInterrupted    it broke after text was produced; `partial` holds that text
         CacheOnlyMiss        the request allowed only a stored answer, and there is none
@@ -620,6 +621,12 @@ class ProviderBusy(ProviderUnavailable):
     code = "provider_busy"
 
 
+class Declined(ProviderUnavailable):
+    """It could, and may not for this asker: by a right or a limit of money. No fault of it."""
+
+    code = "declined"
+
+
 class DeadlineExceeded(ProviderUnavailable):
     """A time limit passed: of connecting, of the first token, between tokens, or of the whole."""
 
@@ -648,6 +655,7 @@ ERRORS: dict[str, type[GenerateError]] = {
         ModelNotFound,
         ProviderUnavailable,
         ProviderBusy,
+        Declined,
         DeadlineExceeded,
         StreamInterrupted,
         CacheOnlyMiss,

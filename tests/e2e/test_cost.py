@@ -78,6 +78,8 @@ async def test_money(tmp_path: Path) -> None:
         refused = await a.chat("one two three", only_b, temperature=1.0, max_tokens=40)
         assert refused.status_code == 503
         assert "$20.00 for members (limits.max_member_cost_per_day)" in refused.text
+        # It was too much money and no failure: what fits into the rest is answered at once.
+        assert (await a.chat("x", only_b, temperature=1.0, max_tokens=1)).status_code == 200
         own = await b.chat("one two three", "vendor/echo", temperature=1.0, max_tokens=40)
         assert own.status_code == 200
         # The restarted node knows what was spent.

@@ -58,3 +58,7 @@ async def test_the_figures_add_up_over_a_hop_and_a_restart(tmp_path: Path) -> No
         assert at_a["own"]["requests"] == 5
         await a.start()
         assert (await usage(a))["own"] == at_a["own"]
+        # And what was written, a kill does not lose.
+        await a.kill()
+        await a.start()
+        assert (await usage(a))["own"] == at_a["own"]

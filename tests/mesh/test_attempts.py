@@ -26,6 +26,7 @@ from promptmesh.providers.base import (
     ContentFiltered,
     ContextTooLong,
     DeadlineExceeded,
+    Declined,
     GenerateError,
     GenerateRequest,
     Image,
@@ -381,3 +382,27 @@ def test_the_filter(who: Candidate, request_: GenerateRequest, reason: str | Non
         assert ruled_out is not None
         assert reason in ruled_out.reason
         assert ruled_out.wait is None
+
+
+def test_a_peer_is_told_that_money_is_what_is_missing() -> None:
+    dear = [
+        RuledOut(candidate(n), "it costs $9", wait=w, too_dear=True)
+        for n, w in (("a", 60), ("b", None))
+    ]
+    with pytest.raises(Declined, match="it costs") as declined:
+        attempts(ruled_out=dear, for_peer=True).next(0.0)
+    assert declined.value.retry_after == 60
+    with pytest.raises(ProviderUnavailable) as here:
+        attempts(ruled_out=dear).next(0.0)
+    assert (type(here.value), here.value.retry_after) == (ProviderUnavailable, 60)
+    with pytest.raises(RequestRejected) as here_never:
+        attempts(ruled_out=dear[1:]).next(0.0)
+    assert here_never.value.field == "promptmesh.max_cost"
+
+
+def test_what_costs_too_much_is_ruled_out() -> None:
+    dear = replace(A, paid=True, cost=0.5)
+    ruled_out = rule_out(dear, asking(max_cost=0.4), None)
+    assert ruled_out is not None
+    assert ruled_out.too_dear
+    assert rule_out(dear, asking(max_cost=0.5), None) is None

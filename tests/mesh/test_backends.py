@@ -24,6 +24,7 @@ from promptmesh.providers.base import (
     Chunk,
     ContentFiltered,
     DeadlineExceeded,
+    Declined,
     GenerateError,
     GenerateRequest,
     ModelNotFound,
@@ -312,13 +313,17 @@ async def test_the_callers_own_errors_are_not_the_providers(autojump_clock: Cloc
     assert (await ask(manager))[0] == "one two three"  # and no breaker
 
 
-async def test_a_full_queue_is_no_fault(autojump_clock: Clock) -> None:
-    """What one request is refused for, a more urgent one is not."""
-    provider = FakeProvider("a", fail=ProviderBusy("full", retry_after=60))
+@pytest.mark.parametrize("kind", [ProviderBusy, Declined])
+async def test_a_full_queue_or_a_refusal_is_no_fault(
+    kind: type[GenerateError], autojump_clock: Clock
+) -> None:
+    """What one request is refused for, a more urgent or a cheaper one is not."""
+    provider = FakeProvider("a", fail=kind("full", retry_after=60))
     manager = manager_of(provider)
     for _ in range(4):
         error = await error_of(manager)
-        assert (type(error), error.retry_after) == (ProviderBusy, 60)
+        assert error.retry_after == 60
+        assert type(error) is (kind if kind is ProviderBusy else ProviderUnavailable)
     provider.fail = None
     assert (await ask(manager))[0] == "one two three"
 

@@ -41,9 +41,9 @@ from promptmesh.providers.base import (
     Asked,
     Chunk,
     ContentFiltered,
+    Declined,
     Origin,
     Priority,
-    ProviderUnavailable,
     StreamInterrupted,
 )
 
@@ -289,7 +289,7 @@ async def test_text_that_cannot_be_encoded_ends_the_stream(
 async def test_without_permission(autojump_clock: Clock, world: World) -> None:
     world.allowed = False
     (failed,) = await (await world.open()).ask(ASK)
-    assert failed.code == ProviderUnavailable.code
+    assert failed.code == Declined.code
     assert world.provider.requests == []
 
 
