@@ -47,6 +47,8 @@ class LocalBackend:
     load: Callable[[Priority], HasLoad]
     #: It spends somebody's money or subscription, where an offer has no price.
     paid: bool = False
+    #: Not while its last check found it unavailable.
+    available: Callable[[], bool] = lambda: True
     #: What may still be spent there today, by the asker (`GenerateRequest.asker`).
     allowance: Callable[[PeerId], Allowance] = lambda asker: Allowance()
 
@@ -60,6 +62,8 @@ class Source(NamedTuple):
     kind: str
     offer: ModelOffer
     own: bool
+    #: Not where its provider says that it is unavailable, or its node cannot be reached.
+    available: bool = True
 
 
 class Candidates:
@@ -87,10 +91,26 @@ class Candidates:
         """Every model with who offers it: this node's own providers, then the peers'."""
         for backend in self._local():
             for offer in backend.provider.models() if backend.shared or not only_shared else ():
-                yield Source(self._peer_id, self._node, backend.name, backend.kind, offer, True)
+                yield Source(
+                    self._peer_id,
+                    self._node,
+                    backend.name,
+                    backend.kind,
+                    offer,
+                    True,
+                    backend.available(),
+                )
         for offered in self._peers.models().values() if with_peers else ():
             for peer, provider, offer in offered:
-                yield Source(peer.peer, peer.node, provider.name, provider.kind, offer, False)
+                yield Source(
+                    peer.peer,
+                    peer.node,
+                    provider.name,
+                    provider.kind,
+                    offer,
+                    False,
+                    peer.state != "unreachable" and provider.state != "unavailable",
+                )
 
     def local(self, name: str) -> LocalBackend | None:
         """This node's provider of that name."""

@@ -59,7 +59,10 @@ class Names:
         return request
 
     def _best(self, sources: Sequence[Source], request: ModelRequest) -> str:
-        """The model `auto` stands for: own before peers', free before paid; echo is the last."""
+        """The model `auto` stands for: own before peers', free before paid; echo is the last.
+
+        What is unavailable just now is taken only where there is nothing else.
+        """
         sources = [source for source in sources if request.task in source.offer.tasks]
         usable = [
             source
@@ -71,9 +74,13 @@ class Names:
         ]
         if not usable:
             raise ModelNotFound(_nothing(sources, request), field="model")
-        return min(
-            usable, key=lambda s: (s.kind == "echo", s.offer.egress, not s.own, s.offer.id)
-        ).offer.id
+        return min(usable, key=_rank).offer.id
+
+
+def _rank(source: Source) -> tuple[bool, bool, bool, bool, str]:
+    """Sorts what `auto` may stand for, the best first."""
+    offer = source.offer
+    return not source.available, source.kind == "echo", offer.egress, not source.own, offer.id
 
 
 def _nothing(sources: Sequence[Source], request: ModelRequest) -> str:

@@ -72,6 +72,7 @@ class OwnProvider:
             shared=self.shared,
             load=self.load,
             paid=self.paid,
+            available=lambda: self.health.state != "unavailable",
             allowance=self.allowance,
         )
 

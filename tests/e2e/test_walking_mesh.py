@@ -83,6 +83,22 @@ async def test_a_whole_answer_tells_of_itself_what_a_streamed_one_does(tmp_path:
         assert whole.headers["x-promptmesh-cid"] == stored.headers["x-promptmesh-cid"]
 
 
+async def test_auto_is_answered_while_a_server_is_down(tmp_path: Path) -> None:
+    down = (
+        '[[providers]]\nkind = "openai_compatible"\nname = "down"\nmodels = ["a-model"]\n'
+        'base_url = "http://127.0.0.1:1/v1"\n'
+    )
+    async with mesh(tmp_path, {"a": down + ECHO}) as (a,):
+
+        async def found_out() -> bool:
+            states = {p["name"]: p["state"] for p in await a.json("/mesh/v1/providers")}
+            return states == {"down": "unavailable", "echo": "ready"}
+
+        await until(found_out, f"a knows that the server is down; {a.log}", 20)
+        answer = await a.chat("anybody?", "auto")
+        assert answer.headers["x-promptmesh-provider"] == "echo", answer.text
+
+
 async def test_failover_before_the_first_token_and_return(tmp_path: Path) -> None:
     async with mesh(tmp_path, {"a": "", "b": ECHO, "c": ECHO}) as (a, b, c):
         await a.wait_for_peers("b", "c")

@@ -9,7 +9,8 @@ from promptmesh.providers.base import GenerateRequest, ModelNotFound, ModelOffer
 
 def source(node: str, provider: str, model: str, **more: bool) -> Source:
     offer = ModelOffer(id=model, egress=more.get("egress", False))
-    return Source(f"12D3-{node}", node, provider, provider, offer, more.get("own", False))
+    own, available = more.get("own", False), more.get("available", True)
+    return Source(f"12D3-{node}", node, provider, provider, offer, own, available)
 
 
 SOURCES = [
@@ -44,6 +45,13 @@ def resolve(name: str, provider: str | None = None, privacy: Privacy = "any") ->
 def test_a_name_means(name: str, model: str, provider: str | None, peer: str | None) -> None:
     request = resolve(name)
     assert (request.model, request.provider, request.peer) == (model, provider, peer)
+
+
+def test_auto_passes_over_what_is_unavailable_where_something_else_is_there() -> None:
+    broken = source("a", "ollama", "llama3:8b", own=True, available=False)
+    echo = source("a", "echo", "echo", own=True)
+    assert Names(lambda: [broken, echo]).resolve(asked("auto")).model == "echo"
+    assert Names(lambda: [broken]).resolve(asked("auto")).model == "llama3:8b"
 
 
 def test_auto_takes_an_own_free_model_first_and_echo_last() -> None:
