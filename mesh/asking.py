@@ -7,9 +7,10 @@ import math
 import types
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import msgspec
 import trio
 
 from ..providers.base import (
@@ -25,6 +26,7 @@ from ..providers.base import (
     ProviderUnavailable,
     RequestRejected,
     StreamInterrupted,
+    TimeLimits,
 )
 from .embedding import whole
 from .frames import RemoteProtocolError
@@ -48,6 +50,14 @@ class Deadlines:
     #: Between two tokens.
     gap: float = 60.0
     whole: float | None = None
+
+    def with_limits(self, *limits: TimeLimits | None) -> Deadlines:
+        """The same, but for what these say otherwise; the later ones count more."""
+        said: dict[str, float] = {}
+        for each in limits:
+            told = msgspec.structs.asdict(each) if each else {}
+            said |= {name: seconds for name, seconds in told.items() if seconds is not None}
+        return replace(self, **said) if said else self
 
 
 class Asking:

@@ -10,9 +10,7 @@ import math
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from random import Random
-from typing import Protocol
 
-import msgspec
 import trio
 
 from ..providers.base import (
@@ -25,44 +23,27 @@ from ..providers.base import (
     GenerateRequest,
     Health,
     ModelOffer,
-    Origin,
     Policy,
     Prefer,
-    ProviderUnavailable,
+    TimeLimits,
 )
 from .affinity import Affinity, Beginning, beginnings
 from .asking import Asking, Deadlines
 from .attempts import Attempts, Step, retry_budget
 from .budget import Budget
 from .candidates import Candidates, LocalBackend, Source
-from .continuing import continued
-from .embedding import answer_of
-from .frames import AskLoads, Load, PresentLoads
+from .forwarding import Forwarding, PeerNetwork
+from .frames import Load
 from .handover import Handover, tasks
 from .ladder import rung
 from .measure import BackendId, Experience
 from .peers import Advert, PeerTable
 from .policies import Candidate, Choice, Turns, Work
-from .pool import PeerAnswer
 from .probing import Probes, worth_probing
 from .route import Route
 from .transport import PeerId
 
 logger = logging.getLogger(__name__)
-
-
-class PeerNetwork(Protocol):
-    """The network that the peers' providers are asked over (`mesh.network.Network`)."""
-
-    def ask(
-        self, peer: PeerId, request: Asked, *, connect: float
-    ) -> AbstractAsyncContextManager[PeerAnswer]: ...
-
-    async def probe(self, peer: PeerId, question: AskLoads, *, limit: float) -> PresentLoads: ...
-
-    def listen(
-        self, *, advert: Callable[[Advert], None], connection: Callable[[PeerId, bool], None]
-    ) -> None: ...
 
 
 class BackendManager:
@@ -82,10 +63,14 @@ class BackendManager:
         deadlines: Deadlines | None = None,
         on_claim: Callable[[PeerId, bytes, str], None] = lambda peer, claim, cid: None,
         why_not_ask: Callable[[PeerId], str] = lambda peer: "",
+        limits: Callable[[Candidate], TimeLimits | None] = lambda candidate: None,
         prefer: Prefer = "free",
         on_route: Callable[[Asked, bool, Route], None] = lambda request, local_only, route: None,
     ) -> None:
-        """`on_route` is told of each request how it goes, at its beginning."""
+        """`on_route` is told of each request how it goes, at its beginning.
+
+        `limits` are the times that a candidate has, where they are not the usual ones.
+        """
         self.experience = Experience()
         self._candidates = Candidates(
             local=local,
@@ -95,17 +80,22 @@ class BackendManager:
             experience=self.experience,
             why_not_ask=why_not_ask,
         )
-        self._peers = peers
         self._policy: Policy = policy
         self._prefer: Prefer = prefer
         self._rng = rng
-        self._deadlines = deadlines or Deadlines()
-        self._on_claim = on_claim
+        self._whole = deadlines.whole if deadlines else None
         self._on_route = on_route
         self._turns = Turns()
         self._affinity = Affinity()
-        self._probes = Probes(self.experience.loads, self._providers_of)
-        self._network: PeerNetwork | None = None
+        self._forwarding = Forwarding(
+            candidates=self._candidates,
+            peers=peers,
+            experience=self.experience,
+            deadlines=deadlines or Deadlines(),
+            limits=limits,
+            on_claim=on_claim,
+        )
+        self._probes = Probes(self.experience.loads, self._forwarding.provider_names)
         #: Made with the first request: before it there may be no clock.
         self._budget: Budget | None = None
 
@@ -113,12 +103,12 @@ class BackendManager:
 
     def attach(self, network: PeerNetwork) -> None:
         """The peers' providers are candidates from now on."""
-        self._network = network
+        self._forwarding.network = network
         network.listen(advert=self._heard, connection=self.experience.connection)
 
     def detach(self) -> None:
         """Only this node's own providers are candidates from now on."""
-        self._network = None
+        self._forwarding.network = None
 
     def _heard(self, advert: Advert) -> None:
         now = trio.current_time()
@@ -129,7 +119,7 @@ class BackendManager:
 
     def sources(self) -> Iterator[Source]:
         """Every model with who offers it: this node's own providers, then the peers'."""
-        return self._candidates.sources(with_peers=self._network is not None)
+        return self._candidates.sources(with_peers=self._forwarding.network is not None)
 
     def models(self) -> Sequence[ModelOffer]:
         """The models that can be asked, each once."""
@@ -164,8 +154,7 @@ class BackendManager:
         Raises a `GenerateError`, on entering, from the chunks or on leaving.
         """
         answering = self._answer(request, local_only, key)
-        whole = self._deadlines.whole
-        return answering if whole is None else _limited(answering, whole)
+        return answering if self._whole is None else _limited(answering, self._whole)
 
     async def embed(self, request: EmbedRequest) -> Sequence[Embedding]:
         """The embeddings, by the candidate that the policy chooses. As `open` in all else."""
@@ -188,7 +177,7 @@ class BackendManager:
             return await self._next_step(attempts, choice, policy)
 
         def ask(step: Step) -> Asking:
-            return self._asking(step, attempts, started, route)
+            return self._forwarding.ask(step, attempts, started, route)
 
         def answered(step: Step, asking: Asking) -> None:
             attempts.answered(step.candidate, asking.seconds)
@@ -233,73 +222,13 @@ class BackendManager:
             if self._candidates.obstacle(step.candidate, trio.current_time()) is None:
                 return step
 
-    def _asking(self, step: Step, attempts: Attempts, started: float, route: Route) -> Asking:
-        candidate, request, kind = step.candidate, attempts.request, attempts.request.kind
-        number = len(attempts.tried) + 1
-
-        def stamp(origin: Origin) -> Origin:
-            return _seen_from_here(origin, candidate, route.policy, number)
-
-        left = request.deadline
-        if left is not None:
-            left = max(left - (trio.current_time() - started), 0.0)
-        forwarded = msgspec.structs.replace(
-            request, provider=candidate.provider, peer=None, policy=None, deadline=left
-        )
-        whole = True
-        if step.way == "continue" and isinstance(forwarded, GenerateRequest):
-            assert attempts.so_far is not None
-            forwarded, whole = continued(forwarded, attempts.so_far), False
-        return Asking(
-            candidate,
-            lambda: self._source(candidate, forwarded),
-            deadlines=self._deadlines,
-            experience=self.experience,
-            kind=kind if whole else None,
-            stamp=stamp,
-            closed=self._closed,
-            finished=route.finished,
-            embed=request if isinstance(request, EmbedRequest) else None,
-        )
-
-    def _source(
-        self, candidate: Candidate, request: Asked
-    ) -> AbstractAsyncContextManager[Answering | PeerAnswer]:
-        if not candidate.own:
-            if self._network is None:
-                raise ProviderUnavailable("this node has left the mesh")
-            return self._network.ask(candidate.peer, request, connect=self._deadlines.connect)
-        backend = self._candidates.local(candidate.provider)
-        if backend is None:
-            raise ProviderUnavailable("this provider was removed")
-        return answer_of(backend.provider, request)
-
-    def _closed(self, candidate: Candidate, answer: PeerAnswer) -> None:
-        """Take what a peer's closing frame carries beside the answer."""
-        closing = answer.closing
-        if closing is None:
-            return
-        now = trio.current_time()
-        for name in self._providers_of(candidate.peer):
-            load = closing.loads.get(name)
-            if load is not None:
-                self.experience.loads.report(BackendId(candidate.peer, name), load, now)
-        claim, chunk = getattr(closing, "claim", None), getattr(closing, "chunk", None)
-        if claim is not None and chunk is not None and chunk.cid:
-            self._on_claim(candidate.peer, claim, chunk.cid)
-
-    def _providers_of(self, peer: PeerId) -> Sequence[str]:
-        """The names under which a peer may say how busy it is."""
-        state = self._peers.get(peer)
-        return [provider.name for provider in state.providers] if state else []
-
     def _attempts(
         self, request: Asked, policy: Policy, local_only: bool, key: bytes
     ) -> tuple[Attempts, Choice, Sequence[Beginning]]:
         now = trio.current_time()
         self._budget = self._budget or retry_budget(now)
         self._budget.earn(now)
-        with_peers = self._network is not None and not local_only
+        with_peers = self._forwarding.network is not None and not local_only
         suitable, ruled_out = self._candidates.sort(
             request, with_peers=with_peers, only_shared=local_only
         )
@@ -354,9 +283,9 @@ class BackendManager:
             self._candidates.refresh(left, attempts.request.priority)
         now = trio.current_time()
         drawn = choice.draw(self._rung(attempts.request, left), now)
-        asked = worth_probing(drawn, choice.work, now) if self._network else ()
-        if asked and self._network is not None:
-            await self._probes.ask(asked, self._network.probe, now)
+        asked = worth_probing(drawn, choice.work, now) if self._forwarding.network else ()
+        if asked and self._forwarding.network is not None:
+            await self._probes.ask(asked, self._forwarding.network.probe, now)
             self._candidates.refresh(drawn, attempts.request.priority)
 
 
@@ -370,23 +299,3 @@ async def _limited(
             yield begun
     if limit.cancelled_caught:
         raise DeadlineExceeded(f"there was no whole answer within {seconds:g} s")
-
-
-def _seen_from_here(origin: Origin, candidate: Candidate, policy: str, attempts: int) -> Origin:
-    """What a backend says of itself, with what this node knows better."""
-    offer = candidate.offer
-    stored_there = origin.cache == "hit-local" and not candidate.own
-    return msgspec.structs.replace(
-        origin,
-        cache="hit-mesh" if stored_there else origin.cache,
-        peer=candidate.peer,
-        node=candidate.node,
-        provider=origin.provider if origin.cache.startswith("hit") else candidate.provider,
-        model=offer.id,
-        policy=policy,
-        attempts=attempts,
-        weights=origin.weights or offer.weights,
-        engine=origin.engine or offer.engine,
-        numerics=origin.numerics or offer.numerics,
-        price=offer.price,
-    )

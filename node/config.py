@@ -78,7 +78,7 @@ class Config:
         """(key, value, source) of each setting, for people; keys and headers stay hidden."""
         for section, type_ in SECTIONS.items():
             for each in settings_of(section, type_):
-                value = getattr(getattr(self, section), each.name)
+                value = plain(getattr(getattr(self, section), each.name))
                 yield each.key, value, self.sources.get(each.key, "default")
         for provider in self.providers:
             yield from self._provider_values(provider)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..cache.kubo_address import endpoint
-from ..providers.base import Policy, Prefer, Price
+from ..providers.base import Policy, Prefer, Price, TimeLimits
 from .addresses import check_dialable, check_listen
 from .config_values import Secret, setting
 
@@ -251,6 +251,12 @@ class LocalHFConfig:
         high=1,
     )
     share: bool = setting(True, "May peers use it?")
+    deadlines: TimeLimits | None = setting(  # noqa: RUF009 (makes a dataclass field)
+        None,
+        "Its own, as `{first_token = 300, gap = 30}`.",
+        unit="seconds",
+        left_out="`[deadlines]`",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,6 +269,13 @@ class DeadlinesConfig:
     )
     gap: float = setting(60.0, "Between one token and the next.", unit="seconds", low=0.1)
     whole: float = setting(600.0, "To the end of the answer.", unit="seconds", low=0.1)
+    peers: dict[str, TimeLimits] = setting(  # noqa: RUF009 (makes a dataclass field)
+        factory=dict,
+        doc="Other ones for single peers, by id or by their node's name, as "
+        "`{gpu-box = {first_token = 300}}`.",
+        unit="seconds",
+        left_out="none",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,6 +338,13 @@ class ProviderConfig:
         factory=dict,
         doc='The same of single models, as `{"MODEL" = {prompt = 3, completion = 15}}`.',
         left_out="`price`",
+    )
+    deadlines: TimeLimits | None = setting(  # noqa: RUF009 (makes a dataclass field)
+        None,
+        "Its own, as `{first_token = 300, gap = 30}`. How long connecting to a server may take is "
+        "its kind's business (`connect_timeout`).",
+        unit="seconds",
+        left_out="`[deadlines]`",
     )
     api_key: Secret | None = None
     #: The keys that only its kind understands, such as `base_url`.

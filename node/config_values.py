@@ -14,10 +14,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
-from ..providers.base import Price
+import msgspec
+
+from ..providers.base import Price, TimeLimits
 
 _TRUE = ("1", "true", "yes", "on")
 _FALSE = ("0", "false", "no", "off")
+#: Values that are written as a table of numbers.
+_TABLES = (Price, TimeLimits)
 #: A text of the configuration may not be longer: no name, address or path is.
 MAX_TEXT = 4096
 
@@ -137,8 +141,9 @@ class Setting:
         if get_origin(plain) is Literal:
             return "one of " + ", ".join(get_args(plain))
         words = {bool: "true or false", str: "a text", int: "a whole number", float: "a number"}
-        if plain is Price:
-            return f"a table with `prompt` and `completion` in {self.about.unit}"
+        if plain in _TABLES:
+            *names, last = (f"`{name}`" for name in plain.__struct_fields__)
+            return f"a table with {', '.join(names)} and {last} in {self.about.unit}"
         if get_origin(plain) is dict:
             return "a table of such tables"
         if plain not in words:
@@ -182,11 +187,12 @@ def _converted(value: object, type_: Any) -> Any:
     elif get_origin(type_) is tuple:
         if isinstance(value, list | tuple) and all(_is_text(each) for each in value):
             return tuple(value)
-    elif type_ is Price:
-        return _price(value)
+    elif type_ in _TABLES:
+        return _table(value, type_)
     elif get_origin(type_) is dict:
         if isinstance(value, dict) and all(_is_text(name) for name in value):
-            return {name: _price(each) for name, each in value.items()}
+            kind = get_args(type_)[1]
+            return {name: _table(each, kind) for name, each in value.items()}
     elif type_ is float and isinstance(value, int | float) and not isinstance(value, bool):
         if math.isfinite(value):
             return float(value)
@@ -197,17 +203,21 @@ def _converted(value: object, type_: Any) -> Any:
 
 def plain(value: Any) -> Any:
     """A value as TOML writes it."""
-    if isinstance(value, Price):
-        return {"prompt": value.prompt, "completion": value.completion}
+    if isinstance(value, _TABLES):
+        numbers = {name: getattr(value, name) for name in value.__struct_fields__}
+        return {name: number for name, number in numbers.items() if number is not None}
     return {k: plain(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
-def _price(value: object) -> Price:
-    """Raises `TypeError`."""
-    if isinstance(value, dict) and value and value.keys() <= {"prompt", "completion"}:
+def _table(value: object, type_: Any) -> Any:
+    """Numbers by their names. Raises `TypeError`."""
+    if isinstance(value, dict) and value and value.keys() <= set(type_.__struct_fields__):
         numbers = {name: _converted(each, float) for name, each in value.items()}
         if min(numbers.values()) >= 0:
-            return Price(**numbers)
+            try:
+                return msgspec.convert(numbers, type_)
+            except msgspec.ValidationError:
+                pass
     raise TypeError
 
 

@@ -22,6 +22,7 @@ from ..providers.base import (
     Role,
     Sampling,
     Text,
+    TimeLimits,
     Tool,
     ToolCall,
     ToolChoice,
@@ -106,6 +107,15 @@ class _Cache(msgspec.Struct, forbid_unknown_fields=True):
     any_sample: bool = False
 
 
+_Limit = Annotated[float, msgspec.Meta(gt=0, le=86400)]
+
+
+class _Limits(msgspec.Struct, forbid_unknown_fields=True):
+    connect_s: _Limit | None = None
+    first_token_s: _Limit | None = None
+    gap_s: _Limit | None = None
+
+
 class MeshFields(msgspec.Struct, forbid_unknown_fields=True):
     """The `promptmesh` object of a request."""
 
@@ -119,6 +129,7 @@ class MeshFields(msgspec.Struct, forbid_unknown_fields=True):
     cache: _Cache = msgspec.field(default_factory=_Cache)
     priority: Priority = "own"
     deadline_s: _Seconds | None = None
+    deadlines: _Limits | None = None
 
 
 class _ChatBody(msgspec.Struct):
@@ -238,7 +249,12 @@ def routing(mesh: MeshFields) -> dict[str, Any]:
         "cache": CacheControl(**cache),
         "priority": mesh.priority,
         "deadline": mesh.deadline_s,
+        "limits": mesh.deadlines and _time_limits(mesh.deadlines),
     }
+
+
+def _time_limits(said: _Limits) -> TimeLimits:
+    return TimeLimits(connect=said.connect_s, first_token=said.first_token_s, gap=said.gap_s)
 
 
 def _request(chat: _ChatBody, extra: dict[str, Any]) -> GenerateRequest:

@@ -25,6 +25,8 @@ from ..mesh.asking import Deadlines
 from ..mesh.backends import BackendManager
 from ..mesh.identity import Identity, verify
 from ..mesh.peers import PeerTable
+from ..mesh.policies import Candidate
+from ..providers.base import TimeLimits
 from .config import Config
 from .home import Home
 from .ledger import Ledger
@@ -167,6 +169,7 @@ def open_parts(config: Config, home: Home, environment: Mapping[str, str]) -> It
                 first_token=config.deadlines.first_token,
                 gap=config.deadlines.gap,
             ),
+            limits=functools.partial(time_limits, config),
             on_claim=sharing.take_claim,
             why_not_ask=rights.why_not_ask,
             prefer=config.mesh.prefer,
@@ -200,6 +203,15 @@ def open_parts(config: Config, home: Home, environment: Mapping[str, str]) -> It
         database.close()
         ledger.write()
         node_database.close()
+
+
+def time_limits(config: Config, candidate: Candidate) -> TimeLimits | None:
+    """What the configuration says of the time that a candidate has."""
+    if not candidate.own:
+        peers = config.deadlines.peers
+        return peers.get(candidate.peer) or peers.get(candidate.node)
+    tables = (table.deadlines for table in config.providers if table.name == candidate.provider)
+    return next(tables, config.local_hf.deadlines)
 
 
 def _layers(config: Config, blocks: SqliteBlocks, permissions: Permissions) -> LayeredBlocks | None:

@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 import msgspec
 
-from ..providers.base import CacheControl, ModelRequest, RequestRejected
+from ..providers.base import CacheControl, ModelRequest, RequestRejected, TimeLimits
 
 
 class HasHeaders(Protocol):
@@ -48,6 +48,11 @@ _CACHE: dict[str, tuple[str, Callable[[str], Any]]] = {
     "x-promptmesh-cache-namespace": ("namespace", str),
     "x-promptmesh-cache-min-agreement": ("min_agreement", int),
 }
+_LIMITS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "x-promptmesh-connect-s": ("connect", _not_negative),
+    "x-promptmesh-first-token-s": ("first_token", _not_negative),
+    "x-promptmesh-gap-s": ("gap", _not_negative),
+}
 _PREFIX = "x-promptmesh-"
 
 _Struct = TypeVar("_Struct", bound=msgspec.Struct)
@@ -64,6 +69,8 @@ def with_headers(request: _Request, http: HasHeaders) -> _Request:
     changes = _changes(headers, _REQUEST)
     if cache:
         changes["cache"] = _replaced(request.cache, cache, CacheControl)
+    if limits := _changes(headers, _LIMITS):
+        changes["limits"] = _replaced(request.limits or TimeLimits(), limits, TimeLimits)
     return _replaced(request, changes, type(request))
 
 

@@ -142,6 +142,21 @@ class CacheControl(Value, frozen=True, kw_only=True):
     any_sample: bool = False
 
 
+_Seconds = Annotated[float, msgspec.Meta(gt=0, le=86400)]
+
+
+class TimeLimits(Value, frozen=True, kw_only=True):
+    """Seconds that parts of an answer may take. None: what is usual.
+
+    `connect`: to reach the peer that is asked; `first_token`: from there to the first token; `gap`:
+    between two tokens.
+    """
+
+    connect: _Seconds | None = None
+    first_token: _Seconds | None = None
+    gap: _Seconds | None = None
+
+
 class ModelRequest(Value, frozen=True, kw_only=True):
     """What all requests have in common.
 
@@ -173,6 +188,8 @@ class ModelRequest(Value, frozen=True, kw_only=True):
     priority: Priority = "own"
     #: Seconds that remain for the whole answer, from the moment the value is received.
     deadline: float | None = None
+    #: What the asker wants otherwise than is usual.
+    limits: TimeLimits | None = None
     #: Names this request in logs, headers and `explain`, on every node it visits.
     id: str = ""
     #: The member whose request it is, set by the node that serves it, whatever the peer says; "":

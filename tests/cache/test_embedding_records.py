@@ -31,6 +31,7 @@ from promptmesh.providers.base import (
     EmbedRequest,
     GenerateRequest,
     RequestRejected,
+    TimeLimits,
     Usage,
 )
 
@@ -233,6 +234,7 @@ def test_what_does_not_decide_it_is_not() -> None:
         policy="least_loaded",
         privacy="local",
         priority="background",
+        limits=TimeLimits(gap=1.0),
         asker="p",
         max_cost=0.5,
         prefer="any",

@@ -3,7 +3,7 @@
 import gc
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from random import Random
 from typing import Any
 
@@ -17,6 +17,7 @@ from promptmesh.mesh.backends import BackendManager
 from promptmesh.mesh.candidates import LocalBackend
 from promptmesh.mesh.measure import BackendId, Measured
 from promptmesh.mesh.peers import PeerTable
+from promptmesh.mesh.policies import Candidate
 from promptmesh.mesh.route import Route
 from promptmesh.providers.base import (
     Answering,
@@ -35,6 +36,7 @@ from promptmesh.providers.base import (
     ProviderUnavailable,
     RequestRejected,
     StreamInterrupted,
+    TimeLimits,
     Usage,
 )
 
@@ -48,6 +50,7 @@ def manager_of(
     deadlines: Deadlines | None = None,
     private: Sequence[str] = (),
     on_route: Callable[[Asked, bool, Route], None] = lambda request, local_only, route: None,
+    limits: Callable[[Candidate], TimeLimits | None] = lambda candidate: None,
 ) -> BackendManager:
     backends = [p.backend(shared=p.name not in private) for p in providers]
     return BackendManager(
@@ -59,6 +62,7 @@ def manager_of(
         rng=Random(1),
         deadlines=deadlines,
         on_route=on_route,
+        limits=limits,
     )
 
 
@@ -277,6 +281,30 @@ async def test_deadlines_hold_for_own_providers_too(autojump_clock: Clock) -> No
     assert type(error) is StreamInterrupted
     assert error.partial == "one "
     assert silent.running == 0
+
+
+async def test_a_provider_and_a_request_may_have_times_of_their_own(autojump_clock: Clock) -> None:
+    slow, stuck = FakeProvider("slow", delay=30.0), FakeProvider("stuck", delay=1e6)
+    own = {"slow": TimeLimits(first_token=60.0, gap=50.0), "stuck": TimeLimits(first_token=2.0)}
+
+    async def seconds(provider: FakeProvider, **fields: Any) -> float:
+        manager = manager_of(
+            provider,
+            deadlines=Deadlines(first_token=10.0, gap=10.0),
+            limits=lambda candidate: own.get(candidate.provider),
+        )
+        started = trio.current_time()
+        with suppress(DeadlineExceeded, StreamInterrupted):
+            await ask(manager, **fields)
+        return trio.current_time() - started
+
+    assert await seconds(slow) == pytest.approx(30.0)
+    assert await seconds(stuck) == pytest.approx(2.0)
+    assert await seconds(FakeProvider("other", delay=1e6)) == pytest.approx(10.0)
+    # What the request says counts most, and what it does not say stays.
+    assert await seconds(slow, limits=TimeLimits(first_token=7.0)) == pytest.approx(7.0)
+    slow.delay, slow.gap = 0.0, 1e6
+    assert await seconds(slow, limits=TimeLimits(first_token=7.0)) == pytest.approx(50.0)
 
 
 async def test_a_first_token_in_time_frees_the_rest_of_that_limit(autojump_clock: Clock) -> None:

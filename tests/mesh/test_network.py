@@ -26,6 +26,7 @@ from promptmesh.providers.base import (
     ProviderUnavailable,
     RequestRejected,
     StreamInterrupted,
+    TimeLimits,
 )
 
 #: A test names the clock itself: it works only for who does.
@@ -658,6 +659,18 @@ async def test_each_deadline(
     assert "no token for 10 s" in error.message
     assert trio.current_time() - started == pytest.approx(10.0)
     await wait_until(lambda: provider.running == 0)
+
+
+async def test_who_asks_may_wait_longer_for_a_peer_than_the_peer_does(
+    autojump_clock: Clock, nursery: trio.Nursery, network: MemoryNetwork
+) -> None:
+    a = Node(network, "a", deadlines=Deadlines(first_token=5.0))
+    provider = FakeProvider(delay=50.0)
+    b = Node(network, "b", provider, deadlines=Deadlines(first_token=20.0))
+    await mesh_of(nursery, a, b)
+    text, _ = await a.ask(asking(limits=TimeLimits(connect=3.0, first_token=60.0)))
+    assert text == "one two three"
+    assert type(await a.ask_raises()) is DeadlineExceeded
 
 
 async def test_the_whole_has_a_deadline(

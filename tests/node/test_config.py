@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from promptmesh.mesh.policies import Candidate
 from promptmesh.node.config import (
     SECTIONS,
     Config,
@@ -25,7 +26,8 @@ from promptmesh.node.config import (
 )
 from promptmesh.node.config_template import starting_config
 from promptmesh.node.config_values import settings_of
-from promptmesh.providers.base import Price
+from promptmesh.node.parts import time_limits
+from promptmesh.providers.base import ModelOffer, Price, TimeLimits
 
 PEER = "12D3KooWGRUQyF9z5ZJxkYbW3pB8xYyK8mJm3bS9Fh1m5W8mTzUu"
 
@@ -285,6 +287,42 @@ def test_prices(tmp_path: Path) -> None:
     assert shown["providers.x.price"] == {"prompt": 0.5, "completion": 2}
     free = "[[providers]]\nkind = 'x'\nprice = {prompt = 0}"
     assert load(tmp_path, free).providers[0].share
+
+
+TIMES = """[deadlines.peers]
+gpu-box = {first_token = 300}
+[local_hf]
+model = "org/small"
+deadlines = {gap = 5}
+[[providers]]
+kind = "x"
+deadlines = {first_token = 30, gap = 2.5}
+"""
+
+
+def test_providers_and_peers_have_times_of_their_own(tmp_path: Path) -> None:
+    config = load(tmp_path, TIMES)
+    assert config.deadlines.peers == {"gpu-box": TimeLimits(first_token=300)}
+    assert config.local_hf.deadlines == TimeLimits(gap=5)
+    assert config.providers[0].deadlines == TimeLimits(first_token=30, gap=2.5)
+    shown = {key: value for key, value, _ in config.values()}
+    assert shown["deadlines.peers"] == {"gpu-box": {"first_token": 300}}
+
+    def limits(provider: str, *, node: str = "", own: bool = True) -> TimeLimits | None:
+        offer = ModelOffer(id="m")
+        candidate = Candidate(peer="id", node=node, provider=provider, offer=offer, own=own)
+        return time_limits(config, candidate)
+
+    assert limits("x") == TimeLimits(first_token=30, gap=2.5)
+    assert limits("local_hf") == TimeLimits(gap=5)
+    assert limits("x", node="gpu-box", own=False) == TimeLimits(first_token=300)
+    assert limits("x", node="other", own=False) is None
+
+
+@pytest.mark.parametrize("wrong", ["{}", "{first = 1}", "{gap = 0}", "{gap = -1}", "{gap = 1e6}"])
+def test_a_time_that_is_none_is_refused(tmp_path: Path, wrong: str) -> None:
+    with pytest.raises(ConfigError, match="`first_token` and `gap` in seconds"):
+        load(tmp_path, f"[[providers]]\nkind = 'x'\ndeadlines = {wrong}")
 
 
 def test_a_limit_of_money_says_what_it_does_not_count(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from promptmesh.providers.base import (
     RequestRejected,
     Sampling,
     Text,
+    TimeLimits,
     ToolCall,
     ToolChoice,
 )
@@ -86,11 +87,13 @@ def test_the_promptmesh_object() -> None:
             "privacy": "mesh",
             "priority": "background",
             "deadline_s": 5,
+            "deadlines": {"first_token_s": 30, "gap_s": 3},
             "cache": {"mode": "refresh", "ttl": 60},
         }
     )
     assert (request.provider, request.policy, request.privacy) == ("vllm", "least_loaded", "mesh")
     assert (request.deadline, request.priority) == (5, "background")
+    assert request.limits == TimeLimits(first_token=30, gap=3)
     assert (request.cache.mode, request.cache.ttl) == ("refresh", 60)
 
 
@@ -106,6 +109,7 @@ def test_the_promptmesh_object() -> None:
         ({"model": 1}, "model"),
         ({"seed": 2**63}, "seed"),
         ({"promptmesh": {"polcy": "x"}}, "promptmesh"),
+        ({"promptmesh": {"deadlines": {"gap_s": 0}}}, "promptmesh.deadlines.gap_s"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0]"),
     ],
 )

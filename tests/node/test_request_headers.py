@@ -6,7 +6,7 @@ from typing import NamedTuple
 import pytest
 
 from promptmesh.node.request_headers import with_headers
-from promptmesh.providers.base import CacheControl, GenerateRequest, RequestRejected
+from promptmesh.providers.base import CacheControl, GenerateRequest, RequestRejected, TimeLimits
 
 
 class Http(NamedTuple):
@@ -39,6 +39,18 @@ def test_headers_stand_over_the_body() -> None:
     assert (request.provider, request.policy, request.deadline) == ("header", "least_loaded", 2.5)
     assert request.priority == "background"
     assert request.cache == CacheControl(ttl=5, namespace="n", scope="local", min_agreement=2)
+
+
+def test_time_limits_stand_over_the_bodys_one_by_one() -> None:
+    body = GenerateRequest(model="m", messages=(), limits=TimeLimits(connect=1.0, gap=2.0))
+    said = {"x-promptmesh-first-token-s": "300", "x-promptmesh-gap-s": "4"}
+    assert with_headers(body, Http(said)).limits == TimeLimits(
+        connect=1.0, first_token=300.0, gap=4.0
+    )
+    assert with_headers(BODY, Http({"x-promptmesh-connect-s": "9"})).limits == TimeLimits(connect=9)
+    for wrong in ("0", "-1", "1e9", "soon"):
+        with pytest.raises(RequestRejected):
+            with_headers(BODY, Http({"x-promptmesh-gap-s": wrong}))
 
 
 @pytest.mark.parametrize(
