@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from .frames import RemoteProtocolError
+from .protobuf import bytes_field, fields_of, read_fields, varint
 
 #: The newest first. 1.2.0 knows HAVE and DONT_HAVE, 1.1.0 says of which kind a block is.
 V120, V110, V100 = "/ipfs/bitswap/1.2.0", "/ipfs/bitswap/1.1.0", "/ipfs/bitswap/1.0.0"
@@ -96,26 +97,26 @@ def _is_varint(data: bytes) -> bool:
 def encode(message: Message, protocol: str = V120) -> bytes:
     """The message with its length before it, as that version of the protocol has it."""
     data = b"".join(_fields(message, protocol))
-    return _varint(len(data)) + data
+    return varint(len(data)) + data
 
 
 def _fields(message: Message, protocol: str) -> Iterator[bytes]:
     if message.wants or message.full:
-        entries = b"".join(_bytes_field(1, _entry(want, protocol)) for want in message.wants)
-        yield _bytes_field(1, entries + (_flag(2) if message.full else b""))
+        entries = b"".join(bytes_field(1, _entry(want, protocol)) for want in message.wants)
+        yield bytes_field(1, entries + (_flag(2) if message.full else b""))
     for cid, block in message.blocks:
         if protocol == V100:
-            yield _bytes_field(2, block)
+            yield bytes_field(2, block)
         else:
-            yield _bytes_field(3, _bytes_field(1, _prefix(cid)) + _bytes_field(2, block))
+            yield bytes_field(3, bytes_field(1, _prefix(cid)) + bytes_field(2, block))
     if protocol == V120:
         for presence in message.presences:
             kind = b"" if presence.have else _flag(2)
-            yield _bytes_field(4, _bytes_field(1, presence.cid) + kind)
+            yield bytes_field(4, bytes_field(1, presence.cid) + kind)
 
 
 def _entry(want: Want, protocol: str) -> bytes:
-    entry = _bytes_field(1, want.cid) + b"\x10" + _varint(want.priority)
+    entry = bytes_field(1, want.cid) + b"\x10" + varint(want.priority)
     if want.cancel:
         entry += _flag(3)
     if protocol == V120:
@@ -131,19 +132,6 @@ def _prefix(cid: bytes) -> bytes:
 
 def _flag(number: int) -> bytes:
     return bytes((number << 3, 1))
-
-
-def _bytes_field(number: int, data: bytes) -> bytes:
-    return bytes((number << 3 | 2,)) + _varint(len(data)) + data
-
-
-def _varint(value: int) -> bytes:
-    written = bytearray()
-    while value > 127:
-        written.append(value & 127 | 128)
-        value >>= 7
-    written.append(value)
-    return bytes(written)
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -185,7 +173,7 @@ class Reader:
 def decode(data: bytes) -> Message:
     """A message without its length. Raises `RemoteProtocolError`."""
     message = Message()
-    for number, value in _read(data, MAX_ELEMENTS):
+    for number, value in read_fields(data, MAX_ELEMENTS):
         if isinstance(value, int):
             continue
         if number == 1:
@@ -195,16 +183,16 @@ def decode(data: bytes) -> Message:
         elif number == 2:
             message.blocks.append((b"", value))
         elif number == 3:
-            _, found = _fields_of(value)
+            _, found = fields_of(value, MAX_FIELDS)
             message.blocks.append((b"", found.get(2, b"")))
         elif number == 4:
-            numbers, found = _fields_of(value)
+            numbers, found = fields_of(value, MAX_FIELDS)
             message.presences.append(Presence(found.get(1, b"")[:MAX_CID], not numbers.get(2)))
     return message
 
 
 def _read_wantlist(data: bytes, message: Message) -> None:
-    for number, value in _read(data, MAX_ELEMENTS):
+    for number, value in read_fields(data, MAX_ELEMENTS):
         if number == 1 and not isinstance(value, int):
             message.wants.append(_read_want(value))
         elif number == 2 and isinstance(value, int):
@@ -212,7 +200,7 @@ def _read_wantlist(data: bytes, message: Message) -> None:
 
 
 def _read_want(data: bytes) -> Want:
-    numbers, found = _fields_of(data)
+    numbers, found = fields_of(data, MAX_FIELDS)
     return Want(
         cid=found.get(1, b"")[:MAX_CID],
         have=numbers.get(4) == 1,
@@ -220,52 +208,3 @@ def _read_want(data: bytes) -> Want:
         cancel=bool(numbers.get(3)),
         priority=numbers.get(2, 0),
     )
-
-
-def _fields_of(data: bytes) -> tuple[dict[int, int], dict[int, bytes]]:
-    """The numbers and the byte strings of a small protobuf, the last of each kind."""
-    numbers: dict[int, int] = {}
-    strings: dict[int, bytes] = {}
-    for number, value in _read(data, MAX_FIELDS):
-        if isinstance(value, int):
-            numbers[number] = value
-        else:
-            strings[number] = value
-    return numbers, strings
-
-
-def _read(data: bytes, most: int) -> Iterator[tuple[int, int | bytes]]:
-    """The fields of a protobuf, at most so many. Raises `RemoteProtocolError`."""
-    position = 0
-    while position < len(data):
-        if not most:
-            raise RemoteProtocolError("a bitswap message of too many elements")
-        most -= 1
-        tag, position = _read_varint(data, position)
-        number, kind = tag >> 3, tag & 7
-        if kind == 0:
-            value, position = _read_varint(data, position)
-            yield number, value
-            continue
-        if kind == 2:
-            length, position = _read_varint(data, position)
-        elif kind in (1, 5):
-            length = 8 if kind == 1 else 4
-        else:
-            raise RemoteProtocolError(f"a protobuf field of type {kind}")
-        end = position + length
-        if end > len(data):
-            raise RemoteProtocolError("a protobuf that is cut")
-        if kind == 2:
-            yield number, data[position:end]
-        position = end
-
-
-def _read_varint(data: bytes, position: int) -> tuple[int, int]:
-    """A varint and the place after it. Raises `RemoteProtocolError`."""
-    value = 0
-    for shift, byte in enumerate(data[position : position + 10]):
-        value |= (byte & 127) << 7 * shift
-        if byte < 128:
-            return value & 0xFFFF_FFFF_FFFF_FFFF, position + shift + 1
-    raise RemoteProtocolError("a protobuf with a number that is cut")

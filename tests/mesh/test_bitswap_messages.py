@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from libp2p.bitswap.pb.bitswap_pb2 import Message as Protobuf
 
-from promptmesh.mesh import bitswap_messages
+from promptmesh.mesh import protobuf
 from promptmesh.mesh.bitswap_messages import (
     MAX_ELEMENTS,
     MAX_MESSAGE,
@@ -181,10 +181,10 @@ def test_the_largest_message_is_taken() -> None:
         b"\x08\x00" * (MAX_ELEMENTS + 1),
         b"\x0a\x04\x0a\x02\x0a\x00" * 2,
         b"\x0a"
-        + bitswap_messages._varint(3 * MAX_ELEMENTS)
+        + protobuf.varint(3 * MAX_ELEMENTS)
         + b"\x10\x80\x00" * MAX_ELEMENTS
         + b"\x0a"
-        + bitswap_messages._varint(2 * MAX_ELEMENTS + 2)
+        + protobuf.varint(2 * MAX_ELEMENTS + 2)
         + b"\x10\x00" * (MAX_ELEMENTS + 1),
         b"\x0a\x24\x0a\x22" + b"\x10\x00" * 17,
     ],
