@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
-from typing import NamedTuple
 
-import psutil  # type: ignore[import-untyped, unused-ignore]
 import trio
 from libp2p.abc import INetStream
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.custom_types import TProtocol
 from libp2p.peer.id import ID
 
+from . import addresses as places
 from . import gossipsub, patches
 from .identity import Identity, verify
 from .patches import LibraryHost, Network
@@ -31,11 +30,13 @@ from .transport import (
     ConnectionHandler,
     GossipHandler,
     PeerId,
+    Reach,
     Stream,
     StreamHandler,
     Transport,
     TransportError,
 )
+from .traversal import Traversal
 from .yamux import YamuxStream
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,10 @@ class HostSettings:
     agent: str = "promptmesh"
     #: May this peer be connected?
     admits: Callable[[PeerId], bool] = lambda peer: True
+    #: Relay for members that cannot be reached.
+    relay: bool = False
+    #: Called when the addresses of this node are others.
+    readdressed: Callable[[], None] = lambda: None
 
     def __repr__(self) -> str:  # the secrets stay out of logs
         return f"HostSettings(listen={self.listen}, private={self.psk is not None})"
@@ -77,6 +82,7 @@ async def open_host(settings: HostSettings) -> AsyncIterator[Transport]:
             host = Libp2pTransport(settings, nursery, [bound.socket for bound in listeners])
             serving = trio.CancelScope()
             nursery.start_soon(_serve, host.network, listeners, nursery, serving)
+            nursery.start_soon(host.traversal.run)
             with host.gossip.running(nursery):
                 await host.gossip.wait_until_ready()
                 try:
@@ -103,7 +109,7 @@ async def _listen(addresses: Sequence[str]) -> list[trio.SocketListener]:
     listeners: list[trio.SocketListener] = []
     try:
         for address in addresses:
-            place = _parse(address)
+            place = places.parse(address)
             listeners += await trio.open_tcp_listeners(place.port, host=place.host)
     except (OSError, ValueError) as error:
         for listener in listeners:
@@ -119,6 +125,8 @@ async def _serve(
     scope: trio.CancelScope,
 ) -> None:
     with scope:
+        if not listeners:  # a node that can only dial
+            await trio.sleep_forever()
         await trio.serve_listeners(network.accept, listeners, handler_nursery=nursery)
 
 
@@ -139,19 +147,39 @@ class Libp2pTransport:
         self.network = Network(key_pair, key=settings.psk, nursery=nursery, admits=settings.admits)
         self.network.on_change.append(self._changed)
         self.peer_id: PeerId = self.network.self_id.to_base58()
-        self._library = LibraryHost(
-            self.network, agent=settings.agent, addresses=lambda: self.addresses
-        )
+        self._library = LibraryHost(self.network, agent=settings.agent, addresses=self._listening)
         self.gossip = gossipsub.Gossip(self._library, settings.topics)
         self._told: list[ConnectionHandler] = []
         self._dials: dict[PeerId, _Dial] = {}
+        self.traversal = Traversal(
+            self.network,
+            self._library,
+            relay=settings.relay,
+            listening=self._listening,
+            connect=self.connect,
+            dial=self._dial,
+            readdressed=settings.readdressed,
+        )
+        self._library.addresses = self._direct
 
     @property
     def addresses(self) -> Sequence[str]:
+        return [*self._direct(), *self.traversal.circuits]
+
+    @property
+    def reachability(self) -> Reach:
+        return self.traversal.state
+
+    def _direct(self) -> Sequence[str]:
+        outside = self.traversal.outside
+        return [*self._listening(), *(f"{place}/p2p/{self.peer_id}" for place in outside)]
+
+    def _listening(self) -> Sequence[str]:
+        """Where this node listens, as the network around it sees that."""
         at, addresses = self._addresses
         if trio.current_time() - at > ADDRESSES_AGE:
-            places = _reachable(self._bound, _machine_addresses())
-            addresses = tuple(f"{place}/p2p/{self.peer_id}" for place in places)
+            found = places.reachable(self._bound, places.machine_addresses())
+            addresses = tuple(f"{place}/p2p/{self.peer_id}" for place in found)
             self._addresses = trio.current_time(), addresses
         return addresses
 
@@ -193,15 +221,26 @@ class Libp2pTransport:
 
     async def _dial(self, peer_id: ID, addresses: Sequence[str], timeout: float) -> str:
         peer = peer_id.to_base58()
-        dial = self._dials[peer] = _Dial(self.network, peer_id, addresses[:MAX_ADDRESSES])
+        dial = self._dials[peer] = _Dial(peer_id, addresses, self._dial_at)
         try:
             # A little earlier than the caller's own limit, so that each failure is told.
             with trio.move_on_after(timeout * 0.95):
                 await dial.run()
             return dial.result()
         finally:
-            del self._dials[peer]
+            if self._dials.get(peer) is dial:
+                del self._dials[peer]
             dial.over.set()
+
+    async def _dial_at(self, address: str, peer_id: ID) -> None:
+        """Connect to that peer there. Raises whatever goes wrong."""
+        place = _place_of(address)
+        if place.peer not in (None, peer_id.to_base58()):
+            raise ValueError("it is another peer's address")
+        if isinstance(place, places.Circuit):
+            await self.traversal.dial(place, peer_id, address=address)
+        else:
+            await self.network.dial(place.host, place.port, peer_id, address=address)
 
     async def disconnect(self, peer: PeerId) -> None:
         try:
@@ -258,12 +297,21 @@ class Libp2pTransport:
 
 
 class _Dial:
-    """Dialling all addresses of a peer, each a little after the one before; the first wins."""
+    """Dialling all addresses of a peer, each a little after the one before; the first wins.
 
-    def __init__(self, network: Network, peer_id: ID, addresses: Sequence[str]) -> None:
-        self._network = network
+    Those through relays come last.
+    """
+
+    def __init__(
+        self,
+        peer_id: ID,
+        addresses: Sequence[str],
+        dial: Callable[[str, ID], Awaitable[None]],
+    ) -> None:
         self._peer_id = peer_id
-        self._failures = dict.fromkeys(addresses, "no answer in time")
+        self._dial = dial
+        tried = places.directly_first(addresses)[:MAX_ADDRESSES]
+        self._failures = dict.fromkeys(tried, "no answer in time")
         self._reached: str | None = None
         self.over = trio.Event()
         #: What a task that waits for this dial raises; None if it was cancelled, or went well.
@@ -279,10 +327,7 @@ class _Dial:
 
     async def _try(self, address: str, failed: trio.Event, dialling: trio.CancelScope) -> None:
         try:
-            place = _parse(address)
-            if place.peer not in (None, self._peer_id.to_base58()):
-                raise ValueError("it is another peer's address")
-            await self._network.dial(place.host, place.port, self._peer_id, address=address)
+            await self._dial(address, self._peer_id)
         except Exception as error:  # whoever listens there may answer anything; the caller is told
             self._failures[address] = _reason(error)
             failed.set()
@@ -295,7 +340,8 @@ class _Dial:
         if self._reached is not None:
             return self._reached
         told = "; ".join(
-            f"{address.partition('/p2p/')[0]}: {why}" for address, why in self._failures.items()
+            f"{address.removesuffix(f'/p2p/{self._peer_id}')}: {why}"
+            for address, why in self._failures.items()
         )
         self.failure = f"cannot reach {self._peer_id}: {told or 'no addresses'}"
         raise TransportError(self.failure)
@@ -319,25 +365,12 @@ def _stream_of(shown: INetStream) -> YamuxStream:
     return muxed.stream
 
 
-# --- addresses and peer ids -----------------------------------------------------------------------
+def _place_of(address: str) -> places.Place | places.Circuit:
+    """Raises `ValueError`."""
+    return places.parse_circuit(address) if places.is_circuit(address) else places.parse(address)
 
 
-class _Place(NamedTuple):
-    host: str
-    port: int
-    peer: PeerId | None
-
-
-def _parse(address: str) -> _Place:
-    """`/ip4/1.2.3.4/tcp/7412`, with or without `/p2p/PEERID`. Raises `ValueError`."""
-    parts = address.split("/")
-    if len(parts) not in (5, 7) or parts[0] or parts[3] != "tcp" or parts[5:6] not in ([], ["p2p"]):
-        raise ValueError("not a TCP address")
-    if parts[1] not in ("ip4", "ip6", "dns", "dns4", "dns6") or not parts[2]:
-        raise ValueError(f"addresses of the kind {parts[1]} are not supported")
-    if not parts[4].isdecimal() or int(parts[4]) > 65535:
-        raise ValueError(f"{parts[4]} is no port")
-    return _Place(parts[2], int(parts[4]), parts[6] if len(parts) == 7 else None)
+# --- peer ids -----------------------------------------------------------------------
 
 
 def _peer_id(peer: PeerId) -> ID:
@@ -345,33 +378,3 @@ def _peer_id(peer: PeerId) -> ID:
         return ID.from_base58(peer)
     except ValueError:
         raise TransportError(f"{peer!r} is no peer id") from None
-
-
-def _machine_addresses() -> list[str]:
-    """The IP addresses of this machine's network interfaces."""
-    return [
-        address.address.partition("%")[0]
-        for addresses in psutil.net_if_addrs().values()
-        for address in addresses
-        if address.family.name in ("AF_INET", "AF_INET6")
-    ]
-
-
-def _reachable(bound: Iterable[tuple[str, int]], machine: Sequence[str]) -> list[str]:
-    """Where others can dial what is bound to these places, on a machine with those addresses."""
-    found: list[str] = []
-    for host, port in bound:
-        hosts = [host]
-        if host in ("0.0.0.0", "::"):
-            own = [a for a in machine if (":" in a) == (":" in host) and not _is_link_local(a)]
-            hosts = [a for a in own if not _is_loopback(a)] or own
-        found += [f"/{'ip6' if ':' in h else 'ip4'}/{h}/tcp/{port}" for h in hosts]
-    return list(dict.fromkeys(found))
-
-
-def _is_loopback(address: str) -> bool:
-    return address.startswith("127.") or address == "::1"
-
-
-def _is_link_local(address: str) -> bool:
-    return address.startswith(("169.254.", "fe80:"))

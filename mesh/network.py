@@ -342,7 +342,14 @@ class Network:
     async def _expire(self) -> None:
         while True:
             self.table.expire(trio.current_time())
+            await self._follow_paths()
             await trio.sleep(EXPIRE_PERIOD)
+
+    async def _follow_paths(self) -> None:
+        """Take note of peers that are reached on another way than before."""
+        for peer, address in self._transport.connected().items():
+            if self.table.moved(peer, address) and self._pool is not None:
+                await self._pool.renew(peer)
 
     # --- requests with a list or a block for a reply
 

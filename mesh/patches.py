@@ -38,7 +38,7 @@ and bounded                               what a peer says of itself is read how
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from importlib.metadata import version
 from typing import Any, cast
 
@@ -64,7 +64,7 @@ from libp2p.network.exceptions import SwarmException
 from libp2p.network.stream.net_stream import NetStream, StreamState
 from libp2p.network.swarm import Swarm
 from libp2p.peer.id import ID
-from libp2p.peer.peerstore import PeerStore
+from libp2p.peer.peerstore import PeerStore, PeerStoreError
 from libp2p.protocol_muxer.generic_selector import GenericMultistreamSelector
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport as NoiseTransport
@@ -73,7 +73,7 @@ from libp2p.utils import encode_varint_prefixed
 from libp2p.utils.varint import decode_varint_with_size
 from multiaddr import Multiaddr  # type: ignore[import-untyped]
 
-from .pnet import Wire
+from .pnet import SocketWire, StreamWire, Wire
 from .streams import LibraryStream, SecureYamux, negotiate, select
 from .transport import BLOCKED, PeerId, Stream, TransportError
 from .yamux import PROTOCOL_ID as YAMUX
@@ -96,6 +96,11 @@ IDENTIFY_LOOK = 0.01
 MAX_CONNECTIONS = 768
 #: Connections to one peer: both may dial at once, and each may come back before it is missed.
 MAX_CONNECTIONS_TO_PEER = 4
+#: Seconds for which a relayed connection outlives the direct one that replaces it at least, and at
+#: most; between two looks whether something is still asked on it.
+RETIRE_GRACE, RETIRE_LIMIT, RETIRE_LOOK = 5.0, 600.0, 1.0
+#: What runs on every connection and is of no concern to it: gossip, identify, bitswap.
+BACKGROUND = ("/meshsub/", "/ipfs/")
 
 
 def install() -> None:
@@ -125,17 +130,39 @@ class Link(swarm_connection.SwarmConn):
     muxed_conn: SecureYamux
     swarm: Network
 
-    def __init__(self, muxed: SecureYamux, network: Network, *, address: str) -> None:
+    def __init__(
+        self, muxed: SecureYamux, network: Network, *, address: str, relay: PeerId = ""
+    ) -> None:
         super().__init__(muxed, network)
         self.peer: PeerId = muxed.peer_id.to_base58()
         #: Where it was dialled, or where it comes from.
         self.address = address
+        #: Who carries it; "": it is direct.
+        self.relay = relay
         self.set_transport_info(muxed.get_transport_addresses(), muxed.get_connection_type())
         self.event_started.set()
 
     @property
     def is_closed(self) -> bool:
         return self.muxed_conn.is_closed
+
+    @property
+    def in_use(self) -> bool:
+        """Is something asked on it?"""
+        return any(not p.startswith(BACKGROUND) for p in self.muxed_conn.session.protocols())
+
+    def share_port(self) -> tuple[str, int]:
+        """Let other connections leave from the port that this one left from, and return it.
+
+        Raises `TransportError` if it did not leave from a port of this machine, or is over.
+        """
+        wire = self.muxed_conn.wire
+        if not isinstance(wire, SocketWire) or not wire.is_initiator:
+            raise TransportError("it was not dialled from here")
+        try:
+            return wire.share_port()
+        except OSError as error:
+            raise TransportError(f"the connection is over: {error}") from error
 
     async def close(self) -> None:
         await self.muxed_conn.close()
@@ -213,18 +240,28 @@ class Network(Swarm):
     # --- connections ------------------------------------------------------------------------------
 
     def link(self, peer_id: ID) -> Link:
-        """The connection to use: the newest, as the peer may have lost those before.
-
-        Raises `TransportError`.
+        """The connection to use: a direct one if there is, and the newest of those, as the peer may
+        have lost those before. Raises `TransportError`.
         """
-        for link in reversed(self.connections.get(peer_id, ())):
-            if not link.is_closed:
-                return cast(Link, link)
-        raise TransportError(f"not connected to {peer_id}")
+        found: Link | None = None
+        for link in cast("Sequence[Link]", self.connections.get(peer_id, ())):
+            if not link.is_closed and (found is None or found.relay or not link.relay):
+                found = link
+        if found is None:
+            raise TransportError(f"not connected to {peer_id}")
+        return found
+
+    def direct(self, peer_id: ID) -> Link | None:
+        """The newest connection that nobody relays."""
+        try:
+            link = self.link(peer_id)
+        except TransportError:
+            return None
+        return None if link.relay else link
 
     async def accept(self, stream: trio.SocketStream) -> None:
         """Serve an inbound connection to its end. Never raises."""
-        wire = Wire(stream, initiator=False, key=self._key)
+        wire = SocketWire(stream, initiator=False, key=self._key)
         muxed = None
         try:
             muxed = await self._handshake(wire)
@@ -254,17 +291,53 @@ class Network(Swarm):
 
     async def dial(self, host: str, port: int, peer_id: ID, *, address: str) -> Link:
         """Connect to that peer there. Raises whatever went wrong; has no time limit of its own."""
-        wire = Wire(await trio.open_tcp_stream(host, port), initiator=True, key=self._key)
-        try:
-            link = Link(await self._upgrade(wire, peer_id), self, address=address)
-        except BaseException:
-            wire.abort()
-            raise
+        stream = await trio.open_tcp_stream(host, port)
+        return await self.use(self.socket_wire(stream), peer_id, address=address)
+
+    def socket_wire(self, stream: trio.SocketStream, *, initiator: bool = True) -> SocketWire:
+        """A new connection, in this network."""
+        return SocketWire(stream, initiator=initiator, key=self._key)
+
+    def circuit_wire(self, stream: YamuxStream, *, initiator: bool) -> StreamWire:
+        """A stream through a relay, in this network: the relay reads nothing of it."""
+        return StreamWire(stream, initiator=initiator, key=self._key)
+
+    async def use(self, wire: Wire, peer_id: ID, *, address: str, relay: PeerId = "") -> Link:
+        """Be connected to that peer over the wire. Raises whatever went wrong."""
+        link = await self._join(wire, peer_id, address=address, relay=relay)
         await self.background_nursery.start(self._live, link)
         return link
 
+    async def serve_circuit(
+        self, wire: Wire, peer_id: ID, *, address: str, relay: PeerId, began: Callable[[Link], None]
+    ) -> None:
+        """Serve a connection that comes through a relay to its end. Raises whatever went wrong."""
+        with trio.fail_after(HANDSHAKE_TIMEOUT):
+            link = await self._join(wire, peer_id, address=address, relay=relay)
+        if len(self.get_connections()) >= MAX_CONNECTIONS:
+            wire.abort()
+            return
+        began(link)
+        await self._live(link)
+
+    async def _join(self, wire: Wire, peer_id: ID, *, address: str, relay: PeerId) -> Link:
+        try:
+            return Link(await self._upgrade(wire, peer_id), self, address=address, relay=relay)
+        except BaseException:
+            wire.abort()
+            raise
+
+    async def prove(self, wire: Wire, peer_id: ID) -> None:
+        """See that this peer is at the other end, and hang up. Raises if it is not."""
+        try:
+            await self.upgrader.upgrade_security(wire, True, peer_id)
+        finally:
+            wire.abort()
+
     async def _upgrade(self, wire: Wire, peer_id: ID | None) -> SecureYamux:
         secured = await self.upgrader.upgrade_security(wire, wire.is_initiator, peer_id)
+        if peer_id is not None and secured.get_remote_peer() != peer_id:
+            raise TransportError("another peer is there")
         _, muxer = await self._muxers.select(secured, wire.is_initiator)
         if not self._admits(secured.get_remote_peer().to_base58()):
             raise TransportError(BLOCKED)
@@ -274,9 +347,14 @@ class Network(Swarm):
         links = self.connections.setdefault(link.muxed_conn.peer_id, [])
         links.append(link)
         if len(links) > MAX_CONNECTIONS_TO_PEER:
-            self.background_nursery.start_soon(links[0].close)
+            oldest = next((each for each in cast(list[Link], links) if each.relay), links[0])
+            self.background_nursery.start_soon(oldest.close)
         if len(links) == 1:
             self._tell(link.peer, True)
+        elif self.direct(link.muxed_conn.peer_id) is not None:
+            for each in cast(list[Link], links):
+                if each.relay and not each.muxed_conn.session.retired:
+                    self.background_nursery.start_soon(self._retire, each)
         task_status.started()
         try:
             await link.run()
@@ -285,6 +363,20 @@ class Network(Swarm):
         finally:
             self.forget(link)
             await link.muxed_conn.close()
+
+    async def _retire(self, link: Link) -> None:
+        """End a relayed connection that a direct one replaces, once nothing is asked on it."""
+        session = link.muxed_conn.session
+        session.retired = True
+        until = trio.current_time() + RETIRE_LIMIT
+        await trio.sleep(RETIRE_GRACE)
+        # Streams end in many ways, and tell nobody when the last one does.
+        while link.in_use and trio.current_time() < until:  # noqa: ASYNC110
+            await trio.sleep(RETIRE_LOOK)
+        if self.direct(link.muxed_conn.peer_id) is not None:
+            await link.close()
+        else:
+            session.retired = False  # the direct one was lost meanwhile
 
     def forget(self, link: Link) -> None:
         """The connection is over."""
@@ -317,6 +409,16 @@ class Network(Swarm):
             for link in self.get_connections():
                 nursery.start_soon(link.close)
 
+    def serve(self, protocol: str, handler: Callable[[Link, YamuxStream], Awaitable[None]]) -> None:
+        """Serve a protocol that is about connections themselves."""
+
+        async def served(shown: INetStream) -> None:
+            muxed = cast(LibraryStream, cast(NetStream, shown).muxed_stream)
+            links = cast("Sequence[Link]", self.get_connections(muxed.muxed_conn.peer_id))
+            await handler(next(x for x in links if x.muxed_conn is muxed.muxed_conn), muxed.stream)
+
+        self.handlers[TProtocol(protocol)] = served
+
     # --- what the library asks for ----------------------------------------------------------------
 
     async def new_stream(self, peer_id: ID) -> INetStream:
@@ -347,16 +449,19 @@ class LibraryHost(BasicHost):
     def __init__(
         self, network: Network, *, agent: str, addresses: Callable[[], Sequence[str]]
     ) -> None:
-        self._addresses = addresses
+        #: Where others can dial it, directly.
+        self.addresses = addresses
+        #: Called with each peer that has said what it is.
+        self.on_identified: list[Callable[[PeerId], None]] = []
         super().__init__(network, disable_identify_address_discovery=True)
         network.handlers = cast(Any, self.multiselect.handlers)
         self.set_stream_handler(IDENTIFY, _identify_handler(self, agent))
 
     def get_transport_addrs(self) -> list[Multiaddr]:
-        return [Multiaddr(address.partition("/p2p/")[0]) for address in self._addresses()]
+        return [Multiaddr(address.partition("/p2p/")[0]) for address in self.addresses()]
 
     def get_addrs(self) -> list[Multiaddr]:
-        return [Multiaddr(address) for address in self._addresses()]
+        return [Multiaddr(address) for address in self.addresses()]
 
     async def new_stream(self, peer_id: ID, protocol_ids: Sequence[TProtocol]) -> INetStream:
         try:
@@ -384,6 +489,15 @@ class LibraryHost(BasicHost):
             # The library keeps a time here, of which nothing is made, until the peer disconnects.
             agent = "".join(filter(str.isprintable, said.agent_version))
             self._identified_peers[peer_id] = agent[:MAX_AGENT]
+            for told in list(self.on_identified):
+                told(peer_id.to_base58())
+
+    def speaks(self, peer_id: ID, protocol: str) -> bool:
+        """Has the peer said that it speaks that protocol?"""
+        try:
+            return protocol in self.peerstore.get_protocols(peer_id)
+        except PeerStoreError:
+            return False
 
     async def agent(self, peer_id: ID) -> str:
         """Which program the peer says it is, in printable characters. Raises `TransportError`."""

@@ -17,6 +17,7 @@ from typing import Annotated, Literal, NamedTuple
 import msgspec
 
 from ..providers.base import ModelOffer, Value
+from .addresses import is_circuit
 from .frames import Load, RemoteProtocolError, decode_value, encode_value
 from .transport import PeerId
 
@@ -206,6 +207,13 @@ class PeerState:
     def ttl(self) -> float:
         """Seconds for which its advert holds."""
         return 0.0 if self.advert is None else min(max(self.advert.ttl, MIN_TTL), MAX_TTL)
+
+    @property
+    def via(self) -> Literal["direct", "relayed", ""]:
+        """How it is reached; "": it is not connected."""
+        if not self.connected:
+            return ""
+        return "relayed" if is_circuit(self.address) else "direct"
 
     @property
     def state(self) -> Literal["connected", "known", "unreachable"]:
@@ -409,6 +417,19 @@ class PeerTable:
             state.connected, state.since, state.rtt, state.left = True, now, None, False
         state.address, state.reason = address, ""
         self.version += 1
+
+    def moved(self, peer: PeerId, address: str) -> bool:
+        """The connection in use is to that address now. Is it another way than before?
+
+        Two direct connections are the same way: both sides may have dialled.
+        """
+        state = self._peers.get(peer)
+        if state is None or not state.connected or state.address == address:
+            return False
+        if not (is_circuit(state.address) or is_circuit(address)):
+            return False
+        state.address = address
+        return True
 
     def is_foreign(self, peer: PeerId, agent: str) -> None:
         """A connected peer does not speak the mesh's protocol, and says it is that program."""

@@ -1,4 +1,4 @@
-"""The bytes on a connection's socket, in a private network under its pre-shared key.
+"""The bytes of a connection, in a private network under its pre-shared key.
 
 A libp2p private network ("pnet") encrypts everything with XSalsa20 under the key of the network:
 each side sends 24 random bytes, then its stream. py-libp2p has plain Salsa20 with 8 bytes, which
@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import sys
 from contextlib import suppress
 
 import trio
@@ -22,6 +23,9 @@ from libp2p.abc import IRawConnection
 from libp2p.connection_types import ConnectionType
 from libp2p.io.exceptions import ConnectionClosedError, IOException
 from multiaddr import Multiaddr  # type: ignore[import-untyped]
+
+from .transport import TransportError
+from .yamux import YamuxStream
 
 NONCE_SIZE = 24
 #: What both sides send first on any libp2p connection.
@@ -120,23 +124,16 @@ class Protection:
 
 
 class Wire(IRawConnection):
-    """A socket for libp2p: buffered, and protected where there is a key.
+    """Bytes to a peer for libp2p: buffered, and protected where there is a key.
 
-    Writing is one step without an `await` in it: `queue` encrypts and sends what the socket takes
-    now, and keeps the rest in order for `drain`. So whoever is cancelled, the cipher of no layer
-    ever gets out of step with what was sent, and nobody needs a lock.
+    Writing is one step without an `await` in it: `queue` encrypts and sends what can be sent now,
+    and keeps the rest in order for `drain`. So whoever is cancelled, the cipher of no layer ever
+    gets out of step with what was sent, and nobody needs a lock.
     """
 
-    def __init__(self, stream: trio.SocketStream, *, initiator: bool, key: bytes | None) -> None:
+    def __init__(self, *, initiator: bool, key: bytes | None) -> None:
         self.is_initiator = initiator
-        self._stream = stream
         self._protection = Protection(key) if key is not None else None
-        # The same socket, for calls that need no scheduler. It is detached before the close.
-        own = stream.socket
-        self._socket = socket.socket(own.family, own.type, own.proto, fileno=own.fileno())
-        self._socket.setblocking(False)
-        _keep_alive(self._socket)
-        self._remote = _remote_address(self._socket)
         self._in = bytearray()
         self._out = bytearray()
         self._closed = False
@@ -145,11 +142,28 @@ class Wire(IRawConnection):
         self.work = trio.Event()
         self._drained = trio.Event()
 
+    # --- what carries the bytes -------------------------------------------------------------------
+
+    def _send_now(self) -> None:
+        """Send what can be sent without waiting."""
+        raise NotImplementedError
+
+    async def _send_some(self) -> None:
+        """Wait until something can be sent, and send it. What fails is given to `_fail`."""
+        raise NotImplementedError
+
+    async def _receive_some(self) -> bytes:
+        """The next bytes as they come, `b""` at the end. Raises `ConnectionClosedError`."""
+        raise NotImplementedError
+
+    def _close(self) -> None:
+        raise NotImplementedError
+
     # --- sending ----------------------------------------------------------------------------------
 
     @property
     def pending(self) -> int:
-        """Bytes that the socket has not taken yet."""
+        """Bytes that are not on their way yet."""
         return len(self._out)
 
     def queue(self, data: bytes) -> None:
@@ -165,16 +179,9 @@ class Wire(IRawConnection):
         if len(self._out) > OVERFLOW:
             self._fail(Stalled("the peer does not read what it asks for"))
 
-    def _send_now(self) -> None:
-        try:
-            while self._out:
-                with memoryview(self._out)[:65536] as piece:
-                    sent = self._socket.send(piece)
-                del self._out[:sent]
-        except BlockingIOError:
-            pass
-        except OSError as error:
-            self._fail(ConnectionClosedError(f"the connection broke: {error}", transport="tcp"))
+    def _sent(self, count: int) -> None:
+        """The first so many bytes are on their way."""
+        del self._out[:count]
         if len(self._out) <= HIGH_WATER // 2:
             self._signal_drained()
 
@@ -191,12 +198,7 @@ class Wire(IRawConnection):
     async def drain(self) -> None:
         """Send all that is queued. For one task at a time. Raises if the connection is dead."""
         while self._out:
-            with trio.move_on_after(WRITE_TIMEOUT) as limit:
-                await trio.lowlevel.wait_writable(self._socket.fileno())
-            if limit.cancelled_caught:
-                self._fail(Stalled(f"the peer took nothing for {WRITE_TIMEOUT:g} s"))
-            else:
-                self._send_now()
+            await self._send_some()
         if self._failure is not None:
             raise self._failure
         self.work = trio.Event()
@@ -225,10 +227,10 @@ class Wire(IRawConnection):
             return data
         while True:
             try:
-                data = await self._stream.receive_some(65536)
-            except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+                data = await self._receive_some()
+            except ConnectionClosedError:
                 self._check_greeted()
-                raise ConnectionClosedError("the connection broke", transport="tcp") from error
+                raise
             if not data:
                 self._check_greeted()
             if not data or self._protection is None:
@@ -255,8 +257,7 @@ class Wire(IRawConnection):
         """Close at once. What is queued is lost."""
         if not self._closed:
             self._closed = True
-            self._socket.detach()
-            self._stream.socket.close()
+            self._close()
             self._out.clear()
             self.work.set()
             self._signal_drained()
@@ -265,16 +266,109 @@ class Wire(IRawConnection):
         self.abort()
 
     def get_remote_address(self) -> tuple[str, int] | None:
-        return self._remote
+        return None
 
     def get_transport_addresses(self) -> list[Multiaddr]:
-        if self._remote is None:
+        if (remote := self.get_remote_address()) is None:
             return []
-        host, port = self._remote
+        host, port = remote
         return [Multiaddr(f"/{'ip6' if ':' in host else 'ip4'}/{host}/tcp/{port}")]
 
     def get_connection_type(self) -> ConnectionType:
         return ConnectionType.DIRECT
+
+
+class SocketWire(Wire):
+    """A connection of its own."""
+
+    def __init__(self, stream: trio.SocketStream, *, initiator: bool, key: bytes | None) -> None:
+        super().__init__(initiator=initiator, key=key)
+        self._stream = stream
+        # The same socket, for calls that need no scheduler. It is detached before the close.
+        own = stream.socket
+        self._socket = socket.socket(own.family, own.type, own.proto, fileno=own.fileno())
+        self._socket.setblocking(False)
+        _keep_alive(self._socket)
+        self._remote = _remote_address(self._socket)
+
+    def share_port(self) -> tuple[str, int]:
+        """Let other sockets be bound to this end's address, which is returned.
+
+        Raises `OSError` if the connection is gone.
+        """
+        let_share_port(self._socket)
+        host, port = self._socket.getsockname()[:2]
+        return str(host), int(port)
+
+    def _send_now(self) -> None:
+        try:
+            while self._out:
+                with memoryview(self._out)[:65536] as piece:
+                    sent = self._socket.send(piece)
+                self._sent(sent)
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self._fail(ConnectionClosedError(f"the connection broke: {error}", transport="tcp"))
+
+    async def _send_some(self) -> None:
+        with trio.move_on_after(WRITE_TIMEOUT) as limit:
+            await trio.lowlevel.wait_writable(self._socket.fileno())
+        if limit.cancelled_caught:
+            self._fail(Stalled(f"the peer took nothing for {WRITE_TIMEOUT:g} s"))
+        else:
+            self._send_now()
+
+    async def _receive_some(self) -> bytes:
+        try:
+            return bytes(await self._stream.receive_some(65536))
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise ConnectionClosedError("the connection broke", transport="tcp") from error
+
+    def _close(self) -> None:
+        self._socket.detach()
+        self._stream.socket.close()
+
+    def get_remote_address(self) -> tuple[str, int] | None:
+        return self._remote
+
+
+class StreamWire(Wire):
+    """A circuit: a stream to a relay, which carries its bytes on."""
+
+    def __init__(self, stream: YamuxStream, *, initiator: bool, key: bytes | None) -> None:
+        super().__init__(initiator=initiator, key=key)
+        self._stream = stream
+
+    def _send_now(self) -> None:
+        """A stream has its window: `drain` waits for it."""
+
+    async def _send_some(self) -> None:
+        piece = bytes(self._out[:65536])
+        try:
+            await self._stream.send_all(piece)
+            self._sent(len(piece))
+        except TransportError as error:
+            self._fail(ConnectionClosedError(f"the circuit broke: {error}", transport="relay"))
+
+    async def _receive_some(self) -> bytes:
+        try:
+            return await self._stream.receive_some(65536)
+        except TransportError as error:
+            raise ConnectionClosedError("the circuit broke", transport="relay") from error
+
+    def _close(self) -> None:
+        self._stream.abort()
+
+    def get_connection_type(self) -> ConnectionType:
+        return ConnectionType.RELAYED
+
+
+def let_share_port(own: socket.socket | trio.socket.SocketType) -> None:
+    """Let this socket, which does not listen, and others have one local address. All must do it."""
+    own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if sys.platform != "linux" and hasattr(socket, "SO_REUSEPORT"):
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
 
 
 def _keep_alive(own: socket.socket) -> None:

@@ -54,6 +54,11 @@ class AskStream:
         """Can it carry the next request?"""
         return self.ended is None and self._exchange.idle and not self._frames
 
+    @property
+    def retired(self) -> bool:
+        """Does a better connection replace the one that it is on?"""
+        return self.stream.retired
+
     async def send(self, request: Request) -> None:
         """Begin a request. Raises `TransportError`; then, or if cancelled, the stream is dead."""
         self.replied = False
@@ -167,6 +172,8 @@ class StreamPool:
         An idle stream that ends unanswered proves nothing about a peer that is still connected: it
         may have let go of it just then. So the request is sent once more on a new one.
         """
+        if streams.idle and streams.idle[-1].retired:
+            await self.renew(peer)
         if streams.idle:
             stream = streams.idle.pop()
             try:
@@ -181,6 +188,14 @@ class StreamPool:
         stream = await self._open(peer, connect)
         await _converse(stream, request, connect)
         return stream
+
+    async def renew(self, peer: PeerId) -> None:
+        """Let go of the idle streams whose connection a better one replaces."""
+        streams = self._streams.get(peer, _Streams())
+        old = [stream for stream in streams.idle if stream.retired]
+        streams.idle[:] = [stream for stream in streams.idle if not stream.retired]
+        for stream in old:
+            await stream.stream.aclose()
 
     async def _open(self, peer: PeerId, connect: float) -> AskStream:
         with trio.move_on_after(connect):
@@ -225,7 +240,7 @@ async def _release(streams: _Streams, stream: AskStream) -> None:
     """Keep it for the next request if this one is over, else make the peer stop."""
     if not stream.idle:
         await stream.stream.reset()
-    elif len(streams.idle) >= MAX_IDLE:
+    elif len(streams.idle) >= MAX_IDLE or stream.retired:
         await stream.stream.aclose()
     else:
         streams.idle.append(stream)

@@ -45,7 +45,8 @@ class SecureYamux(IMuxedConn):
         assert isinstance(conn.conn, NoiseTransportReadWriter), conn.conn
         wire = conn.conn.read_writer.read_write_closer
         assert isinstance(wire, Wire), wire
-        self._wire = wire
+        #: What carries it.
+        self.wire = wire
         self._noise = conn.conn.noise_state
         self._early = conn._drain(None)
         self.peer_id = peer_id
@@ -57,14 +58,14 @@ class SecureYamux(IMuxedConn):
 
     def queue(self, frame: bytes) -> None:
         sealed = self._noise.encrypt(frame)
-        self._wire.queue(len(sealed).to_bytes(2, "big") + sealed)
+        self.wire.queue(len(sealed).to_bytes(2, "big") + sealed)
 
     @property
     def congested(self) -> bool:
-        return self._wire.pending > HIGH_WATER
+        return self.wire.pending > HIGH_WATER
 
     async def wait_low(self) -> None:
-        await self._wire.wait_low()
+        await self.wire.wait_low()
 
     # --- the two loops ----------------------------------------------------------------------------
 
@@ -78,7 +79,7 @@ class SecureYamux(IMuxedConn):
                     self.event_started.set()
         finally:
             self.session.end("the connection was closed")
-            self._wire.abort()
+            self.wire.abort()
 
     async def _read(self) -> None:
         try:
@@ -100,7 +101,7 @@ class SecureYamux(IMuxedConn):
         """Until the end of the socket: noise messages, each 2 bytes of length and its bytes."""
         buffered = bytearray()
         while not self.session.lost:
-            received = await self._wire.receive()
+            received = await self.wire.receive()
             if not received:
                 return
             buffered += received
@@ -117,8 +118,8 @@ class SecureYamux(IMuxedConn):
         """Send what the socket did not take at once."""
         try:
             while True:
-                await self._wire.work.wait()
-                await self._wire.drain()
+                await self.wire.work.wait()
+                await self.wire.drain()
         except (IOException, trio.ClosedResourceError) as error:
             self.session.end(f"the connection was lost: {error}")
             self._running.cancel()
@@ -127,7 +128,7 @@ class SecureYamux(IMuxedConn):
 
     @property
     def is_initiator(self) -> bool:
-        return self._wire.is_initiator
+        return self.wire.is_initiator
 
     @property
     def is_established(self) -> bool:
@@ -153,18 +154,18 @@ class SecureYamux(IMuxedConn):
         """Say goodbye if the socket takes it within `LINGER`, and end. Safe while cancelled."""
         self.session.close("the connection was closed")
         with trio.CancelScope(shield=True, deadline=trio.current_time() + LINGER):
-            await self._wire.wait_empty()
-        self._wire.abort()
+            await self.wire.wait_empty()
+        self.wire.abort()
         self._running.cancel()
 
     def get_remote_address(self) -> tuple[str, int] | None:
-        return self._wire.get_remote_address()
+        return self.wire.get_remote_address()
 
     def get_transport_addresses(self) -> list[Multiaddr]:
-        return self._wire.get_transport_addresses()
+        return self.wire.get_transport_addresses()
 
     def get_connection_type(self) -> ConnectionType:
-        return ConnectionType.DIRECT
+        return self.wire.get_connection_type()
 
 
 class LibraryStream(IMuxedStream):
@@ -272,3 +273,20 @@ async def _read_exactly(stream: Stream, count: int) -> bytes:
             raise TransportError(f"{stream.peer} closed the stream while it was opened")
         data += piece
     return data
+
+
+async def read_delimited(stream: Stream, limit: int) -> bytes:
+    """A message behind the varint of its length, and none of what follows it.
+
+    Raises `TransportError`.
+    """
+    length = shift = 0
+    while True:
+        byte = (await _read_exactly(stream, 1))[0]
+        length |= (byte & 127) << shift
+        shift += 7
+        if byte < 128 or shift > 28:
+            break
+    if length > limit:
+        raise TransportError(f"{stream.peer} sent a message of {length} bytes")
+    return await _read_exactly(stream, length)

@@ -9,9 +9,11 @@ A peer is named by its peer id as text (`12D3Koo...`), an address by its multiad
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 PeerId = str
+#: Can others dial this node? "unknown": nobody has tried yet.
+Reach = Literal["reachable", "unreachable", "unknown"]
 #: Why there is no connection to a peer that this node's owner does not want.
 BLOCKED = "it is blocked on this node (`promptmesh peers allow`)"
 
@@ -33,6 +35,12 @@ class Stream(Protocol):
     @property
     def protocol(self) -> str:
         """What is spoken on it."""
+        ...
+
+    @property
+    def retired(self) -> bool:
+        """Is its connection about to end, because a better one replaces it? What runs on it may
+        finish; what is new should have a new stream."""
         ...
 
     async def send_all(self, data: bytes) -> None:
@@ -78,7 +86,12 @@ class Transport(Protocol):
 
     @property
     def addresses(self) -> Sequence[str]:
-        """Where others can dial this node, each with `/p2p/PEERID`."""
+        """Where others can dial this node, each with `/p2p/PEERID`; also through relays."""
+        ...
+
+    @property
+    def reachability(self) -> Reach:
+        """Can others dial this node directly, as far as members have found?"""
         ...
 
     def connected(self) -> Mapping[PeerId, str]:

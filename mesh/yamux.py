@@ -94,6 +94,11 @@ class YamuxStream:
         return self.session.peer
 
     @property
+    def retired(self) -> bool:
+        """Does a better connection replace the one that it is on?"""
+        return self.session.retired
+
+    @property
     def is_over(self) -> bool:
         """Is there nothing more to come in either direction?"""
         return bool(self._over) or (self._finished_in and self._finished_out)
@@ -198,6 +203,10 @@ class YamuxStream:
 
     async def reset(self) -> None:
         """Abort in both directions. Never raises."""
+        self.abort()
+
+    def abort(self) -> None:
+        """Abort in both directions at once."""
         self._in.clear()
         self._abort("this stream was reset", tell=True)
 
@@ -268,6 +277,8 @@ class YamuxSession:
         self._pinged = 0
         #: Why the connection is over.
         self.lost = ""
+        #: Another connection replaces it: what is asked anew goes there.
+        self.retired = False
         self._accept_in, self._accept_out = trio.open_memory_channel[YamuxStream](2 * MAX_STREAMS)
         self._head = bytearray()
         #: Of the data frame that is arriving: whose it is, its flags, and what is still to come.
@@ -284,6 +295,10 @@ class YamuxSession:
         self._next += 2
         self.send(WINDOW_UPDATE, SYN, stream.number, 0)
         return stream
+
+    def protocols(self) -> list[str]:
+        """What is spoken on the streams that are open."""
+        return [stream.protocol for stream in self._streams.values()]
 
     async def accept(self) -> YamuxStream:
         """The next stream that the peer opens. Raises `TransportError` at the end."""

@@ -15,7 +15,7 @@ from ..cache.answers import AnswerCache
 from ..cache.layers import FurtherState
 from ..mesh.measure import BackendId, Experience, Measured, Speed
 from ..mesh.peers import TWIN_SHOWN, Machine, PeerState, PeerTable, ProviderAdvert
-from ..mesh.transport import TransportError
+from ..mesh.transport import Reach, TransportError
 from .api_rights import rights_fields
 from .http_server import Request, Responder
 from .own_providers import OwnProvider, OwnProviders
@@ -37,6 +37,9 @@ class MembershipControl(Protocol):
 
     @property
     def problem(self) -> str: ...
+
+    @property
+    def reachability(self) -> Reach: ...
 
     async def reload(self) -> None: ...
 
@@ -92,7 +95,11 @@ class MeshApi:
             "started_at": int(self._started),
             "policy": self._policy,
             "addresses": self._membership.addresses,
-            "mesh": {"connected": connected, "problem": self._membership.problem or None},
+            "mesh": {
+                "connected": connected,
+                "reachability": self._membership.reachability,
+                "problem": self._membership.problem or None,
+            },
             "machine": _machine(self._machine()),
             "providers": [_own(p) for p in self._providers],
             "cache": {
@@ -136,7 +143,7 @@ class MeshApi:
             "node": peer.node,
             "state": peer.state,
             "address": peer.address,
-            "via": _via(peer),
+            "via": peer.via,
             # A peer that is no member is one of IPFS: it has the mesh secret, and exchanges blocks.
             "ipfs": peer.agent if peer.foreign else "",
             "providers": [self._provider_of(peer.peer, p, now) for p in peer.providers],
@@ -239,13 +246,6 @@ def _machine(machine: Machine) -> dict[str, Any]:
     fields = msgspec.structs.asdict(machine)
     fields["gpus"] = [msgspec.structs.asdict(gpu) for gpu in machine.gpus]
     return fields
-
-
-def _via(peer: PeerState) -> str:
-    """How a connected peer is reached."""
-    if not peer.connected:
-        return ""
-    return "relayed" if "/p2p-circuit" in peer.address else "direct"
 
 
 def _measured(model: str, speed: Speed, now: float) -> dict[str, Any]:

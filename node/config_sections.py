@@ -130,6 +130,11 @@ class MeshConfig:
         check=check_dialable,
     )
     mdns: bool = setting(True, "Find peers of this mesh on the local network.")
+    relay: bool = setting(
+        False,
+        "Pass on the connections of members that cannot reach each other, such as those behind "
+        "routers. Wanted of one or two nodes that everybody can reach (`docs/nat.md`).",
+    )
     policy: Policy = setting(  # noqa: RUF009 (makes a dataclass field)
         "round_robin",
         "Who answers a request that several can answer: everyone in turn, the one with the most "

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from ..mesh import mdns
+from ..mesh.addresses import is_circuit
 from ..mesh.backends import BackendManager
 from ..mesh.bitswap import Bitswap
 from ..mesh.dialing import peer_of
@@ -26,7 +27,7 @@ from ..mesh.host import HostSettings, open_host
 from ..mesh.network import Network
 from ..mesh.peers import Advert, PeerTable
 from ..mesh.serving import Services
-from ..mesh.transport import BLOCKED, PeerId, Transport, TransportError
+from ..mesh.transport import BLOCKED, PeerId, Reach, Transport, TransportError
 from .config import MeshConfig
 from .home import Home, HomeError, KnownPeers
 from .reading import Reading
@@ -89,6 +90,11 @@ class Membership:
     def addresses(self) -> list[str]:
         """Where peers can dial this node now, each with its peer id."""
         return list(self._transport.addresses) if self._transport else []
+
+    @property
+    def reachability(self) -> Reach:
+        """Can others dial this node directly, as far as members have found?"""
+        return self._transport.reachability if self._transport else "unknown"
 
     @property
     def connections(self) -> Mapping[PeerId, str]:
@@ -179,6 +185,8 @@ class Membership:
                 psk=key,
                 topics=frozenset({ADVERTS, CLAIMS}),
                 admits=self._admits,
+                relay=self._config.relay,
+                readdressed=self.changed,
             )
             try:
                 async with open_host(settings) as transport, trio.open_nursery() as nursery:
@@ -239,7 +247,10 @@ class Membership:
         """Look for members on the local network. Others see only a tag made from the secret."""
         tag = hmac.new(key, b"promptmesh mdns", hashlib.sha256).hexdigest()[:16]
         await mdns.discover(
-            transport.peer_id, lambda: transport.addresses, tag=tag, found=network.found
+            transport.peer_id,
+            lambda: [address for address in transport.addresses if not is_circuit(address)],
+            tag=tag,
+            found=network.found,
         )
 
 

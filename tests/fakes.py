@@ -28,6 +28,7 @@ from promptmesh.mesh.transport import (
     GossipHandler,
     NotSpoken,
     PeerId,
+    Reach,
     StreamHandler,
     TransportError,
 )
@@ -113,6 +114,7 @@ class MemoryTransport:
         self.program = "promptmesh"
         #: How often this node was dialled.
         self.dialled = 0
+        self.reachability: Reach = "unknown"
         self._key = Ed25519PrivateKey.from_private_bytes(hashlib.sha256(name.encode()).digest())
         public = self._key.public_key().public_bytes_raw()
         self.peer_id: PeerId = base58.b58encode(ED25519_PEER_ID + public).decode()
@@ -128,6 +130,10 @@ class MemoryTransport:
 
     def connected(self) -> Mapping[PeerId, str]:
         return {end.peer: end.address for end in reversed(self._ends)}
+
+    def reroute(self, peer: PeerId, address: str) -> None:
+        """A better connection to that peer replaces the one that there is."""
+        self._end(peer).address = address
 
     def on_connection(self, handler: ConnectionHandler) -> None:
         self._told.append(handler)
@@ -299,12 +305,17 @@ class MemoryStream:
         self._incoming = incoming
         self._sending = self._receiving = False
         self.protocol = ""
+        self._address = end.address
         #: Why this end may not be used any more.
         self._over = ""
 
     @property
     def peer(self) -> PeerId:
         return self._end.peer
+
+    @property
+    def retired(self) -> bool:
+        return self._end.address != self._address
 
     async def send_all(self, data: bytes) -> None:
         if self._sending:

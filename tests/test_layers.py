@@ -19,7 +19,9 @@ MAY_IMPORT: dict[str, set[str]] = {
 ONLY_IN: dict[str, set[str]] = {
     "libp2p": {
         f"mesh/{name}.py" for name in ("host", "patches", "pnet", "mdns", "streams", "gossipsub")
-    },
+    }
+    # About connections themselves, below `Transport`.
+    | {f"mesh/{name}.py" for name in ("relay", "relay_client", "hole_punching", "traversal")},
     "torch": {f"providers/{p.name}" for p in (ROOT / "providers").glob("*hf_*.py")},
     "transformers": {f"providers/{p.name}" for p in (ROOT / "providers").glob("*hf_*.py")},
     "ipfshttpclient": {"cache/kubo.py"},

@@ -10,7 +10,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from promptmesh.mesh import gossipsub, patches, pnet
-from promptmesh.mesh.host import HostSettings, Libp2pTransport, _parse, _reachable, open_host
+from promptmesh.mesh.host import HostSettings, Libp2pTransport, open_host
 from promptmesh.mesh.transport import Stream, TransportError
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
@@ -113,49 +113,12 @@ def test_settings_do_not_show_their_secrets() -> None:
     assert "pppp" not in shown
 
 
-@pytest.mark.parametrize(
-    ("bound", "machine", "expected"),
-    [
-        (("0.0.0.0", 1), ["127.0.0.1", "10.0.0.7", "::1"], ["/ip4/10.0.0.7/tcp/1"]),
-        (("0.0.0.0", 1), ["127.0.0.1", "169.254.3.4", "::1"], ["/ip4/127.0.0.1/tcp/1"]),
-        (("127.0.0.1", 1), ["127.0.0.1", "10.0.0.7"], ["/ip4/127.0.0.1/tcp/1"]),
-        (("10.0.0.7", 1), ["127.0.0.1", "10.0.0.7", "10.0.0.8"], ["/ip4/10.0.0.7/tcp/1"]),
-        (("::", 1), ["10.0.0.7", "::1", "fe80::1", "2001:db8::5"], ["/ip6/2001:db8::5/tcp/1"]),
-        (("::", 1), ["10.0.0.7", "::1"], ["/ip6/::1/tcp/1"]),
-    ],
-)
-def test_addresses_are_those_that_others_can_dial(
-    bound: tuple[str, int], machine: list[str], expected: list[str]
-) -> None:
-    assert _reachable([bound, bound], machine) == expected
-
-
 async def test_a_host_on_every_interface_can_be_dialled_at_each_address() -> None:
     async with host("a") as a, host("b", listen="/ip4/0.0.0.0/tcp/0") as b:
         assert "/0.0.0.0/" not in "".join(b.addresses)
         for address in b.addresses:
             assert await a.connect(b.peer_id, [address]) == address
             await a.disconnect(b.peer_id)
-
-
-@pytest.mark.parametrize(
-    "address",
-    [
-        "",
-        "nonsense",
-        "/ip4/127.0.0.1",
-        "/ip4/127.0.0.1/udp/7412/quic-v1",
-        "/ip4/127.0.0.1/tcp/7412/ws",
-        "/ip4/127.0.0.1/tcp/http",
-        "/ip4/127.0.0.1/tcp/65536",
-        "/ip4//tcp/1",
-        "/unix/127.0.0.1/tcp/1",
-        "/ip4/127.0.0.1/tcp/1/p2p-circuit/x",
-    ],
-)
-def test_only_tcp_addresses_are_dialled(address: str) -> None:
-    with pytest.raises(ValueError, match=r"address|port"):
-        _parse(address)
 
 
 @pytest.mark.parametrize("listen", ["/ip4/192.0.2.1/tcp/0", "/ip4/127.0.0.1/udp/1", "x"])

@@ -845,3 +845,19 @@ async def test_after_it_ended_the_network_asks_nobody(
         await a.network.fetch_block(b.peer_id, b"cid")
     error = await a.ask_raises()
     assert "not in the mesh" in error.message
+
+
+async def test_a_peer_that_is_reached_directly_now_is_shown_so(
+    autojump_clock: Clock, nursery: trio.Nursery, network: MemoryNetwork
+) -> None:
+    a, b, _ = await three(nursery, network, FakeProvider())
+    state = a.table.get(b.peer_id)
+    assert state is not None
+    direct = state.address
+    a.transport.reroute(b.peer_id, f"/ip4/10.9.9.9/tcp/1/p2p/{b.peer_id}/p2p-circuit")
+    await wait_until(lambda: state.via == "relayed")
+    a.transport.reroute(b.peer_id, direct)
+    await wait_until(lambda: state.via == "direct")
+    since = state.since
+    await a.transport.disconnect(b.peer_id)
+    await wait_until(lambda: state.since > since)

@@ -17,7 +17,7 @@ from promptmesh.mesh.pnet import (
     GREETING,
     NotInThisNetwork,
     Protection,
-    Wire,
+    SocketWire,
     hsalsa20,
     xsalsa20,
 )
@@ -131,13 +131,16 @@ def test_others_are_known_by_their_first_bytes(sent: bytes, why: str, at_once: i
 
 
 @asynccontextmanager
-async def wires() -> AsyncIterator[tuple[Wire, Wire]]:
+async def wires() -> AsyncIterator[tuple[SocketWire, SocketWire]]:
     """The two ends of a connection."""
     (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
     async with listener:
         near = await trio.open_tcp_stream("127.0.0.1", listener.socket.getsockname()[1])
         far = await listener.accept()
-    ends = Wire(near, initiator=True, key=KEY), Wire(far, initiator=False, key=KEY)
+    ends = (
+        SocketWire(near, initiator=True, key=KEY),
+        SocketWire(far, initiator=False, key=KEY),
+    )
     try:
         yield ends
     finally:

@@ -1,7 +1,7 @@
 """Streams to a peer, kept and used again."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import pytest
 import trio
@@ -111,6 +111,30 @@ async def test_an_idle_stream_that_ends_is_dropped(autojump_clock: Clock, world:
     await trio.sleep(2)
     assert world.pool.idle(world.peer) == 0
     assert await world.block() == b"\x02"
+
+
+async def test_a_better_connection_gets_what_is_new(world: World) -> None:
+    ended: list[int] = []
+
+    async def serve(stream: Stream, number: int) -> None:
+        with suppress(TransportError):  # who asked has let go of it
+            await honest(stream, number)
+        ended.append(number)
+
+    world.serve(serve)
+    assert await world.block() == b"\x01"
+    assert await world.block() == b"\x01"
+    async with world.pool.ask(world.peer, ASK):
+        world.here.reroute(world.peer, "/ip4/10.9.9.9/tcp/1")
+    assert world.pool.idle(world.peer) == 0  # it was under way, and is over
+    assert await world.block() == b"\x02"
+    world.here.reroute(world.peer, "/ip4/10.9.9.9/tcp/2")
+    assert await world.block() == b"\x03"  # one that was idle is not used
+    world.here.reroute(world.peer, "/ip4/10.9.9.9/tcp/3")
+    await world.pool.renew(world.peer)  # nor kept
+    assert world.pool.idle(world.peer) == 0
+    await trio.testing.wait_all_tasks_blocked()
+    assert ended == [1, 2, 3]
 
 
 async def test_a_reused_stream_that_ends_unanswered_is_tried_on_a_new_one(

@@ -23,7 +23,7 @@ from promptmesh.cache.cid import cid_text
 from promptmesh.cache.claims import DOMAIN, Batch, Entry, seal, unseal
 from promptmesh.cache.keys import mesh_key, namespace_secret, namespace_tag, request_key
 from promptmesh.cache.records import AnswerRecord, encode
-from promptmesh.mesh import gossip, mdns, peers, protocol, yamux
+from promptmesh.mesh import gossip, mdns, peers, protocol, reachability, relay_messages, yamux
 from promptmesh.mesh.frames import Done, Frame, Generate, Head, Load, Piece, Reply, Request
 from promptmesh.mesh.identity import Identity, verify
 from promptmesh.mesh.protocol import TRANSITIONS, Asker, Server, State
@@ -223,6 +223,8 @@ def more_fields(request: type[ModelRequest]) -> tuple[str, ...]:
         ("a provider", peers.ProviderAdvert.__struct_fields__),
         ("a batch", Batch.__struct_fields__),
         ("a claim", Entry._fields),
+        ("a question", reachability.Question.__struct_fields__),
+        ("a finding", reachability.Finding.__struct_fields__),
     ],
 )
 def test_the_tables_of_fields(what: str, fields: tuple[str, ...]) -> None:
@@ -242,6 +244,10 @@ def test_the_tables_of_fields(what: str, fields: tuple[str, ...]) -> None:
         f'"{peers.CONTEXT.decode()}"'.replace("\0", "\\0"),
         DOMAIN.decode(),
         mdns.SERVICE,
+        relay_messages.HOP,
+        relay_messages.STOP,
+        relay_messages.DCUTR,
+        reachability.DIAL_BACK,
         join_link.PREFIX,
     ],
 )
