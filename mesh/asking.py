@@ -118,6 +118,12 @@ class Asking:
         """The text given so far."""
         return "".join(self._text)
 
+    def outrun(self) -> None:
+        """Another candidate's first token came before this one's."""
+        if self.candidate.busy.all < self.candidate.busy.slots:
+            now = trio.current_time()
+            self._experience.outrun(self.candidate.measured, self.seconds, now)
+
     @asynccontextmanager
     async def open(self) -> AsyncIterator[Answering]:
         """The answer, once its first token is there. Leaving cancels the work.

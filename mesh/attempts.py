@@ -23,24 +23,19 @@ from ..providers.base import (
     Declined,
     GenerateError,
     GenerateRequest,
-    Image,
-    Input,
     ModelNotFound,
     ModelOffer,
     ProviderBusy,
     ProviderUnavailable,
     RequestRejected,
     StreamInterrupted,
-    Task,
 )
 from .budget import Budget
 from .continuing import SoFar, Way, way_of, way_on
-from .ladder import refusal
+from .hedging import may_be_second, patience_with
 from .policies import Candidate
+from .ruling_out import Obstacle, RuledOut
 
-#: No tokenizer makes fewer tokens of a text than one for so many characters, near enough; a prompt
-#: is ruled out by its length only where that is certain, else the provider says it.
-MOST_CHARACTERS_A_TOKEN = 8
 #: Names of models, and candidates with their reasons, that an error lists.
 MOST_LISTED = 20
 #: Share of the requests that may be sent once more or to a third candidate, how many that may be at
@@ -51,36 +46,6 @@ RETRY_SHARE, MOST_RETRIES, RETRIES_A_SECOND = 0.2, 20.0, 0.2
 PAUSE = 0.3
 #: A caller waits no longer than this (s) for a candidate to be asked again: else it is told when.
 LONGEST_PAUSE = 1.5
-#: What to say of a model that is not for the task.
-_NOT_FOR: dict[Task, str] = {
-    "generate": "it is not for chats: it makes embeddings",
-    "embed": "it makes no embeddings",
-}
-
-
-class Obstacle(NamedTuple):
-    """Why a candidate cannot be asked now: not connected, starting, its breaker is open."""
-
-    reason: str
-    #: Seconds after which it may be worth another try.
-    wait: float = 1.0
-
-
-class RuledOut(NamedTuple):
-    """A candidate that may not or cannot answer this request, and why."""
-
-    candidate: Candidate
-    reason: str
-    #: It passes: seconds after which another try may succeed.
-    wait: float | None = None
-    #: The request names another provider or peer.
-    pinned: bool = False
-    too_long: bool = False
-    #: It costs more than the request may, or than is left today.
-    too_dear: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.candidate}: {self.reason}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,71 +60,12 @@ class Attempt:
         return f"{self.candidate}: {self.error or 'answered'}"
 
 
-def rule_out(candidate: Candidate, request: Asked, obstacle: Obstacle | None) -> RuledOut | None:
-    """Why this candidate is none for this request; None if it is one."""
-    offer = candidate.offer
-    if request.peer is not None and request.peer not in (candidate.peer, candidate.node):
-        return RuledOut(candidate, f"the request is for peer {request.peer}", pinned=True)
-    if request.provider is not None and request.provider != candidate.provider:
-        return RuledOut(candidate, f"the request is for provider {request.provider}", pinned=True)
-    if (
-        reason := candidate.forbidden
-        or _privacy(candidate, request)
-        or _ability(candidate, request)
-    ):
-        return RuledOut(candidate, reason)
-    if (refused := refusal(candidate, request)) is not None:
-        return RuledOut(candidate, refused.reason, wait=refused.wait, too_dear=True)
-    if offer.context_length is not None and _least_tokens(request) > offer.context_length:
-        reason = f"the prompt does not fit into its {offer.context_length} tokens"
-        return RuledOut(candidate, reason, too_long=True)
-    if obstacle is not None:
-        return RuledOut(candidate, obstacle.reason, wait=obstacle.wait)
-    return None
-
-
-def _privacy(candidate: Candidate, request: Asked) -> str:
-    if request.privacy == "local" and not candidate.own:
-        return "privacy is `local`, and it is another machine"
-    if request.privacy != "any" and candidate.offer.egress:
-        return f"privacy is `{request.privacy}`, and it sends prompts to a third party"
-    return ""
-
-
-def _ability(candidate: Candidate, request: Asked) -> str:
-    offer = candidate.offer
-    if request.task not in offer.tasks:
-        return _NOT_FOR[request.task]
-    if not isinstance(request, GenerateRequest):
-        return ""
-    if request.tools and not offer.tools:
-        return "it cannot call tools"
-    if "image" not in offer.modalities and _has_images(request):
-        return "it cannot see images"
-    if request.prefix and not offer.can_continue:
-        return "it cannot continue a text"
-    return ""
-
-
-def _has_images(request: GenerateRequest) -> bool:
-    return any(isinstance(part, Image) for m in request.messages for part in m.content)
-
-
-def _least_tokens(request: Asked) -> int:
-    if not isinstance(request, GenerateRequest):
-        return max(_least_tokens_of(given) for given in request.inputs)
-    characters = sum(len(m.text) for m in request.messages) + len(request.prefix)
-    return characters // MOST_CHARACTERS_A_TOKEN
-
-
-def _least_tokens_of(given: Input) -> int:
-    return len(given) // MOST_CHARACTERS_A_TOKEN if isinstance(given, str) else len(given)
-
-
 class Step(NamedTuple):
     """The candidate to ask, after a pause (s), and how it is to go on from what there is."""
 
     candidate: Candidate
+    #: How many were asked with it.
+    number: int
     pause: float = 0.0
     way: Way = "restart"
 
@@ -182,11 +88,13 @@ class Attempts:
         models: Callable[[], Iterable[str]],
         obstacle: Callable[[Candidate], Obstacle | None],
         budget: Budget,
+        hedges: Budget | None = None,
         rng: Random,
         until: float = math.inf,
         for_peer: bool = False,
     ) -> None:
         """`obstacle` says what keeps a candidate from being asked now. `until` the caller waits.
+        `hedges`: may another one be asked when a first token is late, and how many more?
 
         What a peer asks for is tried once: the peer decides what is next.
         """
@@ -204,6 +112,8 @@ class Attempts:
         self._models = models
         self._obstacle = obstacle
         self._budget = budget
+        self._hedges = hedges
+        self._asked = 0
         self._rng = rng
         self._until = until
         self._for_peer = for_peer
@@ -224,6 +134,11 @@ class Attempts:
         )
 
     @property
+    def may_hedge(self) -> bool:
+        """May a second candidate be asked while the first one is?"""
+        return self._hedges is not None and len(self.left) > 1
+
+    @property
     def may_be_asked(self) -> list[Candidate]:
         """Those left that can give the answer, or go on from what there is of it."""
         return [c for c in self.left if self._way(c)]
@@ -237,7 +152,7 @@ class Attempts:
             if obstacle is not None:
                 self._held_back.append(RuledOut(chosen, obstacle.reason, wait=obstacle.wait))
             elif len(self.tried) < 2 or self._budget.take(now):
-                return Step(chosen, way=self._way(chosen) or "restart")
+                return self._step(chosen, way=self._way(chosen) or "restart")
             else:
                 self._stopped = "too many requests were tried again lately"
                 break
@@ -285,6 +200,33 @@ class Attempts:
             return "restart"
         return way_on(request, self._by, candidate.offer, self.so_far)
 
+    def _step(self, candidate: Candidate, pause: float = 0.0, way: Way = "restart") -> Step:
+        self._asked += 1
+        return Step(candidate, self._asked, pause, way)
+
+    # --- two at once
+
+    def patience(self, step: Step) -> float | None:
+        """Seconds after which a second one may be asked; None: none may."""
+        if self._hedges is None or self.so_far is not None:
+            return None
+        return patience_with(step.candidate)
+
+    def second(self, now: float) -> Step | None:
+        """Whom to ask as well, if there is anybody and the budget allows it."""
+        left = [c for c in may_be_second(self.left) if self._obstacle(c) is None]
+        if not left or self._hedges is None or not self._hedges.take(now):
+            return None
+        chosen = self._choose(left)
+        self.left.remove(chosen)
+        return self._step(chosen)
+
+    def outrun(self, candidate: Candidate, by: Candidate, seconds: float) -> None:
+        """The other one was faster. It has not failed, and may be asked again if need be."""
+        error = GenerateError(f"{by} was faster, and it was cancelled")
+        self.tried.append(Attempt(candidate, error, seconds))
+        self.left.append(candidate)
+
     # --- once more where it failed
 
     def _once_more(self, now: float) -> Step | None:
@@ -292,18 +234,20 @@ class Attempts:
         if self._repeated or self._for_peer:
             return None
         steps = [
-            Step(a.candidate, self._pause(a.candidate, a.error), way)
+            (self._pause(a.candidate, a.error), a.candidate, way)
             for a in self.tried
             if a.error is not None and _may_pass(a.error) and (way := self._way(a.candidate))
         ]
-        step = min(steps, key=lambda step: step.pause, default=None)
-        if step is None or step.pause > min(LONGEST_PAUSE, self._until - now):
+        if not steps:
+            return None
+        pause, candidate, way = min(steps, key=lambda step: step[0])
+        if pause > min(LONGEST_PAUSE, self._until - now):
             return None
         if not self._budget.take(now):
             self._stopped = "too many requests were tried again lately"
             return None
         self._repeated = True
-        return step
+        return self._step(candidate, pause, way)
 
     def _pause(self, candidate: Candidate, error: GenerateError) -> float:
         """Seconds until it may be asked again, as it said itself and as its breaker says."""

@@ -35,6 +35,7 @@ from .candidates import Candidates, LocalBackend, Source
 from .forwarding import Forwarding, PeerNetwork
 from .frames import Load
 from .handover import Handover, tasks
+from .hedging import hedge_budget
 from .ladder import rung
 from .measure import BackendId, Experience
 from .peers import Advert, PeerTable
@@ -65,6 +66,7 @@ class BackendManager:
         why_not_ask: Callable[[PeerId], str] = lambda peer: "",
         limits: Callable[[Candidate], TimeLimits | None] = lambda candidate: None,
         prefer: Prefer = "free",
+        hedge: bool = False,
         on_route: Callable[[Asked, bool, Route], None] = lambda request, local_only, route: None,
     ) -> None:
         """`on_route` is told of each request how it goes, at its beginning.
@@ -82,6 +84,7 @@ class BackendManager:
         )
         self._policy: Policy = policy
         self._prefer: Prefer = prefer
+        self._hedge = hedge
         self._rng = rng
         self._whole = deadlines.whole if deadlines else None
         self._on_route = on_route
@@ -98,6 +101,7 @@ class BackendManager:
         self._probes = Probes(self.experience.loads, self._forwarding.provider_names)
         #: Made with the first request: before it there may be no clock.
         self._budget: Budget | None = None
+        self._hedges: Budget | None = None
 
     # --- the network, which may come and go
 
@@ -186,7 +190,7 @@ class BackendManager:
             self._affinity.saw(prompt, step.candidate.backend, now)
 
         try:
-            if attempts.may_go_on:
+            if attempts.may_go_on or attempts.may_hedge:
                 async with tasks() as nursery:
                     handover = Handover(
                         attempts, nursery, next_step=next_step, ask=ask, answered=answered
@@ -247,11 +251,21 @@ class BackendManager:
             ),
             obstacle=lambda c: self._candidates.obstacle(c, trio.current_time()),
             budget=self._budget,
+            hedges=self._hedges_for(request, now) if not local_only else None,
             rng=self._rng,
             until=math.inf if request.deadline is None else now + request.deadline,
             for_peer=local_only,
         )
         return attempts, choice, prompt
+
+    def _hedges_for(self, request: Asked, now: float) -> Budget | None:
+        """The budget for second requests, if this one may be hedged."""
+        hedge = self._hedge if request.hedge is None else request.hedge
+        if not hedge or not isinstance(request, GenerateRequest):
+            return None
+        self._hedges = self._hedges or hedge_budget(now)
+        self._hedges.earn(now)
+        return self._hedges
 
     def _rung(self, request: Asked, left: Sequence[Candidate]) -> Sequence[Candidate]:
         return rung(left, request.prefer or self._prefer)

@@ -12,12 +12,12 @@ from typing import NamedTuple, Protocol
 import trio
 
 from ..providers.base import Asked, ModelOffer, Priority, Provider
-from .attempts import Obstacle, RuledOut, rule_out
 from .frames import Load
 from .ladder import Bill, is_paid
 from .measure import BackendId, Busy, Experience, Measured
 from .peers import Offered, PeerTable, ProviderAdvert
 from .policies import Allowance, Candidate
+from .ruling_out import Obstacle, RuledOut, rule_out
 from .transport import PeerId
 
 

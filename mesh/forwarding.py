@@ -74,7 +74,6 @@ class Forwarding:
     def ask(self, step: Step, attempts: Attempts, started: float, route: Route) -> Asking:
         """The candidate of that step, ready to be asked. The request came at `started`."""
         candidate, request = step.candidate, attempts.request
-        number = len(attempts.tried) + 1
         deadlines = self._deadlines.with_limits(self._limits(candidate), request.limits)
         forwarded = self._forwarded(candidate, request, started, deadlines)
         whole = True
@@ -87,7 +86,7 @@ class Forwarding:
             deadlines=deadlines,
             experience=self._experience,
             kind=request.kind if whole else None,
-            stamp=lambda origin: _seen_from_here(origin, candidate, route.policy, number),
+            stamp=lambda origin: _seen_from_here(origin, candidate, route.policy, step.number),
             closed=self._closed,
             finished=route.finished,
             embed=request if isinstance(request, EmbedRequest) else None,
@@ -108,6 +107,7 @@ class Forwarding:
             policy=None,
             deadline=left,
             limits=limits,
+            hedge=None,
         )
 
     def _source(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import msgspec
@@ -144,13 +144,41 @@ class Handover:
     async def _first(self) -> Running:
         """Ask until somebody's first token is there."""
         while True:
-            running = self._start(await self._next_step())
-            while not (running.begun or running.over):
-                await self._changed.park()
+            running = await self._race(self._start(await self._next_step()))
             if running.begun:
                 self._answered(running.step, running.asking)
                 return running
             self._failed(running)
+
+    async def _race(self, first: Running) -> Running:
+        """The one whose first token came, or the last that failed before it."""
+        patience = self._attempts.patience(first.step)
+        racing = [first]
+        if patience is not None:
+            with trio.move_on_after(patience):
+                await self._decided(racing)
+            if not first.begun and not first.over:
+                step = self._attempts.second(trio.current_time())
+                racing += [] if step is None else [self._start(step)]
+        while True:
+            running = await self._decided(racing)
+            racing.remove(running)
+            if running.begun or not racing:
+                break
+            self._failed(running)
+        for slow in racing:
+            slow.asking.outrun()
+            slow.stop()
+            self._attempts.outrun(slow.step.candidate, running.step.candidate, slow.asking.seconds)
+        return running
+
+    async def _decided(self, racing: Sequence[Running]) -> Running:
+        """Wait until one of them has begun, or ended."""
+        while True:
+            for running in sorted(racing, key=lambda running: not running.begun):
+                if running.begun or running.over:
+                    return running
+            await self._changed.park()
 
     def _start(self, step: Step) -> Running:
         running = Running(step, self._ask(step), self._changed)

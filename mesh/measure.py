@@ -6,7 +6,7 @@ Times are monotonic seconds, told by the caller.
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import NamedTuple
@@ -20,6 +20,9 @@ ALPHA = 0.2
 #: failed and is not asked would else never be asked again. They are multiplied by the failures in a
 #: row, up to so many: who fails each time it is tried is tried ever less.
 ERROR_ALPHA, ERROR_HALF_LIFE, LONGEST_ROW = 0.25, 10.0, 6
+#: Times to the first token that are remembered one by one, and how many of them tell what is late:
+#: longer than this share of them.
+RECENT, ENOUGH, LATE = 40, 20, 0.95
 #: (peer, provider, model) that are remembered; the least recently used are forgotten.
 MAX_MEASURED = 10_000
 #: A generation shorter than this (s) says nothing of the speed: it came in one piece.
@@ -73,9 +76,18 @@ class Speed:
     row: int = 0
     #: Seconds until a failed attempt had failed.
     failing: float | None = None
+    _recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
 
     def first_token(self, seconds: float, now: float) -> None:
         self.ttft, self.at = _average(self.ttft, seconds), now
+        self._recent.append(seconds)
+
+    @property
+    def late(self) -> float | None:
+        """Seconds after which a first token is late, for this model there; None: not known yet."""
+        if len(self._recent) < ENOUGH:
+            return None
+        return sorted(self._recent)[math.ceil(LATE * len(self._recent)) - 1]
 
     def finished(self, tokens: int, seconds: float, now: float) -> None:
         """A whole answer: so many tokens, so long from the first to the last."""
@@ -405,6 +417,12 @@ class Experience:
         """A whole answer came."""
         for breaker in self._made_breakers(what):
             breaker.succeeded()
+
+    def outrun(self, what: Measured, seconds: float, now: float) -> None:
+        """It had no token after so long, and another one had: it was slow, and did not fail."""
+        speed = self.measures.of(what)
+        if speed.ttft is None or seconds > speed.ttft:
+            speed.first_token(seconds, now)
 
     def abandoned(self, what: Measured) -> None:
         """The asker left before it was known how it ends."""

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..providers.base import Chunk, FinishReason, Policy, Usage
-from .attempts import Attempt, RuledOut
+from .attempts import Attempt
 from .policies import Candidate, Decision
+from .ruling_out import RuledOut
 
 #: Characters of an error that are kept.
 MAX_ERROR = 2000

@@ -13,9 +13,9 @@ from typing import Any
 import msgspec
 import trio
 
-from ..mesh.attempts import RuledOut
 from ..mesh.policies import Candidate, Decision
 from ..mesh.route import Route, Tried
+from ..mesh.ruling_out import RuledOut
 from ..providers.admission import Waiting
 from .http_server import Request, Responder
 from .openai_answers import usage_fields

@@ -141,6 +141,11 @@ class MeshConfig:
         "free slots, or the one expected to finish first. `promptmesh init` writes "
         "`best_performance`.",
     )
+    hedge: bool = setting(
+        False,
+        "Ask a second candidate where the first token comes later than 95 % of those before it, and "
+        "take the first that comes. At most 5 % more requests; never where somebody pays.",
+    )
     prefer: Prefer = setting(  # noqa: RUF009 (makes a dataclass field)
         "free",
         "Who comes first, whatever the policy: free providers before paid ones (`free`); among the "

@@ -130,6 +130,7 @@ class MeshFields(msgspec.Struct, forbid_unknown_fields=True):
     priority: Priority = "own"
     deadline_s: _Seconds | None = None
     deadlines: _Limits | None = None
+    hedge: bool | None = None
 
 
 class _ChatBody(msgspec.Struct):
@@ -249,6 +250,7 @@ def routing(mesh: MeshFields) -> dict[str, Any]:
         "cache": CacheControl(**cache),
         "priority": mesh.priority,
         "deadline": mesh.deadline_s,
+        "hedge": mesh.hedge,
         "limits": mesh.deadlines and _time_limits(mesh.deadlines),
     }
 

@@ -173,6 +173,7 @@ def open_parts(config: Config, home: Home, environment: Mapping[str, str]) -> It
             on_claim=sharing.take_claim,
             why_not_ask=rights.why_not_ask,
             prefer=config.mesh.prefer,
+            hedge=config.mesh.hedge,
             on_route=trace.route,
         )
         yield Parts(

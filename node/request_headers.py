@@ -29,6 +29,14 @@ def _not_negative(text: str) -> float:
     return number
 
 
+def _yes_or_no(text: str) -> bool:
+    if text.lower() not in ("true", "false", "1", "0"):
+        raise ValueError
+    return text.lower() in ("true", "1")
+
+
+#: What a converter expects, where that is not a number that is not negative.
+_EXPECTED: dict[Callable[[str], Any], str] = {int: "a whole number", _yes_or_no: "true or false"}
 #: Header -> (field, its type).
 _REQUEST: dict[str, tuple[str, Callable[[str], Any]]] = {
     "x-promptmesh-provider": ("provider", str),
@@ -38,6 +46,7 @@ _REQUEST: dict[str, tuple[str, Callable[[str], Any]]] = {
     "x-promptmesh-max-cost": ("max_cost", _not_negative),
     "x-promptmesh-prefer": ("prefer", str),
     "x-promptmesh-priority": ("priority", str),
+    "x-promptmesh-hedge": ("hedge", _yes_or_no),
     "x-promptmesh-deadline-s": ("deadline", _not_negative),
 }
 _CACHE: dict[str, tuple[str, Callable[[str], Any]]] = {
@@ -84,8 +93,7 @@ def _changes(
             try:
                 changes[field] = convert(value)
             except ValueError:
-                whole = convert is int
-                expected = "a whole number" if whole else "a number that is not negative"
+                expected = _EXPECTED.get(convert, "a number that is not negative")
                 raise RequestRejected(
                     f"{header}: {value!r} is not {expected}", field=header
                 ) from None

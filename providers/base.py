@@ -190,6 +190,8 @@ class ModelRequest(Value, frozen=True, kw_only=True):
     deadline: float | None = None
     #: What the asker wants otherwise than is usual.
     limits: TimeLimits | None = None
+    #: Ask a second candidate when the first token is late; None: as the node is configured.
+    hedge: bool | None = None
     #: Names this request in logs, headers and `explain`, on every node it visits.
     id: str = ""
     #: The member whose request it is, set by the node that serves it, whatever the peer says; "":

@@ -235,6 +235,7 @@ def test_what_does_not_decide_it_is_not() -> None:
         privacy="local",
         priority="background",
         limits=TimeLimits(gap=1.0),
+        hedge=True,
         asker="p",
         max_cost=0.5,
         prefer="any",

@@ -236,6 +236,7 @@ NO_PART: dict[type[msgspec.Struct], dict[str, Any]] = {
         "privacy": "local",
         "priority": "background",
         "limits": TimeLimits(gap=1.0),
+        "hedge": True,
         "asker": "p",
         "max_cost": 0.5,
         "prefer": "any",

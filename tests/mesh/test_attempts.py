@@ -14,13 +14,11 @@ from promptmesh.mesh.attempts import (
     MOST_LISTED,
     PAUSE,
     Attempts,
-    Obstacle,
-    RuledOut,
     retry_budget,
-    rule_out,
 )
 from promptmesh.mesh.budget import Budget
 from promptmesh.mesh.policies import Candidate
+from promptmesh.mesh.ruling_out import Obstacle, RuledOut, rule_out
 from promptmesh.providers.base import (
     CacheOnlyMiss,
     ContentFiltered,

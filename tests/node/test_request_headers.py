@@ -41,6 +41,14 @@ def test_headers_stand_over_the_body() -> None:
     assert request.cache == CacheControl(ttl=5, namespace="n", scope="local", min_agreement=2)
 
 
+def test_yes_and_no() -> None:
+    assert BODY.hedge is None
+    for text, hedge in (("true", True), ("1", True), ("False", False), ("0", False)):
+        assert with_headers(BODY, Http({"x-promptmesh-hedge": text})).hedge is hedge
+    with pytest.raises(RequestRejected, match="'maybe' is not true or false"):
+        with_headers(BODY, Http({"x-promptmesh-hedge": "maybe"}))
+
+
 def test_time_limits_stand_over_the_bodys_one_by_one() -> None:
     body = GenerateRequest(model="m", messages=(), limits=TimeLimits(connect=1.0, gap=2.0))
     said = {"x-promptmesh-first-token-s": "300", "x-promptmesh-gap-s": "4"}

@@ -8,9 +8,10 @@ import pytest
 import trio
 from fakes_mesh import asking
 
-from promptmesh.mesh.attempts import Attempt, RuledOut
+from promptmesh.mesh.attempts import Attempt
 from promptmesh.mesh.policies import Candidate
 from promptmesh.mesh.route import MAX_ERROR, Route
+from promptmesh.mesh.ruling_out import RuledOut
 from promptmesh.node.trace import MAX_NAME, MAX_NAMED, MAX_REQUESTS, Trace
 from promptmesh.providers.base import CacheControl, GenerateRequest, ModelOffer, ProviderUnavailable
 

@@ -1,0 +1,104 @@
+"""Who may be asked at all: a request's model, task, privacy, abilities and money. Pure."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ..providers.base import Asked, GenerateRequest, Image, Input, Task
+from .ladder import refusal
+from .policies import Candidate
+
+#: No tokenizer makes fewer tokens of a text than one for so many characters, near enough; a prompt
+#: is ruled out by its length only where that is certain, else the provider says it.
+MOST_CHARACTERS_A_TOKEN = 8
+#: What to say of a model that is not for the task.
+_NOT_FOR: dict[Task, str] = {
+    "generate": "it is not for chats: it makes embeddings",
+    "embed": "it makes no embeddings",
+}
+
+
+class Obstacle(NamedTuple):
+    """Why a candidate cannot be asked now: not connected, starting, its breaker is open."""
+
+    reason: str
+    #: Seconds after which it may be worth another try.
+    wait: float = 1.0
+
+
+class RuledOut(NamedTuple):
+    """A candidate that may not or cannot answer this request, and why."""
+
+    candidate: Candidate
+    reason: str
+    #: It passes: seconds after which another try may succeed.
+    wait: float | None = None
+    #: The request names another provider or peer.
+    pinned: bool = False
+    too_long: bool = False
+    #: It costs more than the request may, or than is left today.
+    too_dear: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.candidate}: {self.reason}"
+
+
+def rule_out(candidate: Candidate, request: Asked, obstacle: Obstacle | None) -> RuledOut | None:
+    """Why this candidate is none for this request; None if it is one."""
+    offer = candidate.offer
+    if request.peer is not None and request.peer not in (candidate.peer, candidate.node):
+        return RuledOut(candidate, f"the request is for peer {request.peer}", pinned=True)
+    if request.provider is not None and request.provider != candidate.provider:
+        return RuledOut(candidate, f"the request is for provider {request.provider}", pinned=True)
+    if (
+        reason := candidate.forbidden
+        or _privacy(candidate, request)
+        or _ability(candidate, request)
+    ):
+        return RuledOut(candidate, reason)
+    if (refused := refusal(candidate, request)) is not None:
+        return RuledOut(candidate, refused.reason, wait=refused.wait, too_dear=True)
+    if offer.context_length is not None and _least_tokens(request) > offer.context_length:
+        reason = f"the prompt does not fit into its {offer.context_length} tokens"
+        return RuledOut(candidate, reason, too_long=True)
+    if obstacle is not None:
+        return RuledOut(candidate, obstacle.reason, wait=obstacle.wait)
+    return None
+
+
+def _privacy(candidate: Candidate, request: Asked) -> str:
+    if request.privacy == "local" and not candidate.own:
+        return "privacy is `local`, and it is another machine"
+    if request.privacy != "any" and candidate.offer.egress:
+        return f"privacy is `{request.privacy}`, and it sends prompts to a third party"
+    return ""
+
+
+def _ability(candidate: Candidate, request: Asked) -> str:
+    offer = candidate.offer
+    if request.task not in offer.tasks:
+        return _NOT_FOR[request.task]
+    if not isinstance(request, GenerateRequest):
+        return ""
+    if request.tools and not offer.tools:
+        return "it cannot call tools"
+    if "image" not in offer.modalities and _has_images(request):
+        return "it cannot see images"
+    if request.prefix and not offer.can_continue:
+        return "it cannot continue a text"
+    return ""
+
+
+def _has_images(request: GenerateRequest) -> bool:
+    return any(isinstance(part, Image) for m in request.messages for part in m.content)
+
+
+def _least_tokens(request: Asked) -> int:
+    if not isinstance(request, GenerateRequest):
+        return max(_least_tokens_of(given) for given in request.inputs)
+    characters = sum(len(m.text) for m in request.messages) + len(request.prefix)
+    return characters // MOST_CHARACTERS_A_TOKEN
+
+
+def _least_tokens_of(given: Input) -> int:
+    return len(given) // MOST_CHARACTERS_A_TOKEN if isinstance(given, str) else len(given)
