@@ -27,6 +27,7 @@ from .config_sections import (
     ProviderConfig,
 )
 from .config_values import ConfigError, Secret, plain, settings_of
+from .seed_settings import RouterSettings
 
 __all__ = [
     "SECTIONS",
@@ -42,10 +43,14 @@ __all__ = [
     "MeshConfig",
     "NodeConfig",
     "ProviderConfig",
+    "RouterSettings",
     "Secret",
     "child_environment",
     "home_path",
+    "library_config",
     "load_config",
+    "router_settings",
+    "router_variables",
     "variables_of",
     "wants_colour",
 ]
@@ -96,7 +101,7 @@ class Config:
             )
 
 
-#: The seed's names of variables -> our key. Both are read with either prefix.
+#: The seed's names of variables -> our key. They are read with each prefix.
 SEED_VARIABLES = {
     "LLM_LOAD_BALANCING": "mesh.policy",
     "LLM_MODEL": "local_hf.model",
@@ -105,7 +110,10 @@ SEED_VARIABLES = {
     "ROUTER_CACHE_CID_BASE": "cache.cid_base",
 }
 PREFIX = "PROMPTMESH_"
-SEED_PREFIX = "IPFS_ACCELERATE_PY_"
+#: The prefixes under which programs written for others set the same, the strongest first.
+SEED_PREFIXES = ("IPFS_ACCELERATE_PY_", "ipfs_accelerate_py_", "IPFS_DATASETS_PY_")
+#: Variables of OpenRouter that have no prefix either.
+UNPREFIXED = ("OPENROUTER_API_KEY", "OPENROUTER_HTTP_REFERER", "OPENROUTER_APP_TITLE")
 
 #: What a flag says: (the flag, its value).
 Flag = tuple[str, object]
@@ -115,7 +123,45 @@ def variables_of(key: str) -> list[str]:
     """The environment variables that set a key, the strongest first."""
     seed = [name for name, target in SEED_VARIABLES.items() if target == key]
     own = PREFIX + key.replace(".", "_").upper()
-    return [own, *(PREFIX + name for name in seed), *(SEED_PREFIX + name for name in seed)]
+    return [own, *(prefix + name for prefix in (PREFIX, *SEED_PREFIXES) for name in seed)]
+
+
+def router_variables(name: str) -> list[str]:
+    """The environment variables that set a field of `RouterSettings`, the strongest first."""
+    upper = name.upper()
+    bare = [upper] if upper in UNPREFIXED else []
+    return [prefix + upper for prefix in (PREFIX, *SEED_PREFIXES)] + bare
+
+
+def router_settings(environ: Mapping[str, str] | None = None) -> RouterSettings:
+    """What the environment says to `generate_text` now. Raises `ConfigError`."""
+    environ = _environment(environ)
+    values: dict[str, Any] = {}
+    problems = []
+    for each in settings_of("router", RouterSettings):
+        variable, text = _first_set(router_variables(each.name), environ)
+        if text:
+            try:
+                values[each.name] = each.parse(text)
+            except ValueError as error:
+                problems.append(f"{variable}: {error}")
+    if problems:
+        raise ConfigError(problems)
+    _, key = _first_set(router_variables("openrouter_api_key"), environ)
+    return RouterSettings(**values, openrouter_api_key=Secret(key) if key else None)
+
+
+def _first_set(variables: Iterable[str], environ: Mapping[str, str]) -> tuple[str, str]:
+    """The first of them that is not empty, and its value."""
+    found = ((name, environ.get(name, "").strip()) for name in variables)
+    return next((each for each in found if each[1]), ("", ""))
+
+
+def library_config(home: Path) -> Config:
+    """The configuration for `generate_text`, which reads the seed's variables by itself, at each
+    call. Raises `ConfigError`."""
+    seed = {prefix + name for name in SEED_VARIABLES for prefix in (PREFIX, *SEED_PREFIXES)}
+    return load_config(home, environ={k: v for k, v in os.environ.items() if k not in seed})
 
 
 def home_path(flag: str | None = None, environ: Mapping[str, str] | None = None) -> Path:
@@ -318,6 +364,8 @@ class _Loader:
             text = "keys do not belong into a file: name the variable that holds it (api_key_env)"
             self._problem(FILE_NAME, f"{where}: api_key", text)
         values.setdefault("name", values.get("kind", ""))
+        if values.get("kind") == "openrouter":
+            values.setdefault("api_key_env", "OPENROUTER_API_KEY")
         values.setdefault("share", not (values.get("api_key_env") or _costs(values)))
         return values
 

@@ -83,7 +83,7 @@ class Flight:
     async def _raise_if_ended(self) -> None:
         if self.error is not None:
             # A copy for each follower: an exception that two tasks raise mixes their tracebacks.
-            raise copy.copy(self.error)
+            raise copy.copy(self.error) from self.error.__cause__
         if self.finished:
             # Its time was the longest of all followers': over for it, it is over for this one too,
             # who is to be cancelled by its own deadline, and not to hear of another failure.

@@ -84,16 +84,24 @@ class Home:
 
         Gives the names of the files made. Two at once do no harm. Raises `HomeError`.
         """
-        try:
-            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            raise HomeError(f"{self.path} cannot be made: {error.strerror}") from None
+        self._make_folder()
         wanted = {
             self.identity_path: secrets.token_bytes(IDENTITY_BYTES),
             self.swarm_key_path: format_swarm_key(secrets.token_bytes(KEY_SIZE)).encode(),
             self.config_path: config_text.encode(),
         }
         return [path.name for path, data in wanted.items() if _write_new(path, data)]
+
+    def make_identity(self) -> None:
+        """Be a peer, so far without a mesh and a configuration. Raises `HomeError`."""
+        self._make_folder()
+        _write_new(self.identity_path, secrets.token_bytes(IDENTITY_BYTES))
+
+    def _make_folder(self) -> None:
+        try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise HomeError(f"{self.path} cannot be made: {error.strerror}") from None
 
     # --- the secrets ----------------------------------------------------------------------------
 

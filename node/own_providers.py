@@ -26,7 +26,11 @@ logger = logging.getLogger(__name__)
 #: What a provider without a bound of its own says it takes at once.
 UNBOUNDED_SLOTS = 64
 #: Requests at once, where the configuration says nothing.
-DEFAULT_SLOTS: Mapping[str, int | None] = {"echo": None, "openai_compatible": 16}
+DEFAULT_SLOTS: Mapping[str, int | None] = {
+    "echo": None,
+    "openai_compatible": 16,
+    "openrouter": 16,
+}
 #: Seconds between two looks at a provider: while it is not ready, and when it is.
 LOOK_SOON, LOOK_LATER = 0.5, 5.0
 #: `check` keeps to 2 s by its contract; one that does not is not ready.

@@ -562,7 +562,7 @@ class Provider(Protocol):
 # --- failures -----------------------------------------------------------------------------------
 
 
-class GenerateError(Exception):
+class GenerateError(RuntimeError):
     """An answer that could not be given.
 
     Leaves, by what another try could do::

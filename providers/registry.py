@@ -1,4 +1,7 @@
-"""Providers by kind: a table of `config.toml` becomes a `Provider`."""
+"""Providers by kind: a table of `config.toml` becomes a `Provider`.
+
+A kind that is not known here may be one of another package (`plugins`).
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import msgspec
 
 from .base import Provider
+from .plain import PlainProvider, is_provider
+from .plugins import load_plugin, plugins
 
 #: Builds a provider from its name and settings. Raises `SettingsError`.
 Factory = Callable[[str, Mapping[str, Any]], Provider]
@@ -39,18 +44,37 @@ def register(kind: str, factory: Factory) -> None:
 
 def kinds() -> Sequence[str]:
     """The kinds that can be built, sorted."""
-    return sorted(_factories)
+    return sorted({*_factories, *plugins()})
 
 
 def build(kind: str, name: str, settings: Mapping[str, Any]) -> Provider:
     """Build a provider. Raises `SettingsError`; connects to nothing and starts nothing."""
     factory = _factories.get(kind)
-    if factory is None:
-        raise SettingsError(f"provider {name!r}: no kind {kind!r}{_meant(kind, kinds())}")
     try:
-        return factory(name, settings)
+        if factory is not None:
+            return factory(name, settings)
+        plugin = load_plugin(kind)
+        if plugin is not None:
+            return _plugged(plugin, name, settings)
     except ValueError as error:
         raise SettingsError(f"provider {name!r} ({kind}): {error}") from None
+    raise SettingsError(f"provider {name!r}: no kind {kind!r}{_meant(kind, kinds())}")
+
+
+def _plugged(plugin: Callable[..., Any], name: str, settings: Mapping[str, Any]) -> Provider:
+    """The provider of another package. Raises `ValueError`.
+
+    Its `models`, where it is a plain class, are those of the table, and no keyword of the class.
+    """
+    settings = dict(settings)
+    models = settings.pop("models", ())
+    try:
+        made = plugin(**settings)
+        if is_provider(made):
+            return made  # type: ignore[no-any-return] # asked just before
+        return PlainProvider(name, made, models=models)
+    except TypeError as error:  # a keyword that it does not take, or no provider at all
+        raise ValueError(str(error)) from error
 
 
 def read_settings(type_: type[T], settings: Mapping[str, Any], *, name: str | None = None) -> T:
@@ -95,6 +119,12 @@ def _openai_compatible(name: str, settings: Mapping[str, Any]) -> Provider:
     return OpenAICompatible(read_settings(OpenAICompatibleSettings, settings, name=name))
 
 
+def _openrouter(name: str, settings: Mapping[str, Any]) -> Provider:
+    from .openrouter import OpenRouterSettings, openrouter
+
+    return openrouter(read_settings(OpenRouterSettings, settings, name=name))
+
+
 def _local_hf(name: str, settings: Mapping[str, Any]) -> Provider:
     from .local_hf import LocalHF, LocalHFSettings
 
@@ -103,4 +133,5 @@ def _local_hf(name: str, settings: Mapping[str, Any]) -> Provider:
 
 register("echo", _echo)
 register("openai_compatible", _openai_compatible)
+register("openrouter", _openrouter)
 register("local_hf", _local_hf)

@@ -1,1 +1,69 @@
-"""promptmesh: a peer-to-peer LLM inference mesh."""
+"""promptmesh: a peer-to-peer LLM inference mesh. `docs/python.md` tells of what is here.
+
+Nothing is imported before it is asked for: `import promptmesh` costs what this file does.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from promptmesh.node.python_api import (
+        agenerate_text,
+        astream_text,
+        clear_llm_router_caches,
+        generate_text,
+        get_backend_manager,
+        get_llm_provider,
+        register_llm_provider,
+        stream_text,
+    )
+    from promptmesh.node.router_deps import (
+        RouterDeps,
+        get_default_router_deps,
+        set_default_router_deps,
+    )
+    from promptmesh.node.seed_providers import LLMProvider
+    from promptmesh.node.seed_trace import get_last_generation_trace
+
+__all__ = [
+    "LLMProvider",
+    "RouterDeps",
+    "agenerate_text",
+    "astream_text",
+    "clear_llm_router_caches",
+    "generate_text",
+    "get_backend_manager",
+    "get_default_router_deps",
+    "get_last_generation_trace",
+    "get_llm_provider",
+    "llm_router_available",
+    "register_llm_provider",
+    "set_default_router_deps",
+    "stream_text",
+]
+
+#: For programs that ask whether the router could be imported.
+llm_router_available = True
+
+_HOMES = {
+    "LLMProvider": "seed_providers",
+    "RouterDeps": "router_deps",
+    "get_default_router_deps": "router_deps",
+    "get_last_generation_trace": "seed_trace",
+    "set_default_router_deps": "router_deps",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    module = importlib.import_module(f".node.{_HOMES.get(name, 'python_api')}", __name__)
+    value = globals()[name] = getattr(module, name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -26,7 +26,7 @@ URL = "http://127.0.0.1:9000/v1"
 
 
 def test_kinds() -> None:
-    assert kinds() == ["echo", "local_hf", "openai_compatible"]
+    assert kinds() == ["echo", "local_hf", "openai_compatible", "openrouter"]
 
 
 def test_echo() -> None:

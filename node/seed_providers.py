@@ -1,0 +1,295 @@
+"""The providers of the Python API by name, and in which order they are tried.
+
+A `Plan` says what would answer, and with which model, without building anything: no connection, no
+process, no import of another package's provider.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from ..providers.plugins import load_plugin, plugins
+from .config import Config, ProviderConfig, RouterSettings
+from .home import Home
+
+if TYPE_CHECKING:
+    from .own_providers import OwnProvider
+
+#: What to say where `backend_manager` finds nobody.
+NOT_RUNNING = "no node runs here: start one with `promptmesh up`"
+#: Other names of the same.
+ALIASES = {
+    "codex": "codex_cli",
+    "copilot": "copilot_cli",
+    "gemini": "gemini_cli",
+    "claude": "claude_code",
+    "hf": "local_hf",
+    "huggingface": "local_hf",
+}
+#: Tried one after the other where no provider is named. The servers of `config.toml` stand before
+#: `local_hf`, in their order there.
+ORDER = (
+    "backend_manager",
+    "openrouter",
+    "codex_cli",
+    "copilot_cli",
+    "copilot_sdk",
+    "gemini_cli",
+    "claude_code",
+    "local_hf",
+)
+#: Known by name, but not built.
+NOT_BUILT = frozenset({"codex_cli", "copilot_cli", "copilot_sdk", "gemini_cli", "claude_code"})
+#: Never tried where no provider is named.
+ONLY_BY_NAME = ("echo", "openai_compatible")
+#: What takes fields that we do not know, to send them on.
+OPENAI_KINDS = frozenset({"openai_compatible", "openrouter"})
+
+MAX_TOKENS, LOCAL_MAX_TOKENS = 256, 128
+#: The model of `local_hf` where nothing says another.
+LOCAL_MODEL = "gpt2"
+
+
+@runtime_checkable
+class LLMProvider(Protocol):
+    """What `register_llm_provider` takes and `get_llm_provider` gives: a prompt in, text out."""
+
+    def generate(self, prompt: str, *, model_name: str | None = None, **kwargs: object) -> str: ...
+
+
+class Unusable(Exception):
+    """This provider cannot be used now; the message says why, and what to do."""
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A provider of this program. `number` tells it from earlier ones of the same name."""
+
+    factory: Callable[[], Any]
+    number: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What would answer."""
+
+    name: str
+    kind: str
+    model: str
+    max_tokens: int = MAX_TOKENS
+    #: Builds it; None: what answers is an object of the program (`plain`), or the running node.
+    build: Callable[[], OwnProvider] | None = None
+    #: Makes the object of the program.
+    plain: Callable[[], Any] | None = None
+    #: Equal plans have equal keys, and share what was built.
+    key: tuple[object, ...] = field(default=())
+
+
+_registered: dict[str, Registered] = {}
+_lock = threading.Lock()
+_numbers = itertools.count(1)
+
+
+def plain_name(name: str) -> str:
+    """The name as it is looked for. Raises `ValueError` for none."""
+    found = name.strip().lower()
+    if not found:
+        raise ValueError("the name of a provider is empty")
+    return ALIASES.get(found, found)
+
+
+def register(name: str, factory: Callable[[], Any]) -> None:
+    """Make a provider known to this program. Raises `ValueError` or `TypeError`."""
+    if not isinstance(name, str):
+        raise TypeError(f"the name of a provider is a text, not a {type(name).__name__}")
+    if not callable(factory):
+        raise TypeError(f"the factory of a provider must be callable, not {factory!r}")
+    found = name.strip().lower()
+    if not found:
+        raise ValueError("the name of a provider is empty")
+    with _lock:
+        _registered[found] = Registered(factory, next(_numbers))
+
+
+def registered(name: str) -> Registered | None:
+    """This program's own provider, which stands before all others of its name."""
+    return _registered.get(name.strip().lower())
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Makes plans. `manager`: is a backend manager of the program there?"""
+
+    config: Config
+    settings: RouterSettings
+    home: Home
+    manager: Any = None
+
+    def order(self) -> Iterator[str]:
+        """The names to try where none is given."""
+        yield from ORDER[:-1]
+        yield from (table.name for table in self.config.providers)
+        yield ORDER[-1]
+
+    def plan(self, name: str, model: str | None) -> Plan:
+        """The plan for a provider. Raises `Unusable`; `ValueError` for a name nobody knows."""
+        own = registered(name)
+        if own is not None:
+            return self._plain(name.strip().lower(), own.factory, model, own.number)
+        name = plain_name(name)
+        if name in NOT_BUILT:
+            raise Unusable("not available in this version of promptmesh")
+        table = next((t for t in self.config.providers if t.name.lower() == name), None)
+        if table is not None:
+            return self._configured(table, model)
+        plans = {
+            "backend_manager": self._node,
+            "openrouter": self._openrouter,
+            "local_hf": self._local_hf,
+            "echo": self._echo,
+        }
+        if name in plans:
+            return plans[name](model)
+        if name == "openai_compatible":
+            return self._any_server(model)
+        if name in plugins():
+            return self._plain(name, lambda: _plugged(name), model, 0)
+        raise ValueError(f"no provider is named {name!r}; there is {', '.join(self._known())}")
+
+    def _known(self) -> list[str]:
+        tables = [table.name for table in self.config.providers]
+        return sorted({*ORDER, *ONLY_BY_NAME, *tables, *_registered, *plugins()})
+
+    def auto(self, name: str, model: str | None) -> Plan:
+        """The same for one that nobody named: some are used only where that is wanted."""
+        if (
+            name == "backend_manager"
+            and not self.settings.enable_backend_manager
+            and self.manager is None
+            and registered(name) is None
+        ):
+            raise Unusable("not enabled (PROMPTMESH_ENABLE_BACKEND_MANAGER=1 enables it)")
+        return self.plan(name, model)
+
+    # --- each of them
+
+    def _plain(self, name: str, make: Callable[[], Any], model: str | None, number: int) -> Plan:
+        return Plan(
+            name=name, kind="plain", model=model or name, plain=make, key=(name, "plain", number)
+        )
+
+    def _node(self, model: str | None) -> Plan:
+        if self.manager is not None and not isinstance(self.manager, BackendManagerHandle):
+            # One of the program's own, which is asked as any of its providers.
+            return self._plain("backend_manager", lambda: self.manager, model, id(self.manager))
+        if self.home.running() is None:
+            raise Unusable(NOT_RUNNING)
+        handle = self.manager or BackendManagerHandle()
+        policy = handle.load_balancing_strategy or self.settings.llm_load_balancing
+        return Plan(
+            name="backend_manager",
+            kind="backend_manager",
+            model=model or self.settings.llm_model or "auto",
+            key=("backend_manager", policy, handle.enable_health_checks),
+        )
+
+    def _openrouter(self, model: str | None) -> Plan:
+        said = self.settings
+        if said.openrouter_api_key is None:
+            raise Unusable("no key: set OPENROUTER_API_KEY (https://openrouter.ai/keys)")
+        options = {
+            "base_url": said.openrouter_base_url,
+            "http_referer": said.openrouter_http_referer,
+            "app_title": said.openrouter_app_title,
+        }
+        table = ProviderConfig(
+            kind="openrouter",
+            name="openrouter",
+            share=False,
+            api_key=said.openrouter_api_key,
+            options={name: value for name, value in options.items() if value},
+        )
+        return self._built(table, model or said.openrouter_model, tuple(options.values()))
+
+    def _echo(self, model: str | None) -> Plan:
+        table = ProviderConfig(
+            kind="echo", name="echo", share=False, options={"models": [model or "echo"]}
+        )
+        return self._built(table, model or "echo", (model,))
+
+    def _configured(self, table: ProviderConfig, model: str | None) -> Plan:
+        models = table.options.get("models")
+        default = models[0] if isinstance(models, list | tuple) and models else ""
+        return self._built(table, model or default, ())
+
+    def _any_server(self, model: str | None) -> Plan:
+        for table in self.config.providers:
+            if table.kind == "openai_compatible":
+                return self._configured(table, model)
+        path = self.home.config_path
+        raise Unusable(f"no server is configured: add one as [[providers]] in {path}")
+
+    def _built(self, table: ProviderConfig, model: str, more: tuple[object, ...]) -> Plan:
+        return Plan(
+            name=table.name,
+            kind=table.kind,
+            model=model,
+            build=lambda: self._build(providers=(table,)),
+            key=(table.name, table.kind, table.api_key, *more),
+        )
+
+    def _local_hf(self, model: str | None) -> Plan:
+        missing = [m for m in ("torch", "transformers") if importlib.util.find_spec(m) is None]
+        if missing:
+            raise Unusable(
+                f"{' and '.join(missing)} not installed: type pip install 'promptmesh[hf]'"
+            )
+        from ..providers.hf_settings import LocalHFSettings
+
+        wanted = model or self.settings.llm_model or self.config.local_hf.model or LOCAL_MODEL
+        local = replace(self.config.local_hf, model=wanted, embedding_model="")
+        return Plan(
+            name="local_hf",
+            kind="local_hf",
+            model=LocalHFSettings(model=wanted).model_id,
+            max_tokens=LOCAL_MAX_TOKENS,
+            build=lambda: self._build(providers=(), local_hf=local),
+            key=("local_hf", wanted),
+        )
+
+    def _build(self, **changes: Any) -> OwnProvider:
+        """Raises `SettingsError`."""
+        from .config import child_environment
+        from .own_providers import build_providers
+
+        without = replace(self.config.local_hf, model="", embedding_model="")
+        config = replace(self.config, **{"local_hf": without, **changes})
+        (built,) = build_providers(config, child_environment(), self.home.path)
+        return built
+
+
+def _plugged(name: str) -> Any:
+    """What the entry point of that name makes. Raises whatever that does."""
+    plugin = load_plugin(name)
+    if plugin is None:
+        raise ValueError("its package was removed")
+    return plugin()
+
+
+@dataclass
+class BackendManagerHandle:
+    """What `get_backend_manager` gives: the running node, asked as it says."""
+
+    load_balancing_strategy: str = ""
+    enable_health_checks: bool = False
+
+    def generate(self, prompt: str, *, model_name: str | None = None, **kwargs: Any) -> str:
+        """Ask the running node. Takes and raises what `generate_text` does."""
+        from .python_api import generate_text
+
+        return generate_text(prompt, model_name=model_name, provider_instance=self, **kwargs)

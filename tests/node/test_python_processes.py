@@ -1,0 +1,144 @@
+"""The Python API in programs of their own: what importing costs, forks, Ctrl-C, the end."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from fakes_openrouter import vendor
+
+#: Modules that `from promptmesh import ...` must not load.
+HEAVY = "trio asyncio sqlite3 httpx cryptography libp2p torch transformers cbrrr msgpack"
+
+
+def environment(tmp_path: Path, **more: str) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if not k.upper().startswith(("PROMPTMESH", "IPFS"))}
+    return kept | {"PROMPTMESH_HOME": str(tmp_path / "home")} | more
+
+
+def run(tmp_path: Path, code: str, **more: str) -> str:
+    """What a program prints. It must end well within a minute."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(code)],
+        env=environment(tmp_path, **more),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr, done.stderr
+    return done.stdout
+
+
+def test_importing_does_no_work(tmp_path: Path) -> None:
+    out = run(
+        tmp_path,
+        f"""
+        import sys, threading, time
+        before, started = set(sys.modules), time.process_time()
+        import promptmesh
+        bare = set(sys.modules) - before
+        from promptmesh import *
+        spent = time.process_time() - started
+        new = {{name.partition(".")[0] for name in set(sys.modules) - before}}
+        print(sorted(name for name in bare if "promptmesh" in name))
+        print(sorted(new & set({HEAVY.split()!r})))
+        print(threading.active_count(), spent < 5, len(set(sys.modules) - before) < 250)
+        """,
+    )
+    assert out.splitlines() == ["['promptmesh']", "[]", "1 True True"]
+    assert not (tmp_path / "home").exists()
+
+
+def test_a_forked_child_has_a_loop_of_its_own(tmp_path: Path) -> None:
+    out = run(
+        tmp_path,
+        """
+        import os, sys
+        from promptmesh import generate_text, get_last_generation_trace, get_default_router_deps
+        assert generate_text("a", provider="echo") == "a"
+        child = os.fork()
+        if not child:
+            assert generate_text("a", provider="echo") == "a"
+            assert get_last_generation_trace()["cache"] == "hit-local"
+            assert generate_text("b", provider="echo") == "b"
+            get_default_router_deps().close()
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        # The child took nothing of the parent's along when it ended.
+        assert generate_text("b", provider="echo") == "b"
+        print(get_last_generation_trace()["cache"])
+        """,
+    )
+    assert out == "hit-local\n"
+
+
+def test_ctrl_c_cancels_the_work(tmp_path: Path) -> None:
+    with vendor() as server:
+        server.hang = True
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-c"),
+                "from promptmesh import generate_text\n"
+                "try: generate_text('a b', provider='openrouter')\n"
+                "except KeyboardInterrupt: print('stopped', flush=True)\n"
+                "input()\n",
+            ],
+            env=environment(
+                tmp_path, OPENROUTER_API_KEY="k", PROMPTMESH_OPENROUTER_BASE_URL=server.url
+            ),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            assert server.begun.wait(30)
+            process.send_signal(signal.SIGINT)
+            assert process.stdout.readline() == "stopped\n"
+            # The program lives on, and the work does not.
+            assert server.left.wait(10)
+            process.stdin.write("\n")
+            process.stdin.flush()
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
+            process.communicate()
+
+
+def test_a_program_ends_although_a_class_of_it_hangs(tmp_path: Path) -> None:
+    out = run(
+        tmp_path,
+        """
+        import threading
+        from promptmesh import generate_text
+        class Hangs:
+            def generate(self, prompt, **kwargs):
+                threading.Event().wait()
+        try:
+            generate_text("a", provider_instance=Hangs(), timeout=0.2)
+        except RuntimeError as error:
+            print(error)
+        """,
+    )
+    assert out == "there was no whole answer within 0.2 s\n"
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_with_multiprocessing(tmp_path: Path, method: str) -> None:
+    (tmp_path / "program.py").write_text(
+        "import multiprocessing\n"
+        "from promptmesh import generate_text\n"
+        "def ask(prompt): return generate_text(prompt, provider='echo')\n"
+        "if __name__ == '__main__':\n"
+        "    ask('z')\n"
+        f"    context = multiprocessing.get_context({method!r})\n"
+        "    with context.Pool(2) as pool: print(pool.map(ask, ['a', 'b', 'c', 'a']))\n"
+    )
+    out = run(tmp_path, "import runpy; runpy.run_path('program.py', run_name='__main__')")
+    assert out == "['a', 'b', 'c', 'a']\n"
