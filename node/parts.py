@@ -66,6 +66,8 @@ class Parts:
     #: What each peer may.
     rights: Rights
     ledger: Ledger
+    #: Pays what this node's providers cost.
+    purse: Purse
     reading: Reading
     peers: PeerTable
     backends: BackendManager
@@ -189,6 +191,7 @@ def open_parts(config: Config, home: Home, environment: Mapping[str, str]) -> It
             permissions=permissions,
             rights=rights,
             ledger=ledger,
+            purse=purse,
             reading=Reading(
                 blocks=blocks, permissions=permissions, beyond=layers.beyond if layers else None
             ),

@@ -43,7 +43,18 @@ CONNECT = 5.0
 HEALTH_TIME = 1.9
 
 
-class _Origin(msgspec.Struct):
+class NodeAnswering(Answering):
+    """An answer of the node, with the id by which it can be explained there."""
+
+    __slots__ = ("request_id",)
+
+    def __init__(self, origin: Origin, chunks: AsyncIterator[Chunk], request_id: str) -> None:
+        super().__init__(origin, chunks)
+        self.request_id = request_id
+
+
+class _Said(msgspec.Struct):
+    request_id: str = ""
     peer: str = ""
     node: str = ""
     provider: str = ""
@@ -83,7 +94,7 @@ class _Event(msgspec.Struct):
 
     choices: list[_Choice] = []
     usage: _Usage | None = None
-    promptmesh: _Origin | None = None
+    promptmesh: _Said | None = None
     error: _Error | None = None
 
 
@@ -133,7 +144,7 @@ class RunningNode:
         return Health(state="unavailable", reason=reason, hint="look at its log, or start it again")
 
     @asynccontextmanager
-    async def open(self, request: GenerateRequest) -> AsyncIterator[Answering]:
+    async def open(self, request: GenerateRequest) -> AsyncIterator[NodeAnswering]:
         running = self._home.running()
         if running is None:
             raise ProviderUnavailable(NOT_RUNNING)
@@ -146,8 +157,8 @@ class RunningNode:
                 if reply.status != 200:
                     raise await _refusal(reply)
                 answer = _Answer(reply)
-                first = await answer.first()
-                yield Answering(first, answer.chunks())
+                said = await answer.first()
+                yield NodeAnswering(_origin(said), answer.chunks(), said.request_id)
         except HttpFailure as error:
             raise ProviderUnavailable(f"the running node: {error}") from None
 
@@ -206,13 +217,13 @@ class _Answer:
         self._text: list[str] = []
         self._done = False
 
-    async def first(self) -> Origin:
+    async def first(self) -> _Said:
         """Who answers: the first event says it."""
         event = await self._next()
         if event is None or event.promptmesh is None:
             raise ProviderUnavailable("what answers for the node is not promptmesh")
         self._ready.insert(0, event)
-        return _origin(event.promptmesh)
+        return event.promptmesh
 
     async def chunks(self) -> AsyncIterator[Chunk]:
         """Raises a `GenerateError`, also for an answer that was cut."""
@@ -224,7 +235,7 @@ class _Answer:
                     self._text.append(delta.content or "")
                     yield Chunk(text=delta.content or "", reasoning=delta.reasoning_content or "")
                 if choice.finish_reason is not None:
-                    origin = event.promptmesh or _Origin()
+                    origin = event.promptmesh or _Said()
                     closing = Chunk(
                         finish_reason=choice.finish_reason, cid=origin.cid, origin=_origin(origin)
                     )
@@ -263,8 +274,8 @@ class _Answer:
         return StreamInterrupted(reason, partial=text) if text else ProviderUnavailable(reason)
 
 
-def _origin(said: _Origin) -> Origin:
-    fields = {name: getattr(said, name) for name in _Origin.__struct_fields__}
+def _origin(said: _Said) -> Origin:
+    fields = {n: getattr(said, n) for n in _Said.__struct_fields__ if n != "request_id"}
     try:
         return msgspec.convert(fields, Origin)
     except msgspec.ValidationError:

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -26,7 +27,7 @@ from ..cache.answers import AnswerCache
 from ..cache.blocks import SqliteBlocks
 from ..cache.database import Database
 from ..cache.keys import key_text, request_key
-from ..mesh.attempts import Attempts
+from ..mesh.attempts import Attempts, Step, retry_budget
 from ..mesh.policies import Candidate
 from ..providers.base import (
     Answering,
@@ -100,6 +101,8 @@ class Engine:
         self._remote_limiter = trio.CapacityLimiter(REMOTE_CALLS)
         self._limiters: WeakKeyDictionary[Any, trio.CapacityLimiter] = WeakKeyDictionary()
         self._remote_told = False
+        self._rng = Random()
+        self._budget = retry_budget(trio.current_time())
 
     def _router(self, answers: AnswerCache, shared: Any) -> Router:
         return Router(
@@ -110,6 +113,7 @@ class Engine:
             nursery=self._nursery,
             peer=self._parts.peer,
             node_of=self._parts.node_of,
+            ledger=self._parts.ledger,
         )
 
     # --- answering
@@ -135,36 +139,45 @@ class Engine:
 
     async def _answer(self, ask: Ask, emit: Callable[[str], None]) -> str:
         plans = {plan.name: plan for plan in self._plans(ask)}
+        if not plans:
+            raise ProviderUnavailable(f"no provider can be used: {_listed(ask.trace.skipped)}")
         attempts = Attempts(
             _request(ask, Plan(name="", kind="", model=ask.model or "auto")),
             [self._candidate(plan) for plan in plans.values()],
             (),
             choose=lambda left: left[0],
             models=lambda: [plan.model for plan in plans.values()],
+            obstacle=lambda candidate: None,
+            budget=self._budget,
+            rng=self._rng,
+            until=trio.current_effective_deadline(),
         )
-        if not plans:
-            raise ProviderUnavailable(f"no provider can be used: {_listed(ask.trace.skipped)}")
         while True:
-            plan = plans[self._next(attempts, ask).provider]
+            step = self._next(attempts, ask)
+            await trio.sleep(step.pause)
+            plan = plans[step.candidate.provider]
             started, begun = trio.current_time(), _Begun(emit)
             try:
                 return await self._ask(ask, plan, begun)
             except GenerateError as error:
-                if begun.yes or ask.named or ask.fixed is not None:
-                    raise
-                logger.info("%s failed, the next is tried: %s", plan.name, error)
                 said = {"provider": plan.name, "model": plan.model, "error": str(error)}
                 ask.trace.failed.append(said)
-                candidate = self._candidate(plan)
-                attempts.failed(candidate, error, trio.current_time() - started)
+                if begun.yes:
+                    raise
+                logger.info("%s failed: %s", plan.name, error)
+                attempts.failed(step.candidate, error, trio.current_time() - started)
 
-    def _next(self, attempts: Attempts, ask: Ask) -> Candidate:
+    def _next(self, attempts: Attempts, ask: Ask) -> Step:
+        """Whom to ask now. Raises the error that ends the call, whose cause is the last failure."""
+        last = attempts.tried[-1].error if attempts.tried else None
         try:
-            return attempts.next()
+            return attempts.next(trio.current_time())
         except GenerateError as error:
+            if len(attempts.tried) == 1 and last is not None and not ask.trace.skipped:
+                raise last from last.__cause__  # nobody else was there: it says all
             if ask.trace.skipped:
                 error.message += f"; not usable: {_listed(ask.trace.skipped)}"
-            raise
+            raise error from last
 
     def _candidate(self, plan: Plan) -> Candidate:
         return Candidate(
@@ -198,6 +211,7 @@ class Engine:
                 self._start(built)
                 request = _request(ask, plan)
                 async with built.provider.open(request) as answering:
+                    ask.trace.request_id = answering.request_id
                     return await self._read(ask, plan, answering, emit)
             return await self._through_router(ask, plan, built, name, emit)
 
@@ -286,7 +300,7 @@ class Engine:
         else:
             assert plan.build is not None
             try:
-                provider = plan.build().admission
+                provider = plan.build(self._parts.purse).backend().provider
             except ValueError as error:  # SettingsError: it says which setting
                 raise ProviderUnavailable(f"{plan.name} cannot be used: {error}") from error
         built = Built(plan, provider)
@@ -443,6 +457,7 @@ async def open_engine(config: Config, home: Home) -> AsyncIterator[Engine]:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(parts.answers.run)
             nursery.start_soon(memory.run)
+            nursery.start_soon(parts.ledger.run)
             yield Engine(parts, memory, nursery)
             nursery.cancel_scope.cancel()
 

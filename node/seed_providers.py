@@ -19,6 +19,7 @@ from .home import Home
 
 if TYPE_CHECKING:
     from .own_providers import OwnProvider
+    from .pricing import Purse
 
 #: What to say where `backend_manager` finds nobody.
 NOT_RUNNING = "no node runs here: start one with `promptmesh up`"
@@ -83,7 +84,7 @@ class Plan:
     model: str
     max_tokens: int = MAX_TOKENS
     #: Builds it; None: what answers is an object of the program (`plain`), or the running node.
-    build: Callable[[], OwnProvider] | None = None
+    build: Callable[[Purse], OwnProvider] | None = None
     #: Makes the object of the program.
     plain: Callable[[], Any] | None = None
     #: Equal plans have equal keys, and share what was built.
@@ -239,7 +240,7 @@ class Planner:
             name=table.name,
             kind=table.kind,
             model=model,
-            build=lambda: self._build(providers=(table,)),
+            build=lambda purse: self._build(purse, providers=(table,)),
             key=(table.name, table.kind, table.api_key, *more),
         )
 
@@ -258,18 +259,18 @@ class Planner:
             kind="local_hf",
             model=LocalHFSettings(model=wanted).model_id,
             max_tokens=LOCAL_MAX_TOKENS,
-            build=lambda: self._build(providers=(), local_hf=local),
+            build=lambda purse: self._build(purse, providers=(), local_hf=local),
             key=("local_hf", wanted),
         )
 
-    def _build(self, **changes: Any) -> OwnProvider:
+    def _build(self, purse: Purse, **changes: Any) -> OwnProvider:
         """Raises `SettingsError`."""
         from .config import child_environment
         from .own_providers import build_providers
 
         without = replace(self.config.local_hf, model="", embedding_model="")
         config = replace(self.config, **{"local_hf": without, **changes})
-        (built,) = build_providers(config, child_environment(), self.home.path)
+        (built,) = build_providers(config, child_environment(), self.home.path, purse)
         return built
 
 

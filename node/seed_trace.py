@@ -27,6 +27,8 @@ class GenerationTrace:
     peer: str | None = None
     #: `hit-local`, `hit-mesh`, `hit-remote`, `miss`, `bypass`, `coalesced`.
     cache: str | None = None
+    #: By which the node that runs here chose who answers.
+    policy: str | None = None
     key: str | None = None
     cid: str | None = None
     finish_reason: str | None = None
@@ -43,7 +45,7 @@ class GenerationTrace:
         """Note who answers."""
         self.provider = provider
         self.model, self.node, self.peer = origin.model, origin.node or None, origin.peer or None
-        self.cache, self.cid = origin.cache, origin.cid
+        self.cache, self.cid, self.policy = origin.cache, origin.cid, origin.policy or None
 
     def ended(self, completion: Completion, closing: Chunk) -> None:
         """Note a whole answer."""

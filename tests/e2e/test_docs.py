@@ -140,7 +140,8 @@ def subcommands(of: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParse
 def mentions(markdown: str) -> list[list[str]]:
     """The words behind each `promptmesh` that is written as a command."""
     code = [*code_spans(markdown)]
-    code += [line for block in all_blocks(markdown) for line in block.text.splitlines()]
+    typed = [block for block in all_blocks(markdown) if block.language != "python"]
+    code += [line for block in typed for line in block.text.splitlines()]
     found = []
     for text in code:
         for said in re.findall(r"(?:^|[\s`|])(?:\.venv/bin/)?promptmesh((?: +[^\s`|,]+)+)", text):
