@@ -165,11 +165,8 @@ class EmbedRouter:
             id=request.id,
             priority=request.priority,
         )
-        async with flight as (answering, joined):
-            origin = answering.origin
-            if joined:
-                origin = msgspec.structs.replace(origin, cache="coalesced")
-            return origin, await _read(keys, answering)
+        async with flight as (answering, _):
+            return answering.origin, await _read(keys, answering)
 
     @asynccontextmanager
     async def _work(

@@ -12,6 +12,7 @@ import copy
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
+import msgspec
 import trio
 
 from ..providers.base import (
@@ -94,9 +95,14 @@ class Flight:
 class _Following:
     """A follower's view of a flight's chunks, from the first."""
 
-    def __init__(self, flight: Flight) -> None:
+    def __init__(self, flight: Flight, joined: bool) -> None:
         self._flight = flight
+        self._joined = joined
         self._seen = 0
+
+    def shown(self, origin: Origin) -> Origin:
+        """The origin as this follower is to see it."""
+        return msgspec.structs.replace(origin, cache="coalesced") if self._joined else origin
 
     @property
     def text(self) -> str:
@@ -112,7 +118,10 @@ class _Following:
         ):
             raise StopAsyncIteration
         self._seen += 1
-        return self._flight.chunks[self._seen - 1]
+        chunk = self._flight.chunks[self._seen - 1]
+        if chunk.origin is None or not self._joined:
+            return chunk
+        return msgspec.structs.replace(chunk, origin=self.shown(chunk.origin))
 
 
 class Flights:
@@ -146,7 +155,8 @@ class Flights:
         flight.followers += 1
         try:
             origin = await flight.wait_origin()
-            yield Answering(origin, _Following(flight)), joined
+            following = _Following(flight, joined)
+            yield Answering(following.shown(origin), following), joined
         finally:
             flight.followers -= 1
             if not flight.followers:

@@ -203,7 +203,6 @@ class Router:
         async with flight as (answering, joined):
             if joined:
                 record.joined = True
-                answering.origin = msgspec.structs.replace(answering.origin, cache="coalesced")
             yield answering
 
     async def look_here(

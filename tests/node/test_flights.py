@@ -158,3 +158,20 @@ async def test_a_follower_whose_time_is_over_hears_of_nothing_else(
             assert work.cancelled == 1
             await anext(aiter(answering.chunks))
     assert limit.cancelled_caught
+
+
+async def test_a_follower_is_told_of_a_change_of_backend_as_a_follower(
+    nursery: trio.Nursery,
+) -> None:
+    flights, work = Flights(nursery), Work()
+    last = Chunk(text="a", finish_reason="stop", origin=Origin(node="m", attempts=2))
+    async with (
+        flights.join(b"k", work.compute) as (leader, _),
+        flights.join(b"k", work.compute) as (follower, _),
+    ):
+        await work.send.send(last)
+        work.send.close()
+        assert (leader.origin.cache, follower.origin.cache) == ("miss", "coalesced")
+        assert [c async for c in leader.chunks] == [last]
+        (told,) = [c.origin async for c in follower.chunks]
+        assert told == Origin(node="m", attempts=2, cache="coalesced")
