@@ -34,7 +34,7 @@ async def test_every_request_ends_whole_or_in_a_clear_error(tmp_path: Path, seed
         try:
             await chaos.run(faults, asked)
             assert not chaos.wrong()
-            # Not all: with a node go the answers that it had begun.
+            # Not all: a node may be cut off from everybody.
             assert chaos.count()["whole"] >= COUNT // 2
             await chaos.check_who_answered()
             await all_meet(found)
