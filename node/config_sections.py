@@ -143,8 +143,8 @@ class MeshConfig:
     )
     hedge: bool = setting(
         False,
-        "Ask a second candidate where the first token comes later than 95 % of those before it, and "
-        "take the first that comes. At most 5 % more requests; never where somebody pays.",
+        "Ask a second candidate where the first token comes later than 95 % of those before it, "
+        "and take the first that comes. At most 5 % more requests; never where somebody pays.",
     )
     prefer: Prefer = setting(  # noqa: RUF009 (makes a dataclass field)
         "free",
