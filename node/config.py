@@ -59,6 +59,8 @@ FILE_NAME = "config.toml"
 #: A configuration of a hundred providers has about 20 kB.
 MAX_FILE_BYTES = 1 << 20
 MAX_PROVIDERS = 100
+#: Kinds of ours. What one of another package does with a prompt, and what that costs, nobody knows.
+KNOWN_KINDS = frozenset({"echo", "openai_compatible", "openrouter"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -366,7 +368,8 @@ class _Loader:
         values.setdefault("name", values.get("kind", ""))
         if values.get("kind") == "openrouter":
             values.setdefault("api_key_env", "OPENROUTER_API_KEY")
-        values.setdefault("share", not (values.get("api_key_env") or _costs(values)))
+        pays = values.get("api_key_env") or _costs(values)
+        values.setdefault("share", values.get("kind") in KNOWN_KINDS and not pays)
         return values
 
     def _provider(self, values: dict[str, Any], table: dict[str, Any]) -> ProviderConfig:

@@ -28,6 +28,7 @@ from ..cache.blocks import SqliteBlocks
 from ..cache.database import Database
 from ..cache.keys import key_text, request_key
 from ..mesh.attempts import Attempts, Step, retry_budget
+from ..mesh.ladder import Bill, is_paid, refusal
 from ..mesh.policies import Candidate
 from ..providers.base import (
     Answering,
@@ -64,6 +65,8 @@ _LEAVE_BEHIND: dict[str, Any] = {"abandon_on_cancel": True}
 LOOK = 0.05
 #: Models of `local_hf` that are kept loaded; of more, the one used longest ago is let go.
 MAX_LOADED = 2
+#: Providers of other kinds that are kept: a key that changes makes another one.
+MAX_KEPT = 32
 #: Calls of a `remote_cache` at once.
 REMOTE_CALLS = 4
 
@@ -359,11 +362,11 @@ class Engine:
                 built.scope.cancel()
 
     def _let_go(self) -> None:
-        """End what is loaded beyond `MAX_LOADED` and not in use."""
-        loaded = [b for b in self._built.values() if b.plan.kind == "local_hf"]
-        idle = sorted((b for b in loaded if not b.users), key=lambda b: b.used_at)
-        for built in idle[: max(0, len(loaded) - MAX_LOADED)]:
-            if built.started:
+        """End what was used longest ago and is not in use, of models sooner than of others."""
+        for is_model, most in ((True, MAX_LOADED), (False, MAX_KEPT)):
+            kept = [b for b in self._built.values() if (b.plan.kind == "local_hf") == is_model]
+            idle = sorted((b for b in kept if not b.users and b.used_at), key=lambda b: b.used_at)
+            for built in idle[: max(0, len(kept) - most)]:
                 del self._built[built.plan.key]
                 built.scope.cancel()
 
@@ -414,6 +417,17 @@ class Engine:
 
     # --- Backends, for the routers
 
+    def _check_cost(self, plan: Plan, request: GenerateRequest) -> None:
+        """Raises `ProviderUnavailable` where more would be spent than a day allows."""
+        candidate = self._candidate(plan)
+        candidate.paid = is_paid(plan.price, plan.paid)
+        bill = Bill(request, lambda: plan.max_tokens)
+        candidate.cost = bill.at(plan.price, paid=candidate.paid)
+        candidate.allowance = self._parts.purse.allowance(request.asker)
+        refused = refusal(candidate, request)
+        if refused is not None:
+            raise ProviderUnavailable(f"{plan.name}: {refused.reason}", retry_after=refused.wait)
+
     @asynccontextmanager
     async def open(
         self, request: Asked, *, local_only: bool = False, key: bytes = b""
@@ -423,6 +437,7 @@ class Engine:
         if not users or not isinstance(request, GenerateRequest):
             raise ProviderUnavailable("nobody waits for this answer any more")
         built = users[-1]
+        self._check_cost(built.plan, request)
         await self._ready(built)
         asked = msgspec.structs.replace(request, provider=None, policy=None)
         async with built.provider.open(asked) as answering:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from ..providers.base import Price
 from ..providers.plugins import load_plugin, plugins
 from .config import Config, ProviderConfig, RouterSettings
 from .home import Home
@@ -83,6 +84,9 @@ class Plan:
     kind: str
     model: str
     max_tokens: int = MAX_TOKENS
+    #: It spends somebody's money, and how much where that is known.
+    paid: bool = False
+    price: Price | None = None
     #: Builds it; None: what answers is an object of the program (`plain`), or the running node.
     build: Callable[[Purse], OwnProvider] | None = None
     #: Makes the object of the program.
@@ -240,6 +244,8 @@ class Planner:
             name=table.name,
             kind=table.kind,
             model=model,
+            paid=table.api_key is not None,
+            price=table.prices.get(model, table.price),
             build=lambda purse: self._build(purse, providers=(table,)),
             key=(table.name, table.kind, table.api_key, *more),
         )

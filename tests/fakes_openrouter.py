@@ -20,6 +20,9 @@ class Vendor:
     #: Sends some words, and then nothing more until `go_on`.
     hang: bool = False
     cut: bool = False
+    #: Requests it is answering.
+    open: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
     bodies: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     begun: threading.Event = field(default_factory=threading.Event)
@@ -42,6 +45,17 @@ class _Handler(BaseHTTPRequestHandler):
         self._whole(200, {"data": [{"id": "openai/gpt-4o-mini"}]})
 
     def do_POST(self) -> None:
+        with self.vendor.lock:
+            self.vendor.open += 1
+        try:
+            self._answer()
+        except OSError:
+            self.vendor.left.set()
+        finally:
+            with self.vendor.lock:
+                self.vendor.open -= 1
+
+    def _answer(self) -> None:
         vendor = self.vendor
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         vendor.bodies.append(body)

@@ -15,9 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import trio
-from daemons import ROOT, Daemon, mesh
+from daemons import ROOT, Daemon, mesh, until
 from doc_blocks import Block, all_blocks
 from fakes_hf import make_tiny_model
 from fakes_openrouter import Vendor, vendor
@@ -26,6 +27,7 @@ from promptmesh import (
     LLMProvider,
     RouterDeps,
     agenerate_text,
+    clear_llm_router_caches,
     generate_text,
     get_backend_manager,
     get_last_generation_trace,
@@ -225,6 +227,34 @@ async def test_the_strategy_reaches_the_node(environment: Vendor, tmp_path: Path
             trace = get_last_generation_trace()
             assert trace is not None
             assert trace["policy"] == "least_loaded"
+
+
+# --- the model of the machine ---------------------------------------------------------------------
+
+
+@pytest.mark.e2e
+async def test_a_local_model_outlives_the_call_that_was_too_short(
+    environment: Vendor, tmp_path: Path
+) -> None:
+    make = partial(make_tiny_model, tmp_path / "tiny")
+    os.environ["PROMPTMESH_LLM_MODEL"] = str(await trio.to_thread.run_sync(make))
+    with pytest.raises(RuntimeError, match=r"within 0\.2 s \(local_hf: .*tiny"):
+        await agenerate_text("Once", provider="hf", timeout=0.2)
+    await agenerate_text("Once", provider="hf", max_tokens=3)
+    trace = get_last_generation_trace()
+    assert trace is not None
+    assert (trace["provider"], trace["model"], trace["cache"]) == ("local_hf", "tiny", "miss")
+    (worker,) = psutil.Process().children()
+    await agenerate_text("upon", provider="huggingface", max_tokens=3)
+    assert psutil.Process().children() == [worker], "the same process answered"
+    clear_llm_router_caches()
+
+    async def ended() -> bool:
+        return not psutil.Process().children()
+
+    await until(ended, "its process has ended", 15)
+    # It is begun anew for the next.
+    assert await agenerate_text("Once", provider="hf", max_tokens=3)
 
 
 # --- the specification's own test -----------------------------------------------------------------

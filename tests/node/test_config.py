@@ -266,6 +266,19 @@ def test_the_tables_of_providers(tmp_path: Path) -> None:
     assert shown["providers.vllm.models"] == (["fake-model"], "config.toml")
 
 
+def test_a_provider_of_another_package_is_shared_when_told_so(tmp_path: Path) -> None:
+    text = "[[providers]]\nkind = 'theirs'\n"
+    assert not load(tmp_path, text).providers[0].share
+    assert load(tmp_path, text + "share = true").providers[0].share
+
+
+def test_openrouter_looks_for_its_usual_key(tmp_path: Path) -> None:
+    text = "[[providers]]\nkind = 'openrouter'\n"
+    (provider,) = load(tmp_path, text, {"OPENROUTER_API_KEY": "k"}).providers
+    assert provider.api_key is not None
+    assert not provider.share
+
+
 def test_a_paid_provider_is_shared_when_told_so(tmp_path: Path) -> None:
     text = "[[providers]]\nkind = 'x'\napi_key_env = 'K'\nshare = true"
     assert load(tmp_path, text, {"K": "k"}).providers[0].share
@@ -287,7 +300,7 @@ def test_prices(tmp_path: Path) -> None:
     assert not provider.share  # it costs something
     shown = {key: value for key, value, _ in config.values()}
     assert shown["providers.x.price"] == {"prompt": 0.5, "completion": 2}
-    free = "[[providers]]\nkind = 'x'\nprice = {prompt = 0}"
+    free = "[[providers]]\nkind = 'echo'\nprice = {prompt = 0}"
     assert load(tmp_path, free).providers[0].share
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import trio
+from daemons import until
 from fakes_openrouter import Vendor, vendor
 
 import promptmesh
@@ -359,6 +360,50 @@ def test_providers_are_reused_by_handle(deps: RouterDeps, openrouter: Vendor) ->
     assert trace()["provider"] == "openrouter"
     found = get_llm_provider()
     assert found is provider, "it is the first that can be used"
+
+
+def test_no_more_is_spent_than_a_day_allows(deps: RouterDeps, tmp_path: Path) -> None:
+    """A dollar a token: an answer of 256 is expected to cost 260 with its prompt."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "config.toml").write_text(
+        "[limits]\nmax_cost_per_day = 261\n[[providers]]\nkind = 'echo'\nname = 'dear'\n"
+        "price = {prompt = 1000000, completion = 1000000}\n"
+    )
+    assert generate_text("a", provider="dear") == "a"
+    with pytest.raises(RuntimeError, match=r"\$259\.00 of .*max_cost_per_day"):
+        generate_text("b", provider="dear")
+    assert generate_text("a", provider="dear") == "a", "what is stored costs nothing"
+    assert generate_text("b", provider="dear", max_tokens=3) == "b"
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+async def test_cancelled_calls_leave_nothing_behind(deps: RouterDeps, openrouter: Vendor) -> None:
+    openrouter.hang = True
+
+    async def one(number: int) -> None:
+        with trio.move_on_after(0.05):
+            await agenerate_text(f"a {number}", provider="openrouter", use_cache=number % 2 == 0)
+
+    async def many(numbers: range) -> None:
+        async with trio.open_nursery() as nursery:
+            for number in numbers:
+                nursery.start_soon(one, number)
+
+    async def settled() -> bool:
+        return openrouter.open == 0 and open_files() <= most
+
+    most = 1000
+    await many(range(20))
+    await until(settled, "the server sees that they left", 30)
+    most = open_files() + 5
+    for start in range(20, 220, 20):
+        await many(range(start, start + 20))
+    await until(settled, "no connection is left open", 30)
+    openrouter.hang = False
+    assert await agenerate_text("a b", provider="openrouter") == "b a "
 
 
 # --- what is shared -------------------------------------------------------------------------------
