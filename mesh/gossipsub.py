@@ -15,6 +15,8 @@ Mended here, each because of what happens without it:
   the private network is the wall.
 - A peer can make a node remember any topic, dial any address (peer exchange), and send 64 kB for
   each 38 bytes of a request. Control messages are cut down to what the protocol needs.
+- Where one of two connections to a peer ends, each end forgets the topics of the other when it
+  notices, which may be after the other has told them anew: they are silent from then on.
 - Its list of first messages and its list of delivery times only grow.
 - The thread of its cache outlives it.
 """
@@ -29,13 +31,13 @@ from typing import Any, cast
 
 import trio
 from google.protobuf.message import DecodeError
-from libp2p.abc import IHost, INetStream
+from libp2p.abc import IHost, IMuxedConn, INetStream
 from libp2p.peer.id import ID
 from libp2p.pubsub import gossipsub, pubsub
 from libp2p.pubsub.pb.rpc_pb2 import RPC, ControlMessage, Message
 from libp2p.pubsub.validators import signature_validator
 
-from .streams import LibraryStream
+from .streams import LibraryStream, SecureYamux
 from .transport import GossipHandler, Stream, TransportError
 
 log = logging.getLogger(__name__)
@@ -226,6 +228,23 @@ class Gossip(pubsub.Pubsub):
         except Exception:  # the log has it; the message ends here
             log.exception("a handler of %s failed", msg.topicIDs[0])
             return False
+
+    def move(self, connection: IMuxedConn) -> None:
+        """That connection is over or about to be, while the peer has another: go on there."""
+        peer: ID = cast(SecureYamux, connection).peer_id
+        stream = self.peers.get(peer)
+        if stream is not None and stream.muxed_conn is connection:
+            self._handle_dead_peer(peer)
+
+    def _handle_dead_peer(self, peer_id: ID) -> None:
+        # A peer that is still connected has not unsubscribed, and will not subscribe again: each
+        # end notices by itself, and the library would have it forget what the other just said.
+        kept = [topic for topic, peers in self.peer_topics.items() if peer_id in peers]
+        super()._handle_dead_peer(peer_id)
+        if self._peer_is_connected(peer_id):
+            for topic in kept:
+                self.peer_topics.setdefault(topic, set()).add(peer_id)
+            self._peer_subscription_count[peer_id] = len(kept)
 
     async def write_msg(self, stream: INetStream, rpc_msg: RPC) -> bool:
         rpc_msg.ClearField("senderRecord")

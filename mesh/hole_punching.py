@@ -15,9 +15,7 @@ https://github.com/libp2p/specs/blob/master/relay/DCUtR.md
 
 from __future__ import annotations
 
-import ipaddress
 import logging
-import socket
 from collections.abc import Awaitable, Callable, Sequence
 
 import trio
@@ -27,8 +25,8 @@ from multiaddr import Multiaddr  # type: ignore[import-untyped]
 from .addresses import is_circuit, parse
 from .frames import RemoteProtocolError
 from .patches import Link, Network, open_stream, read_identify
-from .pnet import let_share_port
 from .relay_messages import DCUTR, MAX_MESSAGE, Punch, PunchMessage
+from .sockets import connect, is_ip
 from .streams import read_delimited
 from .transport import PeerId, TransportError
 from .yamux import YamuxStream
@@ -135,7 +133,7 @@ class HolePunching:
 
     async def _meet(self, link: Link, message: PunchMessage, *, client: bool) -> bool:
         """Dial where the peer is seen from outside. Is it connected directly then?"""
-        local = self._relay_of(link).share_port()
+        local = self._relay_of(link).local_address()
         addresses = dict.fromkeys(map(_text_of, message.addresses))
         with trio.move_on_after(PUNCH_TIME):
             async with trio.open_nursery() as nursery:
@@ -148,26 +146,13 @@ class HolePunching:
     ) -> None:
         try:
             place = parse(address)
-            ipaddress.ip_address(place.host)  # no name is looked up for a stranger
-            stream = await _connect_from(local, (place.host, place.port))
+            if not is_ip(place.host):
+                raise ValueError("no name is looked up here")
+            stream = await connect(place.host, place.port, local=local)
             wire = self._network.socket_wire(stream, initiator=client)
             await self._network.use(wire, link.muxed_conn.peer_id, address=address)
         except Exception as error:  # a router, or whoever is there; the next try is another one
             log.debug("%s was not met at %s: %r", link.peer, address, error)
-
-
-async def _connect_from(local: tuple[str, int], remote: tuple[str, int]) -> trio.SocketStream:
-    """A connection that leaves from a given port. Raises `OSError`."""
-    family = socket.AF_INET6 if ":" in local[0] else socket.AF_INET
-    made = trio.socket.socket(family, socket.SOCK_STREAM)
-    try:
-        let_share_port(made)
-        await made.bind(local)
-        await made.connect(remote)
-    except BaseException:
-        made.close()
-        raise
-    return trio.SocketStream(made)
 
 
 async def _read(stream: YamuxStream, expected: Punch) -> PunchMessage:

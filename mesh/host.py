@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 #: Seconds after which the next address is dialled beside the one before.
 STAGGER = 0.3
-#: Addresses of one peer that are dialled.
+#: Addresses of one peer that are dialled, and told of this one.
 MAX_ADDRESSES = 16
 #: Seconds for which the addresses of the machine are taken as they were.
 ADDRESSES_AGE = 5.0
@@ -149,6 +149,7 @@ class Libp2pTransport:
         self.peer_id: PeerId = self.network.self_id.to_base58()
         self._library = LibraryHost(self.network, agent=settings.agent, addresses=self._listening)
         self.gossip = gossipsub.Gossip(self._library, settings.topics)
+        self.network.on_replaced.append(lambda link: self.gossip.move(link.muxed_conn))
         self._told: list[ConnectionHandler] = []
         self._dials: dict[PeerId, _Dial] = {}
         self.traversal = Traversal(
@@ -164,7 +165,8 @@ class Libp2pTransport:
 
     @property
     def addresses(self) -> Sequence[str]:
-        return [*self._direct(), *self.traversal.circuits]
+        circuits = self.traversal.circuits
+        return [*self._direct()[: MAX_ADDRESSES - len(circuits)], *circuits]
 
     @property
     def reachability(self) -> Reach:

@@ -74,6 +74,7 @@ from libp2p.utils.varint import decode_varint_with_size
 from multiaddr import Multiaddr  # type: ignore[import-untyped]
 
 from .pnet import SocketWire, StreamWire, Wire
+from .sockets import connect
 from .streams import LibraryStream, SecureYamux, negotiate, select
 from .transport import BLOCKED, PeerId, Stream, TransportError
 from .yamux import PROTOCOL_ID as YAMUX
@@ -99,8 +100,8 @@ MAX_CONNECTIONS_TO_PEER = 4
 #: Seconds for which a relayed connection outlives the direct one that replaces it at least, and at
 #: most; between two looks whether something is still asked on it.
 RETIRE_GRACE, RETIRE_LIMIT, RETIRE_LOOK = 5.0, 600.0, 1.0
-#: What runs on every connection and is of no concern to it: gossip, identify, bitswap.
-BACKGROUND = ("/meshsub/", "/ipfs/")
+#: What runs on every connection and is no request: gossip, identify, bitswap, DCUtR.
+BACKGROUND = ("/meshsub/", "/ipfs/", "/libp2p/")
 
 
 def install() -> None:
@@ -151,8 +152,8 @@ class Link(swarm_connection.SwarmConn):
         """Is something asked on it?"""
         return any(not p.startswith(BACKGROUND) for p in self.muxed_conn.session.protocols())
 
-    def share_port(self) -> tuple[str, int]:
-        """Let other connections leave from the port that this one left from, and return it.
+    def local_address(self) -> tuple[str, int]:
+        """Where it leaves from, as other connections may (see mesh/sockets.py).
 
         Raises `TransportError` if it did not leave from a port of this machine, or is over.
         """
@@ -160,7 +161,7 @@ class Link(swarm_connection.SwarmConn):
         if not isinstance(wire, SocketWire) or not wire.is_initiator:
             raise TransportError("it was not dialled from here")
         try:
-            return wire.share_port()
+            return wire.local_address()
         except OSError as error:
             raise TransportError(f"the connection is over: {error}") from error
 
@@ -229,6 +230,8 @@ class Network(Swarm):
         self.handlers: dict[str, Callable[[INetStream], Any]] = {}
         #: Called with (peer, connected?) at each first connection and last disconnection.
         self.on_change: list[Callable[[PeerId, bool], None]] = []
+        #: Called with each connection that is over, or about to be, while another one is there.
+        self.on_replaced: list[Callable[[Link], None]] = []
         self.background_nursery: trio.Nursery = nursery
         self._key = key
         #: May this peer be connected? Known once it has proved who it is.
@@ -291,7 +294,7 @@ class Network(Swarm):
 
     async def dial(self, host: str, port: int, peer_id: ID, *, address: str) -> Link:
         """Connect to that peer there. Raises whatever went wrong; has no time limit of its own."""
-        stream = await trio.open_tcp_stream(host, port)
+        stream = await connect(host, port)
         return await self.use(self.socket_wire(stream), peer_id, address=address)
 
     def socket_wire(self, stream: trio.SocketStream, *, initiator: bool = True) -> SocketWire:
@@ -368,6 +371,7 @@ class Network(Swarm):
         """End a relayed connection that a direct one replaces, once nothing is asked on it."""
         session = link.muxed_conn.session
         session.retired = True
+        self._replaced(link)
         until = trio.current_time() + RETIRE_LIMIT
         await trio.sleep(RETIRE_GRACE)
         # Streams end in many ways, and tell nobody when the last one does.
@@ -388,6 +392,8 @@ class Network(Swarm):
         if not links:
             del self.connections[peer_id]
             self._tell(link.peer, False)
+        else:
+            self._replaced(link)
         self.background_nursery.start_soon(self._notify, "disconnected", link)
 
     def _tell(self, peer: PeerId, connected: bool) -> None:
@@ -396,6 +402,10 @@ class Network(Swarm):
                 told(peer, connected)
             except Exception:  # the log has it; the connection is as it is
                 log.exception("a connection handler failed")
+
+    def _replaced(self, link: Link) -> None:
+        for told in list(self.on_replaced):
+            told(link)
 
     async def close_peer(self, peer_id: ID) -> None:
         """Close every connection to that peer."""

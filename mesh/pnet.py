@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 import socket
 import struct
-import sys
 from contextlib import suppress
 
 import trio
@@ -291,12 +290,8 @@ class SocketWire(Wire):
         _keep_alive(self._socket)
         self._remote = _remote_address(self._socket)
 
-    def share_port(self) -> tuple[str, int]:
-        """Let other sockets be bound to this end's address, which is returned.
-
-        Raises `OSError` if the connection is gone.
-        """
-        let_share_port(self._socket)
+    def local_address(self) -> tuple[str, int]:
+        """Raises `OSError` if the connection is gone."""
         host, port = self._socket.getsockname()[:2]
         return str(host), int(port)
 
@@ -362,13 +357,6 @@ class StreamWire(Wire):
 
     def get_connection_type(self) -> ConnectionType:
         return ConnectionType.RELAYED
-
-
-def let_share_port(own: socket.socket | trio.socket.SocketType) -> None:
-    """Let this socket, which does not listen, and others have one local address. All must do it."""
-    own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if sys.platform != "linux" and hasattr(socket, "SO_REUSEPORT"):
-        own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
 
 
 def _keep_alive(own: socket.socket) -> None:

@@ -137,7 +137,8 @@ class Reachability:
 
 
 class ReachabilityCheck:
-    """Asks members whether this node can be dialled, whenever that may have changed."""
+    """Asks members whether this node can be dialled: as long as it is not known, when a relay or a
+    new network is there, and from time to time."""
 
     def __init__(
         self,
@@ -156,11 +157,15 @@ class ReachabilityCheck:
         self._speaks = speaks
         self._first = first
         self._changed = changed
+        #: Where this node listened when it last asked.
+        self._asked_at: Sequence[str] = ()
         self._wake = trio.Event()
 
-    def look(self) -> None:
-        """Something has changed: a peer came or went."""
-        self._wake.set()
+    def met(self, peer: PeerId) -> None:
+        """A peer is there, and has said what it speaks: is that a reason to ask?"""
+        moved = self._own() != self._asked_at
+        if moved or self.known.state == "unknown" or self._first(peer):
+            self._wake.set()
 
     async def run(self) -> None:
         """Know it, until cancelled."""
@@ -182,7 +187,7 @@ class ReachabilityCheck:
             and self._speaks(link.peer, DIAL_BACK)
         ]
         links.sort(key=lambda link: not self._first(link.peer))
-        own = self._own()
+        own = self._asked_at = self._own()
         ports = list(dict.fromkeys(parse(address).port for address in own))[:MAX_PORTS]
         findings: dict[PeerId, Finding] = {}
 

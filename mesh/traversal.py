@@ -94,7 +94,7 @@ class Traversal:
         self._readdressed()
 
     def _identified(self, peer: PeerId) -> None:
-        self._check.look()
+        self._check.met(peer)
         if self._offers(peer):
             self._client.look()
 

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager, suppress
 
 import pytest
 import trio
+from libp2p.peer.id import ID
 from trio.testing import wait_all_tasks_blocked
 
 from promptmesh.mesh import gossipsub, patches, pnet
@@ -314,6 +315,38 @@ async def test_gossip_has_its_topics_and_its_size() -> None:
             await a.subscribe("/other", lambda _peer, _data: True)
         with pytest.raises(ValueError, match="too many"):
             await a.publish(TOPIC, bytes(gossipsub.MAX_MESSAGE + 1))
+
+
+async def test_gossip_outlives_the_connection_that_it_was_on() -> None:
+    heard: dict[str, list[bytes]] = {"a": [], "b": []}
+
+    def hear(name: str) -> Callable[[str, bytes], bool]:
+        def take(peer: str, data: bytes) -> bool:
+            heard[name].append(data)
+            return True
+
+        return take
+
+    async def said(speaker: Libp2pTransport, name: str) -> None:
+        heard[name].clear()
+        with trio.fail_after(SOON):
+            while not heard[name]:  # what is said before the other has subscribed is lost
+                await speaker.publish(TOPIC, b"news")
+                await trio.sleep(0.05)
+
+    async with host("a") as a, host("b") as b:
+        await a.subscribe(TOPIC, hear("a"))
+        await b.subscribe(TOPIC, hear("b"))
+        await a.connect(b.peer_id, b.addresses)
+        await said(a, "b")
+        await said(b, "a")
+        peer_id = ID.from_base58(b.peer_id)
+        for _ in range(3):
+            old = a.network.link(peer_id)
+            await a.network.dial("127.0.0.1", port_of(b), peer_id, address="another")
+            await old.close()
+            await said(a, "b")  # first one end, and only then the other
+            await said(b, "a")
 
 
 async def test_gossip_of_a_full_size_and_after_a_handler_failed() -> None:

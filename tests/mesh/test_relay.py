@@ -9,11 +9,18 @@ from libp2p.exceptions import BaseLibp2pError
 from libp2p.peer.id import ID
 from multiaddr import Multiaddr  # type: ignore[import-untyped]
 
-from promptmesh.mesh import patches, relay, relay_client
+from promptmesh.mesh import hole_punching, patches, relay, relay_client
 from promptmesh.mesh.host import Libp2pTransport
 from promptmesh.mesh.relay_messages import HOP, STOP, Hop, HopMessage, Status, Stop, StopMessage
 from promptmesh.mesh.streams import read_delimited
 from promptmesh.mesh.transport import TransportError
+
+
+@pytest.fixture(autouse=True)
+def no_punching(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On loopback two may meet halfway, by chance."""
+    monkeypatch.setattr(hole_punching, "TRIES", 0)
+
 
 # --- meeting --------------------------------------------------------------------------------------
 
@@ -131,11 +138,19 @@ async def test_a_place_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> No
 async def test_a_direct_connection_replaces_a_relayed_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patches, "RETIRE_GRACE", 0.0)
     monkeypatch.setattr(patches, "RETIRE_LOOK", 0.01)
+    heard: list[bytes] = []
+
+    def hear(peer: str, data: bytes) -> bool:
+        heard.append(data)
+        return True
+
     async with (
         host("r", offers=True) as r,
         host("a", listens=False) as a,
         host("b") as b,
     ):
+        await a.subscribe(TOPIC, hear)
+        await b.subscribe(TOPIC, hear)
         await reserve(a, r)
         # It can be dialled, which the other end tries as soon as it is asked through the relay.
         await b.connect(a.peer_id, a.addresses)
@@ -152,6 +167,12 @@ async def test_a_direct_connection_replaces_a_relayed_one(monkeypatch: pytest.Mo
         await until(lambda: circuits(r) == 0)
         assert await says(b, a) == b"hello"
         assert await says(a, b) == b"hello"
+        for node in (a, b):  # gossip has moved too
+            heard.clear()
+            with trio.fail_after(SOON):
+                while not heard:
+                    await node.publish(TOPIC, b"news")
+                    await trio.sleep(0.1)
 
 
 # --- what a relay refuses -------------------------------------------------------------------------
