@@ -49,7 +49,7 @@ from ..providers.base import (
 )
 from ..providers.plain import MAX_THREADS, PlainProvider, is_provider
 from ..providers.registry import Runs
-from .config import Config, child_environment
+from .config import CacheConfig, Config, child_environment
 from .home import Home, HomeError
 from .parts import Parts, open_parts
 from .router import Router
@@ -93,8 +93,12 @@ class Built:
 class Engine:
     """Answers, in the loop that opened it. See the module."""
 
-    def __init__(self, parts: Parts, memory: AnswerCache, nursery: trio.Nursery) -> None:
+    def __init__(
+        self, parts: Parts, memory: AnswerCache, nursery: trio.Nursery, cache: CacheConfig
+    ) -> None:
+        """`memory` is for answers that are nobody else's business."""
         self._parts = parts
+        self._cache = cache
         self._nursery = nursery
         self._built: dict[tuple[object, ...], Built] = {}
         #: Those that a router may be asking for, by a name of their own.
@@ -117,6 +121,8 @@ class Engine:
             peer=self._parts.peer,
             node_of=self._parts.node_of,
             ledger=self._parts.ledger,
+            reuse=self._cache.reuse,
+            min_agreement=self._cache.min_agreement,
         )
 
     # --- answering
@@ -473,7 +479,7 @@ async def open_engine(config: Config, home: Home) -> AsyncIterator[Engine]:
             nursery.start_soon(parts.answers.run)
             nursery.start_soon(memory.run)
             nursery.start_soon(parts.ledger.run)
-            yield Engine(parts, memory, nursery)
+            yield Engine(parts, memory, nursery, config.cache)
             nursery.cancel_scope.cancel()
 
 

@@ -36,7 +36,8 @@ from promptmesh import (
 )
 from promptmesh.node import config
 from promptmesh.node.config import ConfigError
-from promptmesh.providers.base import ProviderUnavailable, StreamInterrupted
+from promptmesh.providers.base import GenerateRequest, ProviderUnavailable, StreamInterrupted
+from promptmesh.providers.echo import Echo
 
 names = (f"own-{number}" for number in itertools.count())
 
@@ -416,6 +417,25 @@ def test_answers_are_the_nodes_own(deps: RouterDeps, openrouter: Vendor, tmp_pat
         openrouter.status = 500
         assert generate_text("a b", provider="openrouter", deps=other) == "b a "
         assert (trace()["cache"], trace()["cid"]) == ("hit-local", cid)
+
+
+def test_a_node_that_reuses_nothing_reuses_nothing(deps: RouterDeps, tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "config.toml").write_text('[cache]\nreuse = "never"\n')
+    name = registered(Own())
+    assert [generate_text("hi", provider=name) for _ in range(2)] == ["own: hi 1", "own: hi 2"]
+
+
+def test_in_its_own_loop_a_call_that_blocks_is_refused(deps: RouterDeps) -> None:
+    """It would wait for itself for ever."""
+
+    class Nested(Echo):
+        def open(self, request: GenerateRequest) -> Any:
+            generate_text("again", provider="echo")
+
+    with pytest.raises(RuntimeError, match="own loop"):
+        generate_text("hi", provider_instance=Nested())
+    assert generate_text("hi", provider="echo") == "hi"
 
 
 def test_a_remote_cache_is_asked_and_told(deps: RouterDeps, tmp_path: Path) -> None:
