@@ -86,6 +86,11 @@ class SoFar:
         return self.is_text and not self._text and not self._logprobs
 
     @property
+    def counted(self) -> bool:
+        """Are its tokens known one by one?"""
+        return bool(self._logprobs)
+
+    @property
     def tokens(self) -> int:
         """Its tokens: counted where there are log probabilities of them, else an estimate."""
         if self._logprobs:
@@ -122,7 +127,7 @@ def way_on(
     if so_far.empty:
         return "restart"
     way = way_of(request, by, offer)
-    if way == "continue" and not (so_far.is_text and _left(request, so_far) > 0):
+    if way == "continue" and not (so_far.is_text and _has_room(request, so_far)):
         return "restart" if is_same(request, by, offer) else None
     return way
 
@@ -135,16 +140,20 @@ def _is_free(request: GenerateRequest) -> bool:
     )
 
 
-def _left(request: GenerateRequest, so_far: SoFar) -> float:
+def _has_room(request: GenerateRequest, so_far: SoFar) -> bool:
+    """Is it known how many tokens the rest may have?
+
+    By an estimate it would end too early and be taken for whole, or be longer than was allowed.
+    """
     most = request.sampling.max_tokens
-    return float("inf") if most is None else most - so_far.tokens
+    return most is None or (so_far.counted and so_far.tokens < most)
 
 
 def continued(request: GenerateRequest, so_far: SoFar) -> GenerateRequest:
     """The request for the rest of the answer."""
     sampling = request.sampling
     if sampling.max_tokens is not None:
-        sampling = msgspec.structs.replace(sampling, max_tokens=int(_left(request, so_far)))
+        sampling = msgspec.structs.replace(sampling, max_tokens=sampling.max_tokens - so_far.tokens)
     return msgspec.structs.replace(request, prefix=request.prefix + so_far.text, sampling=sampling)
 
 

@@ -218,5 +218,6 @@ class Handover:
         if joined is None or joined.finish_reason is None:
             return joined
         origin = joined.origin or running.origin
-        origin = msgspec.structs.replace(origin, begun_by=self._begun_by)
+        if self._begun_by:  # though the rest may have been stored: the whole was not
+            origin = msgspec.structs.replace(origin, begun_by=self._begun_by, cache="miss")
         return msgspec.structs.replace(joined, origin=origin)

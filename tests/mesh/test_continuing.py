@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import msgspec
 import pytest
 from fakes_mesh import asking
 from hypothesis import given
@@ -202,6 +203,8 @@ def so_far_of(*chunks: Chunk) -> SoFar:
 
 
 TEXT = Chunk(text="Once upon")
+COUNTED = Chunk(text="Once upon", logprobs=(logprob("Once"), logprob(" upon")))
+SAME_CONTINUES = msgspec.structs.replace(SAME, can_continue=True)
 CALL = Chunk(tool_calls=(ToolCallDelta(index=0, name="f", arguments="{"),))
 
 
@@ -227,8 +230,10 @@ def request_with(**fields: Any) -> GenerateRequest:
         (request_with(response_format=ResponseFormat(type="json_object")), TEXT, CONTINUES, None),
         (request_with(response_format=ResponseFormat(type="text")), TEXT, CONTINUES, "continue"),
         (request_with(tool_choice=ToolChoice(mode="required")), TEXT, CONTINUES, None),
-        (request_with(max_tokens=3), TEXT, CONTINUES, None),  # about three there are already
-        (request_with(max_tokens=4), TEXT, CONTINUES, "continue"),
+        (request_with(max_tokens=99), TEXT, CONTINUES, None),  # nobody has counted how many it has
+        (request_with(max_tokens=99, temperature=0.0), TEXT, SAME_CONTINUES, "restart"),
+        (request_with(max_tokens=2), COUNTED, CONTINUES, None),
+        (request_with(max_tokens=3), COUNTED, CONTINUES, "continue"),
         (request_with(), Chunk(), ModelOffer(id="m"), "restart"),  # nothing was given
     ],
 )

@@ -1,0 +1,99 @@
+"""A backend breaks off or dies in the middle of an answer, and the caller sees one answer."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from daemons import MODEL, REAL_MODEL, START_S, Daemon, mesh, until
+
+#: The first breaks off after three words. In turn each is asked first.
+BREAKS = '[[providers]]\nkind = "echo"\nname = "breaks"\nafter = 3\nshare = true\n'
+WORKS = '[[providers]]\nkind = "echo"\nname = "works"\nshare = true\n'
+TEXT = "né €uro 😀 👩\u200d🚀 e\u0301nd of it"
+STORY = "Tell me a story of a fox and a crow."
+
+
+def text_of(events: list[dict[str, Any]]) -> str:
+    return "".join(c["delta"].get("content", "") for event in events for c in event["choices"])
+
+
+async def streamed(node: Daemon, prompt: str, model: str, **fields: Any) -> list[dict[str, Any]]:
+    async with node.stream(prompt, model, **fields) as stream:
+        return [event async for event in stream]
+
+
+async def wait_for_both(node: Daemon, model: str, *names: str) -> None:
+    """Until the node knows that each of them has the model."""
+
+    async def known() -> bool:
+        models = (await node.json("/v1/models"))["data"]
+        sources = [s for m in models if m["id"] == model for s in m["promptmesh"]["sources"]]
+        return {s["node"] for s in sources} >= set(names)
+
+    await until(known, f"{node.name} knows of {model} at {names}", START_S)
+
+
+async def check_both_turns(node: Daemon, begins: str) -> None:
+    """One of two answers is begun by who breaks off; both are whole."""
+    continued = 0
+    for number in range(2):
+        prompt = f"{TEXT} {number}"
+        last = (events := await streamed(node, prompt, "echo", temperature=0))[-1]
+        assert text_of(events) == prompt
+        assert last["choices"][0]["finish_reason"] == "stop"
+        who = last["promptmesh"]
+        assert who["provider"] == "works"
+        if "begun_by" in who:
+            continued += 1
+            assert who["begun_by"] == begins
+            assert "cid" not in who  # two engines made it: it is stored nowhere
+            whole = (await node.chat(prompt, "echo", temperature=0)).json()
+            assert whole["promptmesh"]["cache"] == "miss"
+            assert whole["choices"][0]["message"]["content"] == prompt
+    assert continued == 1
+
+
+@pytest.mark.e2e
+async def test_another_provider_of_the_node_goes_on(tmp_path: Path) -> None:
+    async with mesh(tmp_path, {"a": BREAKS + WORKS}) as (a,):
+        await a.wait_for_model("echo")
+        await check_both_turns(a, "a:breaks")
+
+
+@pytest.mark.e2e
+async def test_a_peer_goes_on_for_another(tmp_path: Path) -> None:
+    async with mesh(tmp_path, {"a": "", "b": BREAKS, "c": WORKS}) as (a, *_):
+        await a.wait_for_peers("b", "c")
+        await wait_for_both(a, "echo", "b", "c")
+        await check_both_turns(a, "b:breaks")
+
+
+@pytest.mark.e2e
+@pytest.mark.model
+async def test_a_model_goes_on_where_the_other_was_killed(tmp_path: Path) -> None:
+    nodes = {"a": "", "b": REAL_MODEL, "c": REAL_MODEL}
+    async with mesh(tmp_path, nodes) as (a, b, c):
+        await a.wait_for_peers("b", "c")
+        await wait_for_both(a, MODEL.name, "b", "c")
+        for peer in ("b", "c"):  # both have loaded it
+            await a.chat("hi", MODEL.name, promptmesh={"peer": peer}, max_tokens=1)
+        fields: dict[str, Any] = {"temperature": 0, "max_tokens": 60}
+        events: list[dict[str, Any]] = []
+        async with a.stream(STORY, MODEL.name, **fields) as stream:
+            async for event in stream:
+                events.append(event)
+                if len(events) == 12:
+                    begun = text_of(events)
+                    first = next(n for n in (b, c) if n.name == events[0]["promptmesh"]["node"])
+                    await first.kill()
+        last = events[-1]["promptmesh"]
+        assert last["node"] in {"b", "c"} - {first.name}
+        # Of the rest nobody knows how many tokens it may have, so it was computed again and
+        # compared: it is one engine's answer, and stored.
+        assert "begun_by" not in last
+        assert last["cid"]
+        assert len(begun) < len(text_of(events))
+        # What the one that is left gives alone: greedy, in float32, it is the same text.
+        again = {"cache": {"mode": "refresh"}}
+        alone = await a.chat(STORY, MODEL.name, promptmesh=again, **fields)
+        assert text_of(events) == alone.json()["choices"][0]["message"]["content"]

@@ -1,0 +1,155 @@
+"""The seam with a real language model: an answer broken off after each of its pieces.
+
+scripts/get-model must have been run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from random import Random
+
+import msgspec
+import pytest
+from fakes_hf import Hosted, chat, hosted, worker_environment_for_tests
+
+from promptmesh.mesh.backends import BackendManager
+from promptmesh.mesh.candidates import LocalBackend
+from promptmesh.mesh.frames import Load
+from promptmesh.mesh.peers import PeerTable
+from promptmesh.providers.base import (
+    Answering,
+    Chunk,
+    Completion,
+    CompletionBuilder,
+    Embedding,
+    EmbedRequest,
+    GenerateRequest,
+    Health,
+    ModelOffer,
+    Origin,
+    ProviderUnavailable,
+)
+from promptmesh.providers.local_hf import LocalHF, LocalHFSettings
+
+pytestmark = pytest.mark.model
+
+NAME = "SmolLM2-135M-Instruct"
+FOLDER = Path(__file__).parent.parent.parent / ".models" / NAME
+#: Plain words, and one whose answer has emoji of four bytes and several tokens each.
+PROMPTS = (("What is the capital of France?", 40), ("Say hello in Spanish.", 24))
+
+
+@pytest.fixture(scope="module")
+def host() -> Iterator[Hosted]:
+    if not FOLDER.is_dir():
+        pytest.skip(f"{FOLDER} is missing: run scripts/get-model")
+    settings = LocalHFSettings(model=str(FOLDER), environment=worker_environment_for_tests())
+    with hosted(LocalHF(settings)) as running:
+        running.read(chat(NAME, "hi", max_tokens=1))  # it is loaded then
+        yield running
+
+
+class Breaking:
+    """The model under another name, which breaks off after so many pieces."""
+
+    def __init__(
+        self,
+        name: str,
+        provider: LocalHF,
+        offer: Callable[[ModelOffer], ModelOffer],
+        after: int | None = None,
+    ) -> None:
+        self.name = name
+        self.asked: list[GenerateRequest] = []
+        self._provider = provider
+        self._offer = offer
+        self._after = after
+
+    def models(self) -> Sequence[ModelOffer]:
+        return [self._offer(offer) for offer in self._provider.models()]
+
+    async def check(self) -> Health:
+        return await self._provider.check()
+
+    async def embed(self, request: EmbedRequest) -> Sequence[Embedding]:
+        return await self._provider.embed(request)
+
+    @asynccontextmanager
+    async def open(self, request: GenerateRequest) -> AsyncIterator[Answering]:
+        self.asked.append(request)
+        async with self._provider.open(request) as answering:
+            answering.chunks = self._chunks(answering.chunks)
+            yield answering
+
+    async def _chunks(self, chunks: AsyncIterator[Chunk]) -> AsyncIterator[Chunk]:
+        number = 0
+        async for chunk in chunks:
+            if number == self._after:
+                raise ProviderUnavailable("the GPU fell off")
+            number += 1
+            yield chunk
+
+    def backend(self, load: Load) -> LocalBackend:
+        return LocalBackend(
+            provider=self, name=self.name, kind="local_hf", shared=True, load=lambda priority: load
+        )
+
+
+async def ask(
+    first: Breaking, second: Breaking, request: GenerateRequest
+) -> tuple[Completion, Origin]:
+    backends = [first.backend(Load(slots=9)), second.backend(Load(slots=9, running=1))]
+    manager = BackendManager(
+        local=lambda: backends,
+        peers=PeerTable("me"),
+        policy="least_loaded",
+        peer_id="me",
+        node="mine",
+        rng=Random(1),
+    )
+    builder, origin = CompletionBuilder(), Origin()
+    async with manager.open(request) as answering:
+        async for chunk in answering.chunks:
+            builder.add(chunk)
+            origin = chunk.origin or origin
+    return builder.completion(), origin
+
+
+def only_restarts(offer: ModelOffer) -> ModelOffer:
+    return msgspec.structs.replace(offer, can_continue=False)
+
+
+@pytest.mark.parametrize(("prompt", "most"), PROMPTS)
+@pytest.mark.parametrize("way", ["continue", "restart"])
+def test_the_seam(host: Hosted, prompt: str, most: int, way: str) -> None:
+    request = chat(NAME, prompt, temperature=0, max_tokens=most)
+    if way == "continue":  # with a limit it would have to be known how many tokens are left
+        sampling = msgspec.structs.replace(request.sampling, max_tokens=None, stop=("\n",))
+        request = msgspec.structs.replace(request, sampling=sampling)
+    if way == "restart":
+        sampling = msgspec.structs.replace(request.sampling, logprobs=True, top_logprobs=2)
+        request = msgspec.structs.replace(request, sampling=sampling)
+    pieces, builder = host.read(request)
+    whole = builder.completion()
+    offer = only_restarts if way == "restart" else (lambda offer: offer)
+    for after in range(1, len(pieces)):
+        first = Breaking("first", host.provider, offer, after)
+        second = Breaking("second", host.provider, offer)
+        got, origin = host.run(ask, first, second, request)
+        before = "".join(pieces[:after])
+        assert origin.provider == "second"
+        assert got.finish_reason in ("stop", "length")
+        if way == "restart":
+            assert got == whole
+            assert (second.asked[0].prefix, origin.begun_by) == ("", "")
+            continue
+        assert second.asked[0].prefix == before
+        assert origin.begun_by == "mine:first"
+        # Exactly what the model gives after that text, and nothing of that twice.
+        rest = host.read(second.asked[0])[1].completion()
+        assert got.text == before + rest.text
+        assert not got.usage.exact
+        if prompt == PROMPTS[0][0]:
+            assert got.text == whole.text
