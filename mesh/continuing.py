@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 import msgspec
 
 from ..providers.base import (
+    CacheControl,
     Chunk,
     GenerateError,
     GenerateRequest,
@@ -21,6 +22,7 @@ from ..providers.base import (
     Usage,
 )
 
+_UNSTORED = CacheControl(mode="bypass")
 Way = Literal["continue", "restart"]
 
 #: Characters of a token, where nobody has counted the tokens of a text.
@@ -150,11 +152,13 @@ def _has_room(request: GenerateRequest, so_far: SoFar) -> bool:
 
 
 def continued(request: GenerateRequest, so_far: SoFar) -> GenerateRequest:
-    """The request for the rest of the answer."""
+    """The request for the rest of the answer. Nobody will ask for that again: it is not stored."""
     sampling = request.sampling
     if sampling.max_tokens is not None:
         sampling = msgspec.structs.replace(sampling, max_tokens=sampling.max_tokens - so_far.tokens)
-    return msgspec.structs.replace(request, prefix=request.prefix + so_far.text, sampling=sampling)
+    return msgspec.structs.replace(
+        request, prefix=request.prefix + so_far.text, sampling=sampling, cache=_UNSTORED
+    )
 
 
 class Seam(Protocol):

@@ -218,6 +218,6 @@ class Handover:
         if joined is None or joined.finish_reason is None:
             return joined
         origin = joined.origin or running.origin
-        if self._begun_by:  # though the rest may have been stored: the whole was not
+        if self._begun_by:  # the rest is asked for past all caches; the whole is an answer like any
             origin = msgspec.structs.replace(origin, begun_by=self._begun_by, cache="miss")
         return msgspec.structs.replace(joined, origin=origin)

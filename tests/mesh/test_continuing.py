@@ -260,6 +260,7 @@ def test_the_rest_is_asked_for_with_what_is_left_of_its_tokens() -> None:
     rest = continued(request_with(max_tokens=20, prefix="So: "), so_far_of(counted))
     assert rest.prefix == "So: Once upon a time"
     assert rest.sampling.max_tokens == 15
+    assert rest.cache.mode == "bypass"
     assert continued(request_with(), so_far_of(TEXT)).sampling.max_tokens is None
     assert so_far_of(Chunk(text="x" * 100)).tokens == 25  # many in one piece
     assert so_far_of(*[Chunk(text="x")] * 100).tokens == 100
