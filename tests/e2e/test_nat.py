@@ -16,10 +16,7 @@ import trio
 from daemons import ECHO, Daemon, clean_environment, until
 from namespaces import Internet, Nat, internet
 
-pytestmark = [
-    pytest.mark.e2e,
-    pytest.mark.skipif(bool(why := namespaces.why_not()), reason=why or "networks can be made"),
-]
+pytestmark = pytest.mark.e2e
 
 #: Seconds until nodes that find each other with help have done so.
 FIND_S = 60
@@ -90,6 +87,13 @@ class Far(Daemon):
             return bool(found == state)
 
         await until(known, f"{self.name} knows that it is {state}; {self.log}", FIND_S)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def networks() -> None:
+    """Skip where none can be made, and say why."""
+    if reason := namespaces.why_not():
+        pytest.skip(reason)
 
 
 @asynccontextmanager
