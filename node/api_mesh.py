@@ -13,6 +13,7 @@ import trio
 
 from ..cache.answers import AnswerCache
 from ..cache.layers import FurtherState
+from ..mesh.addresses import is_circuit
 from ..mesh.measure import BackendId, Experience, Measured, Speed
 from ..mesh.peers import TWIN_SHOWN, Machine, PeerState, PeerTable, ProviderAdvert
 from ..mesh.transport import Reach, TransportError
@@ -29,17 +30,21 @@ JSON = "application/json"
 TWINS = "two nodes have its identity, as happens where a folder was copied"
 
 
-class MembershipControl(Protocol):
-    """What can be told to the mesh membership (`node.membership.Membership`)."""
+class Reached(Protocol):
+    """How this node is reached by others."""
 
     @property
     def addresses(self) -> list[str]: ...
 
     @property
-    def problem(self) -> str: ...
+    def reachability(self) -> Reach: ...
+
+
+class MembershipControl(Reached, Protocol):
+    """What can be told to the mesh membership (`node.membership.Membership`)."""
 
     @property
-    def reachability(self) -> Reach: ...
+    def problem(self) -> str: ...
 
     async def reload(self) -> None: ...
 
@@ -128,7 +133,7 @@ class MeshApi:
             "gpus": machine["gpus"],
             "machine": machine,
             "reason": self._membership.problem,
-            "warning": "",
+            "warning": reach_warning(self._membership),
             **rights_fields(Restricted()),
         }
         now = trio.current_time()
@@ -239,6 +244,15 @@ def _advert(advert: ProviderAdvert) -> dict[str, Any]:
         "tokens_per_s": advert.rate,
         "offers": advert.models,
     }
+
+
+def reach_warning(membership: Reached) -> str:
+    """What its owner should know of how this node is reached."""
+    if membership.reachability != "unreachable":
+        return ""
+    if any(is_circuit(address) for address in membership.addresses):
+        return "members cannot dial this node; they reach it through a relay"
+    return "members cannot dial this node, and none of them relays for it (docs/nat.md)"
 
 
 def _machine(machine: Machine) -> dict[str, Any]:
