@@ -37,7 +37,7 @@ pytestmark = pytest.mark.model
 
 NAME = "SmolLM2-135M-Instruct"
 FOLDER = Path(__file__).parent.parent.parent / ".models" / NAME
-#: Plain words, and one whose answer has emoji of four bytes and several tokens each.
+#: A question with a short answer, which is cut after each of its pieces, and the most tokens of it.
 PROMPT, MOST = "What is the capital of France?", 40
 
 
