@@ -16,7 +16,7 @@ from typing import NamedTuple
 import msgspec
 
 from ..providers.base import GenerateRequest
-from .measure import BackendId
+from .backend_id import BackendId
 
 #: Characters below which nothing is worth remembering.
 MIN_CHARACTERS = 512

@@ -30,6 +30,7 @@ from ..providers.base import (
 from .affinity import Affinity, Beginning, beginnings
 from .asking import Asking, Deadlines
 from .attempts import Attempts, Step, retry_budget
+from .backend_id import BackendId
 from .budget import Budget
 from .candidates import Candidates, LocalBackend, Source
 from .forwarding import Forwarding, PeerNetwork
@@ -37,7 +38,7 @@ from .frames import Load
 from .handover import Handover, tasks
 from .hedging import hedge_budget
 from .ladder import rung
-from .measure import BackendId, Experience
+from .measure import Experience
 from .peers import Advert, PeerTable
 from .policies import Candidate, Choice, Turns, Work
 from .probing import Probes, worth_probing

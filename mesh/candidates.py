@@ -12,9 +12,11 @@ from typing import NamedTuple, Protocol
 import trio
 
 from ..providers.base import Asked, ModelOffer, Priority, Provider
+from .backend_id import BackendId, Measured
 from .frames import Load
 from .ladder import Bill, is_paid
-from .measure import BackendId, Busy, Experience, Measured
+from .loads import Busy
+from .measure import Experience
 from .peers import Offered, PeerTable, ProviderAdvert
 from .policies import Allowance, Candidate
 from .ruling_out import Obstacle, RuledOut, rule_out

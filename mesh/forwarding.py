@@ -23,11 +23,12 @@ from ..providers.base import (
 )
 from .asking import Asking, Deadlines
 from .attempts import Attempts, Step
+from .backend_id import BackendId
 from .candidates import Candidates
 from .continuing import continued
 from .embedding import answer_of
 from .frames import AskLoads, PresentLoads
-from .measure import BackendId, Experience
+from .measure import Experience
 from .peers import Advert, PeerTable
 from .policies import Candidate
 from .pool import PeerAnswer

@@ -1,4 +1,4 @@
-"""What this node saw of providers, its own and its peers': speed, failures, load. Pure.
+"""What this node saw of providers, its own and its peers': speed, and what comes of failures. Pure.
 
 Times are monotonic seconds, told by the caller.
 """
@@ -9,9 +9,10 @@ import math
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import NamedTuple
 
-from .frames import Load
+from .backend_id import BackendId, Measured
+from .breakers import Breaker, Breakers
+from .loads import Loads
 from .transport import PeerId
 
 #: Weight of the newest sample in the moving averages: half of the memory is the last 3 samples.
@@ -27,29 +28,6 @@ RECENT, ENOUGH, LATE = 40, 20, 0.95
 MAX_MEASURED = 10_000
 #: A generation shorter than this (s) says nothing of the speed: it came in one piece.
 MIN_GENERATION = 0.005
-#: Seconds a breaker stays open after the first failure; doubled by each further one, up to the cap.
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 8.0
-#: A provider's own `retry_after` is believed up to this (s).
-LONGEST_RETRY_AFTER = 3600.0
-#: Seconds for which a peer may say that it is about to choose.
-LONGEST_CHOICE = 0.5
-#: An answer with an error of the server's own (5xx) opens the breaker at this count in a row.
-ERRORS_IN_A_ROW = 2
-
-
-class BackendId(NamedTuple):
-    """A provider of a node."""
-
-    peer: PeerId
-    provider: str
-
-
-class Measured(NamedTuple):
-    """A model at a provider of a node."""
-
-    peer: PeerId
-    provider: str
-    model: str
 
 
 # --- speed --------------------------------------------------------------------------------------
@@ -155,225 +133,6 @@ class Measures:
         """Tokens to expect of an answer, by others of its kind, else by all of the model."""
         of_model = self._lengths.get((model, ""), default)
         return self._lengths.get((model, kind), of_model)
-
-
-# --- breakers -----------------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class Breaker:
-    """Keeps requests away from what fails; then lets one through to see (half-open)."""
-
-    failures: int = 0
-    #: Open until then. It stays half-open after that until a probe has succeeded.
-    until: float = -math.inf
-    probing: bool = False
-    reason: str = ""
-
-    @property
-    def tripped(self) -> bool:
-        """Is it open or half-open?"""
-        return self.until > -math.inf
-
-    def refuses(self, now: float) -> float | None:
-        """None if a request may pass, else the seconds after which one may."""
-        if now < self.until:
-            return self.until - now
-        if self.tripped and self.probing:
-            return FIRST_PAUSE
-        return None
-
-    def begin(self) -> None:
-        """A request passes: while half-open it is the probe."""
-        self.probing = self.tripped
-
-    def abandoned(self) -> None:
-        """The request ended without saying anything about the backend."""
-        self.probing = False
-
-    def succeeded(self) -> None:
-        self.failures, self.until, self.probing, self.reason = 0, -math.inf, False, ""
-
-    def failed(
-        self, now: float, reason: str, *, at_once: bool, retry_after: float | None = None
-    ) -> None:
-        """A request failed. `at_once`: the first such failure opens it."""
-        self.reason = reason[:200]
-        if now < self.until and retry_after is None:
-            return  # one of several that were under way when it opened
-        self.failures += 1
-        self.probing = False
-        if retry_after is not None:
-            pause = min(max(retry_after, 0.0), LONGEST_RETRY_AFTER)
-        elif at_once or self.tripped or self.failures >= ERRORS_IN_A_ROW:
-            pause = min(FIRST_PAUSE * 2.0 ** min(self.failures - 1, 10), LONGEST_PAUSE)
-        else:
-            return
-        self.until = max(self.until, now + pause)
-
-
-class Breakers:
-    """A breaker for each provider of each node, and one for each node (provider "")."""
-
-    def __init__(self) -> None:
-        self._breakers: dict[BackendId, Breaker] = {}
-
-    def of(self, backend: BackendId) -> Breaker:
-        """The breaker, made when first needed."""
-        breaker = self._breakers.get(backend)
-        if breaker is None:
-            if len(self._breakers) >= MAX_MEASURED:
-                self._forget_closed()
-            breaker = self._breakers[backend] = Breaker()
-        return breaker
-
-    def get(self, backend: BackendId) -> Breaker | None:
-        return self._breakers.get(backend)
-
-    def refusal(self, backend: BackendId, now: float) -> tuple[float, str] | None:
-        """Seconds to wait and why, if the provider's breaker or its node's is open."""
-        for which in (backend, BackendId(backend.peer, "")):
-            breaker = self._breakers.get(which)
-            wait = breaker.refuses(now) if breaker else None
-            if breaker is not None and wait is not None:
-                return wait, breaker.reason
-        return None
-
-    def _forget_closed(self) -> None:
-        self._breakers = {k: b for k, b in self._breakers.items() if b.failures}
-
-
-# --- load ---------------------------------------------------------------------------------------
-
-
-class Busy(NamedTuple):
-    """Requests of others (running and waiting), our own in flight, and how many run at once."""
-
-    others: int = 0
-    in_flight: int = 0
-    slots: int = 1
-    #: What it said last: how many were there, and the seconds until another would begin.
-    told: int = 0
-    wait: float | None = None
-    #: Other nodes that were about to choose when it was told, and when that was.
-    rivals: int = 0
-    at: float = -math.inf
-
-    @property
-    def all(self) -> int:
-        """How many are there now."""
-        return self.others + self.in_flight
-
-
-@dataclass(slots=True)
-class _Seen:
-    #: What others have running and waiting there, by the last report.
-    others: int = 0
-    slots: int = 1
-    in_flight: int = 0
-    #: How many it said were there, and how long another would wait.
-    told: int = 0
-    wait: float | None = None
-    #: Other nodes that had just asked for its load when it was reported, and may choose it too.
-    rivals: int = 0
-    #: When it was reported; None: never.
-    at: float | None = None
-
-
-@dataclass(slots=True)
-class Loads:
-    """How busy the peers' providers are: what they said last, and this node's requests since.
-
-    A peer counts our requests too, so those that were in flight when it spoke are taken off what it
-    said, and those that are in flight now are counted by ourselves.
-    """
-
-    _seen: dict[BackendId, _Seen] = field(default_factory=dict)
-
-    def begin(self, backend: BackendId) -> None:
-        """A request of ours is sent."""
-        self._of(backend).in_flight += 1
-
-    def end(self, backend: BackendId) -> None:
-        """Its last byte came, or it was given up."""
-        self._of(backend).in_flight -= 1
-
-    def report(
-        self,
-        backend: BackendId,
-        load: Load,
-        now: float,
-        *,
-        known: int | None = None,
-        rivals: int = 0,
-    ) -> None:
-        """The peer said how busy it is.
-
-        Of our requests it knew at most `known`: those sent after it was asked came too late.
-        """
-        seen = self._of(backend)
-        ours = seen.in_flight if known is None else min(known, seen.in_flight)
-        seen.told, seen.wait = load.running + load.waiting, load.wait
-        seen.others = max(seen.told - ours, 0)
-        seen.slots, seen.rivals, seen.at = load.slots, rivals, now
-
-    def told(self, backend: BackendId) -> float | None:
-        """When it was last reported; None: never."""
-        seen = self._seen.get(backend)
-        return seen.at if seen else None
-
-    def in_flight(self, backend: BackendId) -> int:
-        """Our own requests there."""
-        seen = self._seen.get(backend)
-        return seen.in_flight if seen else 0
-
-    def get(self, backend: BackendId, advertised: Load) -> Busy:
-        """How busy it is now; as advertised if it never said otherwise."""
-        seen = self._seen.get(backend)
-        if seen is None or seen.at is None:
-            others = advertised.running + advertised.waiting
-            return Busy(others, seen.in_flight if seen else 0, advertised.slots)
-        return Busy(
-            seen.others, seen.in_flight, seen.slots, seen.told, seen.wait, seen.rivals, seen.at
-        )
-
-    def forget(self, peer: PeerId) -> None:
-        """The peer is gone: what it said holds no more."""
-        for backend in [b for b in self._seen if b.peer == peer]:
-            if not self._seen[backend].in_flight:
-                del self._seen[backend]
-
-    def _of(self, backend: BackendId) -> _Seen:
-        seen = self._seen.get(backend)
-        if seen is None:
-            seen = self._seen[backend] = _Seen()
-        return seen
-
-
-# --- others who choose --------------------------------------------------------------------------
-
-
-class Choosing:
-    """Peers that have asked how busy this node is, and are about to choose whom to ask.
-
-    Nodes that look at the same moment see the same, and would all go to the same place. So each is
-    told how many looked before it and may not have chosen yet.
-    """
-
-    def __init__(self) -> None:
-        #: The model each asks for, and until when it may be choosing.
-        self._askers: dict[PeerId, tuple[str, float]] = {}
-
-    def enter(self, asker: PeerId, model: str, within: float, now: float) -> int:
-        """It will have chosen within so many seconds. Returns how many others are choosing."""
-        self._askers = {p: entry for p, entry in self._askers.items() if entry[1] > now}
-        others = sum(entry[0] == model for p, entry in self._askers.items() if p != asker)
-        self._askers[asker] = model, now + min(within, LONGEST_CHOICE)
-        return others
-
-    def chose(self, asker: PeerId) -> None:
-        """Its request is here: it is counted as such."""
-        self._askers.pop(asker, None)
 
 
 # --- all of it ----------------------------------------------------------------------------------

@@ -16,7 +16,9 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from ..providers.base import ModelOffer, Policy
-from .measure import BackendId, Busy, Measured, Speed
+from .backend_id import BackendId, Measured
+from .loads import Busy
+from .measure import Speed
 from .transport import PeerId
 
 #: Up to so many candidates `best_performance` weighs all; of more, so many are drawn at random, by

@@ -14,8 +14,9 @@ from typing import Protocol
 
 import trio
 
+from .backend_id import BackendId
 from .frames import AskLoads, PresentLoads, RemoteProtocolError
-from .measure import BackendId, Loads
+from .loads import Loads
 from .policies import Candidate, Work, expected_times
 from .transport import PeerId, TransportError
 

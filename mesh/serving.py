@@ -48,7 +48,7 @@ from .frames import (
     Reply,
     Request,
 )
-from .measure import Choosing
+from .loads import Choosing
 from .protocol import LocalProtocolError, Server, error_frame, merge_text
 from .transport import PeerId, Stream, TransportError
 

@@ -6,7 +6,7 @@ from daemons import ROOT
 from doc_blocks import tables
 from fault_cases import CASES
 
-from promptmesh.mesh.measure import ERRORS_IN_A_ROW, FIRST_PAUSE, LONGEST_PAUSE
+from promptmesh.mesh.breakers import ERRORS_IN_A_ROW, FIRST_PAUSE, LONGEST_PAUSE
 from promptmesh.node.config_sections import DeadlinesConfig
 from promptmesh.providers.event_stream import MAX_EVENT
 from promptmesh.providers.openai_stream import MAX_ANSWER, MAX_WHOLE

@@ -11,7 +11,7 @@ from promptmesh.mesh.affinity import (
     Affinity,
     beginnings,
 )
-from promptmesh.mesh.measure import BackendId
+from promptmesh.mesh.backend_id import BackendId
 from promptmesh.providers.base import GenerateRequest, Message, Role, Text, Tool
 
 A, B = BackendId("a", "p"), BackendId("b", "p")

@@ -13,9 +13,9 @@ import trio.testing
 from fakes_mesh import FakeProvider, asking
 
 from promptmesh.mesh.asking import Deadlines
+from promptmesh.mesh.backend_id import BackendId, Measured
 from promptmesh.mesh.backends import BackendManager
 from promptmesh.mesh.candidates import LocalBackend
-from promptmesh.mesh.measure import BackendId, Measured
 from promptmesh.mesh.peers import PeerTable
 from promptmesh.mesh.policies import Candidate
 from promptmesh.mesh.route import Route

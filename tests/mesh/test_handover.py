@@ -14,8 +14,8 @@ from fakes import MemoryNetwork
 from fakes_mesh import FakeProvider, Node, asking, mesh_of
 
 from promptmesh.mesh.asking import Deadlines
+from promptmesh.mesh.backend_id import BackendId, Measured
 from promptmesh.mesh.backends import BackendManager
-from promptmesh.mesh.measure import BackendId, Measured
 from promptmesh.mesh.peers import PeerTable
 from promptmesh.providers.base import (
     Answering,

@@ -8,9 +8,10 @@ import trio
 import trio.testing
 from fakes_mesh import FakeProvider, asking
 
+from promptmesh.mesh.backend_id import BackendId, Measured
 from promptmesh.mesh.backends import BackendManager
 from promptmesh.mesh.hedging import HEDGE_SHARE, MOST_HEDGES
-from promptmesh.mesh.measure import ENOUGH, RECENT, BackendId, Measured, Speed
+from promptmesh.mesh.measure import ENOUGH, RECENT, Speed
 from promptmesh.mesh.peers import PeerTable
 from promptmesh.mesh.route import Route
 from promptmesh.providers.base import (

@@ -6,7 +6,7 @@ import pytest
 from fakes_mesh import asking
 
 from promptmesh.mesh.ladder import Bill, dollars, is_paid, prompt_tokens, refusal, rung
-from promptmesh.mesh.measure import Busy
+from promptmesh.mesh.loads import Busy
 from promptmesh.mesh.policies import Allowance, Candidate
 from promptmesh.providers.base import (
     Asked,

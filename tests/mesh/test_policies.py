@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from promptmesh.mesh.measure import Busy, Speed
+from promptmesh.mesh.loads import Busy
+from promptmesh.mesh.measure import Speed
 from promptmesh.mesh.policies import (
     FEW,
     MAX_DECISIONS,

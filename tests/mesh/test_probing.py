@@ -10,8 +10,10 @@ import trio.testing
 from fakes import MemoryNetwork
 from fakes_mesh import FakeProvider, Node, asking, mesh_of, wait_until
 
+from promptmesh.mesh.backend_id import BackendId
 from promptmesh.mesh.frames import AskLoads, Load, PresentLoads
-from promptmesh.mesh.measure import BackendId, Busy, Loads, Speed
+from promptmesh.mesh.loads import Busy, Loads
+from promptmesh.mesh.measure import Speed
 from promptmesh.mesh.policies import Candidate, Work
 from promptmesh.mesh.probing import MAX_PROBES, OLD_SHARE, PATIENCE_MOST, Probes, worth_probing
 from promptmesh.mesh.transport import PeerId, TransportError
