@@ -132,8 +132,13 @@ def retry_after(headers: Mapping[str, str], now: float) -> float | None:
 class ErrorReader:
     """Turns the failures of one server into `GenerateError`s that never hold one of its keys."""
 
-    def __init__(self, name: str, secrets: Iterable[str]) -> None:
+    def __init__(
+        self, name: str, secrets: Iterable[str], *, base_url: str = "it usually ends in /v1"
+    ) -> None:
+        """`base_url` says what that setting usually looks like."""
         self.name = name
+        #: For a server that seems to be another one than was meant.
+        self.place_hint = f"is base_url right? {base_url}"
         # The longest first: one may be a part of another.
         self._secrets = sorted((s for s in secrets if len(s) >= 4), key=len, reverse=True)
 
@@ -171,7 +176,7 @@ class ErrorReader:
     def _failure(
         self, status: int, message: str, error: ServerError, wait: float | None = None
     ) -> GenerateError:
-        kind, hint = _classify(status, error)
+        kind, hint = _classify(status, error, self.place_hint)
         field = error.field if issubclass(kind, RequestRejected) else None
         return kind(
             self.redact(message) + hint,
@@ -184,7 +189,7 @@ class ErrorReader:
 _KEY_HINT = " (check the key: `api_key_env` names its variable)"
 
 
-def _classify(status: int, error: ServerError) -> tuple[type[GenerateError], str]:
+def _classify(status: int, error: ServerError, place: str) -> tuple[type[GenerateError], str]:
     """Which error it is, and what to add to its message. Status 0: the server told none."""
     if status == 401:
         return ProviderUnavailable, _KEY_HINT
@@ -204,5 +209,5 @@ def _classify(status: int, error: ServerError) -> tuple[type[GenerateError], str
     if status == 403:
         return ProviderUnavailable, " (may this key use this model?)"
     if status in (404, 405) and not _NO_MODEL.search(said):
-        return ProviderUnavailable, " (is base_url right? it usually ends in /v1)"
+        return ProviderUnavailable, f" ({place})"
     return ProviderUnavailable, ""

@@ -9,24 +9,9 @@ from typing import Any
 
 import msgspec
 
-from .base import (
-    Chunk,
-    FinishReason,
-    GenerateError,
-    ProviderUnavailable,
-    RequestRejected,
-    StreamInterrupted,
-    ToolCallDelta,
-    Usage,
-)
-from .event_stream import EventStream, EventTooLong
+from .base import FinishReason, ToolCallDelta, Usage
 from .openai_errors import ErrorReader
-
-#: The longest answer of a server that answers whole although it was asked for a stream, in bytes.
-MAX_WHOLE = 32 * 1024 * 1024
-#: Characters of an answer: its text, reasoning and tool calls. Models end after 400,000 tokens, and
-#: whoever writes twice as many does not end at all. All of it fits into one frame to a peer.
-MAX_ANSWER = 3 * 1024 * 1024
+from .stream_decoder import StreamDecoder
 
 
 class _Function(msgspec.Struct, gc=False):
@@ -94,90 +79,14 @@ _FINISH: dict[str, FinishReason] = {
 }
 
 
-class AnswerDecoder:
-    """Takes the body of a reply with status 200, cut anywhere; gives its chunks.
-
-    What arrives together becomes one chunk as far as it is of one kind. `failure` is set where the
-    answer broke, and is to be raised after the chunks before it; `finished` is true when the
-    closing chunk was given. A body that is one JSON object is a whole answer.
-    """
+class AnswerDecoder(StreamDecoder):
+    """The decoder of `POST /chat/completions`."""
 
     def __init__(self, errors: ErrorReader) -> None:
-        self._errors = errors
-        self.failure: GenerateError | None = None
-        self.finished = False
-        #: Pieces of content so far: about the tokens, where the server does not count them.
-        self.pieces = 0
-        self._events = EventStream()
-        #: The body so far, if it is a whole answer; None until the first byte shows what it is.
-        self._whole: bytearray | None = None
-        self._streamed = False
-        self._finish: FinishReason | None = None
-        self._usage: Usage | None = None
+        super().__init__(errors)
         self._call_ids: list[str] = []
-        #: Characters so far.
-        self._size = 0
-        self._given: list[str] = []
-        # What is being put together for the next chunk.
-        self._text: list[str] = []
-        self._reasoning: list[str] = []
-        self._calls: list[ToolCallDelta] = []
-        self._logprobs: list[dict[str, Any]] = []
-        self._ready: list[Chunk] = []
 
-    @property
-    def text(self) -> str:
-        """The text given so far."""
-        return "".join(self._given)
-
-    @property
-    def streamed(self) -> bool:
-        """Did the server stream, as it was asked?"""
-        return self._streamed
-
-    def broken(self, reason: str) -> GenerateError:
-        """The failure of an answer that broke off now."""
-        if self.pieces:
-            return StreamInterrupted(
-                f"{self._errors.name} broke off its answer: {reason}", partial=self.text
-            )
-        return ProviderUnavailable(f"{self._errors.name}: {reason}")
-
-    def feed(self, data: bytes) -> list[Chunk]:
-        """Take what arrived."""
-        if not self._streamed:
-            if self._whole is None:
-                data = data.lstrip()
-                if not data:
-                    return []
-            if self._whole is not None or data.startswith(b"{"):
-                return self._hold(data)
-            self._streamed = True
-        try:
-            events = self._events.feed(data)
-        except EventTooLong as error:
-            self.failure = self.broken(str(error))
-            return []
-        for name, event in events:
-            self._event(name, event)
-        return self._take()
-
-    def _hold(self, data: bytes) -> list[Chunk]:
-        self._whole = self._whole or bytearray()
-        self._whole += data
-        if len(self._whole) > MAX_WHOLE:
-            self.failure = self.broken(f"the answer is longer than {MAX_WHOLE} bytes")
-        return []
-
-    def end(self) -> list[Chunk]:
-        """Take the end of the body."""
-        events = self._events.end() if self._whole is None else [("", bytes(self._whole))]
-        for name, event in events:
-            self._event(name, event)
-        self._close()
-        return self._take()
-
-    def _event(self, name: str, data: bytes) -> None:
+    def event(self, name: str, data: bytes) -> None:
         if self.finished or self.failure is not None:
             return
         if data == b"[DONE]":
@@ -210,27 +119,15 @@ class AnswerDecoder:
             return  # One answer was asked for.
         delta = choice.delta or choice.message
         if delta is not None:
-            text = delta.content or delta.refusal
-            reasoning = delta.reasoning_content or delta.reasoning
-            if reasoning:
-                self._change(self._text, self._calls)
-                self._reasoning.append(reasoning)
-                self._size += len(reasoning)
-                self.pieces += 1
-            if text:
-                self._change(self._reasoning, self._calls)
-                self._text.append(text)
-                self._given.append(text)
-                self._size += len(text)
-                self.pieces += 1
+            if reasoning := delta.reasoning_content or delta.reasoning:
+                self._add_reasoning(reasoning)
+            if text := delta.content or delta.refusal:
+                self._add_text(text)
             if choice.logprobs is not None and choice.logprobs.content:
                 self._logprobs += choice.logprobs.content
-            if delta.tool_calls:
-                self._change(self._text, self._reasoning)
-                self._calls += map(self._call, delta.tool_calls)
-                self.pieces += 1
-            if self._size > MAX_ANSWER:
-                self.failure = self.broken(f"the answer is longer than {MAX_ANSWER} characters")
+            for call in delta.tool_calls or ():
+                self._add_call(self._call(call))
+            if self.failure is not None:
                 return
         if choice.finish_reason:
             self._finish = _FINISH.get(choice.finish_reason.lower())
@@ -245,55 +142,9 @@ class AnswerDecoder:
                 self._call_ids.append(call.id)
             index = max(len(self._call_ids) - 1, 0)
         function = call.function or _Function()
-        delta = ToolCallDelta(
+        return ToolCallDelta(
             index=index,
             id=call.id or "",
             name=function.name or "",
             arguments=function.arguments or "",
         )
-        # One more, so that empty ones have an end, too.
-        self._size += len(delta.id) + len(delta.name) + len(delta.arguments) + 1
-        return delta
-
-    def _fail(self, data: bytes) -> None:
-        """An error in place of more of the answer."""
-        error = self._errors.event(self._errors.read(data))
-        if self.pieces and not isinstance(error, RequestRejected):
-            error = StreamInterrupted(error.message, retry_after=error.retry_after)
-        error.partial = self.text
-        self.failure = error
-
-    def _close(self) -> None:
-        """The answer is over."""
-        if self.finished or self.failure is not None:
-            return
-        if self._finish is None:
-            self.failure = StreamInterrupted(
-                f"{self._errors.name} ended its answer without the end marker", partial=self.text
-            )
-            return
-        self._flush()
-        self._ready.append(Chunk(finish_reason=self._finish, usage=self._usage))
-        self.finished = True
-
-    def _change(self, one: list[Any], other: list[Any]) -> None:
-        """Begin another chunk if the present one is of another kind."""
-        if one or other:
-            self._flush()
-
-    def _flush(self) -> None:
-        if self._text or self._reasoning or self._calls or self._logprobs:
-            self._ready.append(
-                Chunk(
-                    text="".join(self._text),
-                    reasoning="".join(self._reasoning),
-                    tool_calls=tuple(self._calls),
-                    logprobs=tuple(self._logprobs),
-                )
-            )
-            self._text, self._reasoning, self._calls, self._logprobs = [], [], [], []
-
-    def _take(self) -> list[Chunk]:
-        self._flush()
-        ready, self._ready = self._ready, []
-        return ready

@@ -9,7 +9,7 @@ from fault_cases import CASES
 from promptmesh.mesh.breakers import ERRORS_IN_A_ROW, FIRST_PAUSE, LONGEST_PAUSE
 from promptmesh.node.config_sections import DeadlinesConfig
 from promptmesh.providers.event_stream import MAX_EVENT
-from promptmesh.providers.openai_stream import MAX_ANSWER, MAX_WHOLE
+from promptmesh.providers.stream_decoder import MAX_ANSWER, MAX_WHOLE
 
 TEXT = (ROOT / "docs" / "failures.md").read_text()
 

@@ -63,7 +63,7 @@ from promptmesh.providers.base import (
     Text,
     Usage,
 )
-from promptmesh.providers.openai_stream import MAX_ANSWER
+from promptmesh.providers.stream_decoder import MAX_ANSWER
 
 REQUEST = GenerateRequest(
     model="m",

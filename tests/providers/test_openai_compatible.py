@@ -567,7 +567,7 @@ async def test_server_that_lists_no_models_is_ready_if_they_are_configured() -> 
 
 
 async def test_list_of_models_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("promptmesh.providers.openai_compatible.MAX_MODEL_LIST", 100)
+    monkeypatch.setattr("promptmesh.providers.model_list.MAX_MODEL_LIST", 100)
     async with served(always(json_reply(200, LIST))) as (_, provider):
         health = await provider.check()
     assert "longer than 100 bytes" in health.reason

@@ -10,7 +10,7 @@ from fakes_http import DONE, USAGE, answer, delta, event
 from hypothesis import given
 from hypothesis import strategies as st
 
-from promptmesh.providers import openai_stream
+from promptmesh.providers import stream_decoder
 from promptmesh.providers.base import (
     Chunk,
     Completion,
@@ -324,7 +324,7 @@ def test_event_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_answer_too_long(monkeypatch: pytest.MonkeyPatch, piece: dict[str, Any]) -> None:
-    monkeypatch.setattr(openai_stream, "MAX_ANSWER", 9)
+    monkeypatch.setattr(stream_decoder, "MAX_ANSWER", 9)
     got = failure(*[event(delta(**piece))] * 20)
     assert isinstance(got, StreamInterrupted)
     assert "longer than 9 characters" in str(got)
@@ -376,7 +376,7 @@ def test_whole_error() -> None:
 
 
 def test_whole_answer_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openai_stream, "MAX_WHOLE", 50)
+    monkeypatch.setattr(stream_decoder, "MAX_WHOLE", 50)
     got = failure(json.dumps(WHOLE).encode())
     assert "longer than 50 bytes" in str(got)
 
