@@ -29,6 +29,7 @@ import cbrrr
 import msgspec
 
 from ..providers.base import (
+    TRANSPORT,
     EmbedRequest,
     GenerateRequest,
     Image,
@@ -59,22 +60,6 @@ KEYED = (
     "parallel_tool_calls",
     "response_format",
     "prefix",
-)
-#: Fields of `extra` that decide who pays, how it travels and what is logged, but no answer.
-TRANSPORT = frozenset(
-    {
-        "keep_alive",
-        "metadata",
-        "prompt_cache_key",
-        "prompt_cache_retention",
-        "safety_identifier",
-        "service_tier",
-        "store",
-        "stream",
-        "stream_options",
-        "timeout",
-        "user",
-    }
 )
 
 #: Keys that are remembered. One is found by the digest of the request's fields as they are, which

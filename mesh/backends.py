@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from random import Random
+from typing import Any
 
 import trio
 
@@ -65,6 +66,7 @@ class BackendManager:
         deadlines: Deadlines | None = None,
         on_claim: Callable[[PeerId, bytes, str], None] = lambda peer, claim, cid: None,
         why_not_ask: Callable[[PeerId], str] = lambda peer: "",
+        options_fault: Callable[[str, Mapping[str, Any]], str] = lambda kind, extra: "",
         limits: Callable[[Candidate], TimeLimits | None] = lambda candidate: None,
         prefer: Prefer = "free",
         hedge: bool = False,
@@ -82,6 +84,7 @@ class BackendManager:
             node=node,
             experience=self.experience,
             why_not_ask=why_not_ask,
+            options_fault=options_fault,
         )
         self._policy: Policy = policy
         self._prefer: Prefer = prefer

@@ -5,13 +5,13 @@ This node's own providers are candidates like those of its peers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import trio
 
-from ..providers.base import Asked, ModelOffer, Priority, Provider
+from ..providers.base import Asked, GenerateRequest, ModelOffer, Priority, Provider
 from .backend_id import BackendId, Measured
 from .frames import Load
 from .ladder import Bill, is_paid
@@ -80,9 +80,12 @@ class Candidates:
         node: str,
         experience: Experience,
         why_not_ask: Callable[[PeerId], str] = lambda peer: "",
+        options_fault: Callable[[str, Mapping[str, Any]], str] = lambda kind, extra: "",
     ) -> None:
-        """`why_not_ask` says why no request may go to a peer, "" if it may."""
+        """`why_not_ask` says why no request may go to a peer, "" if it may; `options_fault` why a
+        provider of that kind does not take what a request says in its `extra`."""
         self._why_not_ask = why_not_ask
+        self._options_fault = options_fault
         self._local = local
         self._peers = peers
         self._peer_id = peer_id
@@ -166,7 +169,7 @@ class Candidates:
                         candidate = self._own(backend, offer, request, bill)
                         yield candidate, self.obstacle(candidate, now)
         for offered in self._peers.offers(request.model) if with_peers else ():
-            candidate = self._remote(offered, now, bill)
+            candidate = self._remote(offered, now, request, bill)
             yield candidate, self.obstacle(candidate, now) or _not_ready(offered.provider)
 
     def _own(
@@ -185,7 +188,14 @@ class Candidates:
             paid=paid,
             cost=bill.at(offer.price, paid=paid),
             allowance=backend.allowance(request.asker),
+            forbidden=self._unfit(backend.kind, request),
         )
+
+    def _unfit(self, kind: str, request: Asked) -> str:
+        """Why no provider of that kind takes the request; "": it does."""
+        if not request.extra or not isinstance(request, GenerateRequest):
+            return ""
+        return self._options_fault(kind, request.extra)
 
     def _own_busy(self, backend: LocalBackend, priority: Priority) -> Busy:
         """All its requests come through here: what it counts are ours."""
@@ -193,7 +203,7 @@ class Candidates:
         count = load.running + load.waiting
         return Busy(0, count, load.slots, told=count, wait=load.wait, at=trio.current_time())
 
-    def _remote(self, offered: Offered, now: float, bill: Bill) -> Candidate:
+    def _remote(self, offered: Offered, now: float, request: Asked, bill: Bill) -> Candidate:
         peer, provider, offer = offered
         paid = is_paid(offer.price, provider.paid)
         busy = self._experience.loads.get(BackendId(peer.peer, provider.name), provider.load)
@@ -208,7 +218,7 @@ class Candidates:
             speed=self._experience.measures.get(Measured(peer.peer, provider.name, offer.id)),
             said_ttft=provider.ttft,
             said_rate=provider.rate,
-            forbidden=self._why_not_ask(peer.peer),
+            forbidden=self._why_not_ask(peer.peer) or self._unfit(provider.kind, request),
             paid=paid,
             cost=bill.at(offer.price, paid=paid),
         )

@@ -88,7 +88,7 @@ class Candidate:
     cost: float | None = 0.0
     #: What may still be spent there today, if it is this node's own.
     allowance: Allowance = field(default_factory=Allowance)
-    #: Why no request of this node may go there; "": it may.
+    #: Why this request, or none of this node, may go there; "": it may.
     forbidden: str = ""
 
     @property

@@ -27,6 +27,7 @@ from ..mesh.identity import Identity, verify
 from ..mesh.peers import PeerTable
 from ..mesh.policies import Candidate
 from ..providers.base import TimeLimits
+from ..providers.registry import options_fault
 from .config import Config
 from .home import Home
 from .ledger import Ledger
@@ -174,6 +175,7 @@ def open_parts(config: Config, home: Home, environment: Mapping[str, str]) -> It
             limits=functools.partial(time_limits, config),
             on_claim=sharing.take_claim,
             why_not_ask=rights.why_not_ask,
+            options_fault=options_fault,
             prefer=config.mesh.prefer,
             hedge=config.mesh.hedge,
             on_route=trace.route,

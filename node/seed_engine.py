@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,14 +48,14 @@ from ..providers.base import (
     Text,
 )
 from ..providers.plain import MAX_THREADS, PlainProvider, is_provider
-from ..providers.registry import Runs
+from ..providers.registry import Runs, options_fault
 from .config import CacheConfig, Config, child_environment
 from .home import Home, HomeError
 from .parts import Parts, open_parts
 from .router import Router
 from .running_node import RunningNode
 from .seed_ask import Ask, Options
-from .seed_providers import OPENAI_KINDS, Plan, Unusable
+from .seed_providers import Plan, Unusable
 
 logger = logging.getLogger(__name__)
 
@@ -197,19 +197,30 @@ class Engine:
             own=True,
         )
 
-    def _plans(self, ask: Ask) -> Iterator[Plan]:
-        """Who can be asked, in order. Raises for one that was named and cannot."""
+    def _plans(self, ask: Ask) -> Sequence[Plan]:
+        """Who can be asked, in order. Raises for one that was named and cannot, and `TypeError`
+        for an option that none of them has."""
         if ask.fixed is not None:
-            yield ask.fixed
-            return
+            return [ask.fixed]
+        plans, faults = [], []
         for name in ask.names:
             try:
                 make = ask.planner.plan if ask.named else ask.planner.auto
-                yield make(name, ask.model)
+                plan = make(name, ask.model)
             except Unusable as error:
                 ask.trace.skipped[name] = str(error)
                 if ask.named:
                     raise ProviderUnavailable(f"{name} cannot be used: {error}") from error
+                continue
+            fault = options_fault(plan.kind, ask.options.more)
+            if fault:
+                ask.trace.skipped[name] = fault
+                faults.append(f"{name}: {fault}")
+            else:
+                plans.append(plan)
+        if faults and not plans:
+            raise TypeError("; ".join(faults))
+        return plans
 
     async def _ask(self, ask: Ask, plan: Plan, emit: _Begun) -> str:
         built = await self._get(ask, plan)
@@ -536,7 +547,7 @@ class _Alone:
 
 
 def _request(ask: Ask, plan: Plan) -> GenerateRequest:
-    """The question to that provider. Raises `TypeError` for an option that it does not know."""
+    """The question to that provider."""
     options = ask.options
     texts = [("system", options.system)] if options.system else []
     messages = [
@@ -570,9 +581,7 @@ def _extra(more: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
         return {}
     if plan.kind == "plain":
         return {"extra": {name: repr(value) for name, value in more.items()}}
-    if plan.kind in OPENAI_KINDS or plan.kind == "backend_manager":
-        return {"dialect": "openai", "extra": dict(more)}
-    raise TypeError(f"{plan.name} has no option {next(iter(more))!r}")
+    return {"dialect": "openai", "extra": dict(more)}
 
 
 def _text(completion: Completion) -> str:

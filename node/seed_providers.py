@@ -49,8 +49,6 @@ ORDER = (
 NOT_BUILT = frozenset({"codex_cli", "copilot_cli", "copilot_sdk", "gemini_cli", "claude_code"})
 #: Never tried where no provider is named.
 ONLY_BY_NAME = ("echo", "openai_compatible")
-#: What takes fields that we do not know, to send them on.
-OPENAI_KINDS = frozenset({"openai_compatible", "openrouter"})
 
 MAX_TOKENS, LOCAL_MAX_TOKENS = 256, 128
 #: The model of `local_hf` where nothing says another.

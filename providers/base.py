@@ -35,6 +35,22 @@ MAX_INPUT_TOKENS = 16_384
 #: Numbers of a vector, and bytes of each: float32, little-endian.
 MAX_DIMENSIONS = 4096
 FLOAT_SIZE = 4
+#: Fields of `extra` that decide who pays, how it travels and what is logged, but no answer.
+TRANSPORT = frozenset(
+    {
+        "keep_alive",
+        "metadata",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "stream",
+        "stream_options",
+        "timeout",
+        "user",
+    }
+)
 
 
 class Value(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -169,7 +185,7 @@ class ModelRequest(Value, frozen=True, kw_only=True):
 
     model: str
     #: The form it was asked in; `extra` holds its fields we do not know, sent on to providers that
-    #: speak the same dialect.
+    #: speak the same dialect. A provider of another kind finds its own options there.
     dialect: str = ""
     extra: dict[str, Any] = {}
 

@@ -11,18 +11,28 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import msgspec
 
-from .base import Provider
+from .base import TRANSPORT, Provider, RequestRejected
 from .plain import PlainProvider, is_provider
 from .plugins import load_plugin, plugins
 
 #: Builds a provider from its name and settings. Raises `SettingsError`.
 Factory = Callable[[str, Mapping[str, Any]], Provider]
+#: Gives the type of a kind's options; it is called, so that nothing is imported before.
+OptionsType = Callable[[], type[msgspec.Struct]]
 
 T = TypeVar("T")
 
 
+class NoOptions(msgspec.Struct, frozen=True):
+    """The options of a kind that has none."""
+
+
 class SettingsError(ValueError):
     """Settings that no provider can be built from; names the one that is wrong."""
+
+    def __init__(self, message: str, key: str | None = None) -> None:
+        super().__init__(message)
+        self.key = key
 
 
 @runtime_checkable
@@ -35,11 +45,18 @@ class Runs(Protocol):
 
 
 _factories: dict[str, Factory] = {}
+_options: dict[str, OptionsType | None] = {}
 
 
-def register(kind: str, factory: Factory) -> None:
-    """Make a kind known. A later one of the same name takes its place."""
+def register(
+    kind: str, factory: Factory, *, options: OptionsType | None = lambda: NoOptions
+) -> None:
+    """Make a kind known. A later one of the same name takes its place.
+
+    `options` are those of a request that only this kind understands (`options_of`).
+    """
     _factories[kind] = factory
+    _options[kind] = options
 
 
 def kinds() -> Sequence[str]:
@@ -61,6 +78,40 @@ def build(kind: str, name: str, settings: Mapping[str, Any]) -> Provider:
     raise SettingsError(f"provider {name!r}: no kind {kind!r}{_meant(kind, kinds())}")
 
 
+def options_of(kind: str) -> type[msgspec.Struct] | None:
+    """What a request may say to this kind beside what it says to all.
+
+    None: any field of the dialect it came in, as to a server that knows more fields than we do, or
+    to a kind of another package.
+    """
+    options = _options.get(kind)
+    return None if options is None else options()
+
+
+def read_options(type_: type[T], extra: Mapping[str, Any]) -> T:
+    """The options of a request, from its `extra`. Raises `RequestRejected` that names the field.
+
+    Fields that do not bear on the answer, and those without a value, say nothing to a provider.
+    """
+    said = {name: v for name, v in extra.items() if v is not None and name not in TRANSPORT}
+    try:
+        return read_settings(type_, said, what="option")
+    except SettingsError as error:
+        raise RequestRejected(str(error), field=error.key) from None
+
+
+def options_fault(kind: str, extra: Mapping[str, Any]) -> str:
+    """Why a provider of this kind does not take a request with such an `extra`; "": it does."""
+    type_ = options_of(kind) if extra else None
+    if type_ is None:
+        return ""
+    try:
+        read_options(type_, extra)
+    except RequestRejected as error:
+        return error.message
+    return ""
+
+
 def _plugged(plugin: Callable[..., Any], name: str, settings: Mapping[str, Any]) -> Provider:
     """The provider of another package. Raises `ValueError`.
 
@@ -77,7 +128,13 @@ def _plugged(plugin: Callable[..., Any], name: str, settings: Mapping[str, Any])
         raise ValueError(str(error)) from error
 
 
-def read_settings(type_: type[T], settings: Mapping[str, Any], *, name: str | None = None) -> T:
+def read_settings(
+    type_: type[T],
+    settings: Mapping[str, Any],
+    *,
+    name: str | None = None,
+    what: str = "setting",
+) -> T:
     """Typed settings from a table. Raises `SettingsError` that names the key.
 
     `type_` is a msgspec struct or a dataclass; a `name` is added where it has that field.
@@ -87,7 +144,7 @@ def read_settings(type_: type[T], settings: Mapping[str, Any], *, name: str | No
     known = [field for field in fields if field != "name"]
     for key in settings:
         if key not in known:
-            raise SettingsError(f"no setting {key!r}{_meant(key, known)}")
+            raise SettingsError(f"no {what} {key!r}{_meant(key, known)}", key)
     values = dict(settings)
     if name is not None and "name" in fields:
         values["name"] = name
@@ -96,7 +153,7 @@ def read_settings(type_: type[T], settings: Mapping[str, Any], *, name: str | No
     except msgspec.ValidationError as error:
         reason, _, path = str(error).partition(" - at `$.")
         key = path.rstrip("`")
-        raise SettingsError(f"{key}: {reason}" if key else reason) from None
+        raise SettingsError(f"{key}: {reason}" if key else reason, key or None) from None
 
 
 def _meant(word: str, known: Sequence[str]) -> str:
@@ -132,6 +189,6 @@ def _local_hf(name: str, settings: Mapping[str, Any]) -> Provider:
 
 
 register("echo", _echo)
-register("openai_compatible", _openai_compatible)
-register("openrouter", _openrouter)
+register("openai_compatible", _openai_compatible, options=None)
+register("openrouter", _openrouter, options=None)
 register("local_hf", _local_hf)

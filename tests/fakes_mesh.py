@@ -75,6 +75,7 @@ class FakeProvider:
     #: What `embed` gives, whatever it is asked; None: a vector of three numbers for each input.
     embeddings: Sequence[Embedding] | None = None
     embed_requests: list[EmbedRequest] = field(default_factory=list)
+    kind: str = "fake"
 
     def models(self) -> Sequence[ModelOffer]:
         return self.offers
@@ -133,7 +134,7 @@ class FakeProvider:
         return LocalBackend(
             provider=self,
             name=self.name,
-            kind="fake",
+            kind=self.kind,
             shared=shared,
             load=lambda priority: self.load(),
         )

@@ -21,7 +21,6 @@ from promptmesh.cache import keys
 from promptmesh.cache.cid import cid_bytes, cid_text, parse_cid
 from promptmesh.cache.keys import (
     KEYED,
-    TRANSPORT,
     canonical,
     key_text,
     mesh_key,
@@ -30,6 +29,7 @@ from promptmesh.cache.keys import (
     request_key,
 )
 from promptmesh.providers.base import (
+    TRANSPORT,
     CacheControl,
     GenerateRequest,
     Image,

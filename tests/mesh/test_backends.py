@@ -2,7 +2,7 @@
 
 import gc
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from random import Random
 from typing import Any
@@ -51,6 +51,7 @@ def manager_of(
     private: Sequence[str] = (),
     on_route: Callable[[Asked, bool, Route], None] = lambda request, local_only, route: None,
     limits: Callable[[Candidate], TimeLimits | None] = lambda candidate: None,
+    options_fault: Callable[[str, Mapping[str, Any]], str] = lambda kind, extra: "",
 ) -> BackendManager:
     backends = [p.backend(shared=p.name not in private) for p in providers]
     return BackendManager(
@@ -63,6 +64,7 @@ def manager_of(
         deadlines=deadlines,
         on_route=on_route,
         limits=limits,
+        options_fault=options_fault,
     )
 
 
@@ -107,6 +109,21 @@ async def test_what_an_origin_lacks_is_filled_in_from_the_offer(autojump_clock: 
         engine="fake 1",
         numerics="float32/invariant",
     )
+
+
+async def test_who_does_not_take_an_option_is_not_asked(autojump_clock: Clock) -> None:
+    def fault(kind: str, extra: Mapping[str, Any]) -> str:
+        return f"no option {next(iter(extra))!r}" if kind == "strict" else ""
+
+    strict, lax = FakeProvider("strict", kind="strict"), FakeProvider("lax")
+    manager = manager_of(strict, lax, options_fault=fault)
+    assert {(await ask(manager))[1].provider for _ in range(4)} == {"strict", "lax"}
+    for _ in range(4):
+        assert (await ask(manager, extra={"top_a": 1}))[1].provider == "lax"
+    alone = manager_of(strict, options_fault=fault)
+    error = await error_of(alone, extra={"top_a": 1})
+    assert type(error) is RequestRejected, "whoever asks must mend it"
+    assert "mine:strict: no option 'top_a'" in error.message
 
 
 async def test_the_request_is_pinned_to_the_candidate_when_it_is_passed_on(

@@ -226,6 +226,7 @@ def test_wrong_calls_are_refused(deps: RouterDeps) -> None:
         (TypeError, {"stream": True}),
         (TypeError, {"provider_instance": object()}),
         (TypeError, {"provider": "echo", "colour": "red"}),
+        (TypeError, {"provider": "local_hf", "repetition": 1.1}),
     ]
     for error, arguments in wrong:
         with pytest.raises(error):
@@ -307,6 +308,19 @@ def test_the_next_is_asked_and_the_trace_says_so(
     openrouter.status = 400
     with pytest.raises(RuntimeError, match="400"):
         generate_text("hello again")
+
+
+def test_an_option_goes_to_whom_takes_it(
+    deps: RouterDeps, openrouter: Vendor, tmp_path: Path
+) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "config.toml").write_text('[[providers]]\nkind = "echo"\nname = "mine"\n')
+    assert generate_text("a b", transforms=["middle-out"]) == "b a "
+    assert openrouter.bodies[0]["transforms"] == ["middle-out"]
+    assert trace()["skipped"]["mine"] == "no option 'transforms'"
+    openrouter.status = 500
+    with pytest.raises(RuntimeError, match="mine: no option 'transforms'"):
+        generate_text("hello again", transforms=["middle-out"])
 
 
 def test_openrouter_is_told_what_the_variables_say(

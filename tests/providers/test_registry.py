@@ -1,16 +1,17 @@
 """Providers from tables of the configuration."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import pytest
 
 from promptmesh.providers import registry
-from promptmesh.providers.base import Provider
+from promptmesh.providers.base import Provider, RequestRejected
 from promptmesh.providers.echo import Echo, EchoSettings
 from promptmesh.providers.openai_compatible import OpenAICompatible
 from promptmesh.providers.registry import (
@@ -18,6 +19,9 @@ from promptmesh.providers.registry import (
     SettingsError,
     build,
     kinds,
+    options_fault,
+    options_of,
+    read_options,
     read_settings,
     register,
 )
@@ -146,6 +150,54 @@ def test_settings_without_a_name(type_: Any) -> None:
         read_settings(type_, {"model": "m", "bacth": 3})
     with pytest.raises(SettingsError, match="model"):
         read_settings(type_, {})
+
+
+class Effort(msgspec.Struct, frozen=True):
+    reasoning_effort: Literal["low", "high"] | None = None
+    budget: int = 0
+
+
+@pytest.mark.parametrize(
+    ("extra", "fault"),
+    [
+        ({}, ""),
+        ({"reasoning_effort": "high", "budget": 3}, ""),
+        # What says nothing: no value, or nothing that bears on the answer.
+        ({"reasoning_efort": None, "user": "me", "stream_options": {}}, ""),
+        ({"reasoning_efort": "high"}, "no option 'reasoning_efort'; did you mean 'reasoning_"),
+        ({"top_a": 1}, "no option 'top_a'; there is budget, reasoning_effort"),
+        ({"reasoning_effort": "hi"}, "reasoning_effort: Invalid enum value 'hi'"),
+        ({"budget": "3"}, "budget: Expected `int`, got `str`"),
+    ],
+)
+def test_options_are_checked(
+    extra: Mapping[str, Any], fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "_factories", {})
+    monkeypatch.setattr(registry, "_options", {})
+    register("mine", lambda name, settings: Echo(EchoSettings(name=name)), options=lambda: Effort)
+    assert options_of("mine") is Effort
+    assert options_fault("mine", extra).startswith(fault)
+    assert bool(options_fault("mine", extra)) == bool(fault)
+    if not fault:
+        said = {name: extra[name] for name in Effort.__struct_fields__ if name in extra}
+        assert read_options(Effort, extra) == Effort(**said)
+        return
+    with pytest.raises(RequestRejected, match=re.escape(fault)) as caught:
+        read_options(Effort, extra)
+    assert caught.value.field == next(iter(extra))
+
+
+@pytest.mark.parametrize("kind", ["echo", "local_hf"])
+def test_a_kind_without_options_takes_none(kind: str) -> None:
+    assert options_fault(kind, {"top_a": 1}) == "no option 'top_a'"
+    assert options_fault(kind, {"user": "me"}) == ""
+
+
+@pytest.mark.parametrize("kind", ["openai_compatible", "openrouter", "of-another-package"])
+def test_a_server_of_the_dialect_takes_any_field(kind: str) -> None:
+    assert options_of(kind) is None
+    assert options_fault(kind, {"top_a": 1}) == ""
 
 
 def test_import_is_cheap() -> None:
