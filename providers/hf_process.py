@@ -14,6 +14,7 @@ from functools import partial
 
 import trio
 
+from .child import insist
 from .hf_frames import Event, FrameBuffer, FrameError, Order, decode_events, encode
 
 logger = logging.getLogger(__name__)
@@ -159,16 +160,12 @@ class WorkerProcess:
         """End it: close its input, then SIGTERM, then SIGKILL."""
         self._outgoing.close()
         await trio.aclose_forcefully(self._stdin)
-        for grace, step in (
+        steps = (
             (CLOSE_GRACE, self._process.terminate),
             (TERMINATE_GRACE, self._process.kill),
             (KILL_GRACE, partial(logger.error, "process %d does not end", self.pid)),
-        ):
-            with trio.move_on_after(grace):
-                await self._process.wait()
-            if self._process.returncode is not None:
-                break
-            step()
+        )
+        await insist(self._process.wait, steps)
         await trio.aclose_forcefully(self._stdout)
         await trio.aclose_forcefully(self._stderr)
 
