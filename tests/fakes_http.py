@@ -45,16 +45,37 @@ class ServerSide:
                 return None
         head, _, self._rest = self._rest.partition(b"\r\n\r\n")
         first, *lines = head.decode("latin-1").split("\r\n")
-        pairs = (line.split(": ", 1) for line in lines)
-        headers = {name.lower(): value for name, value in pairs}
-        size = int(headers.get("content-length", "0"))
-        while len(self._rest) < size:
-            assert await self._read(), "the client left in the middle of its request"
-        body, self._rest = bytes(self._rest[:size]), self._rest[size:]
+        pairs = (line.partition(":") for line in lines)
+        headers = {name.lower(): value.strip() for name, _, value in pairs}
+        if headers.get("transfer-encoding") == "chunked":
+            body = b"".join([piece async for piece in self._chunks()])
+        else:
+            body = await self._exactly(int(headers.get("content-length", "0")))
         method, path, _ = first.split(" ")
         received = Received(method, path, headers, body)
         self._server.requests.append(received)
         return received
+
+    async def _chunks(self) -> AsyncIterator[bytes]:
+        """The pieces of a chunked body that has no trailers."""
+        while True:
+            while b"\r\n" not in self._rest:
+                await self._exactly(len(self._rest) + 1, keep=True)
+            line, _, self._rest = self._rest.partition(b"\r\n")
+            piece = await self._exactly(int(line, 16) + 2)
+            if len(piece) == 2:
+                return
+            yield piece[:-2]
+
+    async def _exactly(self, size: int, *, keep: bool = False) -> bytes:
+        """So many bytes; with `keep` they are there, and stay."""
+        while len(self._rest) < size:
+            if not await self._read():
+                raise trio.BrokenResourceError("the client left in the middle of its request")
+        if keep:
+            return b""
+        data, self._rest = bytes(self._rest[:size]), self._rest[size:]
+        return data
 
     async def _read(self) -> bool:
         data = await self.stream.receive_some(65536)
