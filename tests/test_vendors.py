@@ -142,6 +142,7 @@ async def test_what_breaks_off(dialect: str, stream: bool) -> None:
     [
         ("/v1/models", "authorization", "owned_by"),
         ("/v1/models", "anthropic-version", "display_name"),
+        ("/capi/models", "authorization", "model_picker_enabled"),
         ("/v1beta/models", "x-goog-api-key", "supportedGenerationMethods"),
     ],
 )

@@ -12,6 +12,10 @@ from vendor_replies import MESSAGES, PROMPT_TOKENS
 MODELS = ("stub-model", "stub-model-mini")
 
 
+#: Whom GitHub says that a token of Copilot's belongs to.
+_ACCOUNT = {"login": "stub", "copilot_plan": "individual", "chat_enabled": True}
+
+
 def free_reply(request: Received, path: str, refusal: int | None) -> bytes:
     """The reply to a request at `path`, its mode taken away."""
     if request.headers.get("upgrade"):
@@ -24,6 +28,8 @@ def free_reply(request: Received, path: str, refusal: int | None) -> bytes:
         return json_reply(200, {"input_tokens": PROMPT_TOKENS})
     if path.endswith(":countTokens"):
         return json_reply(200, {"totalTokens": PROMPT_TOKENS})
+    if "/copilot_internal/" in path:
+        return json_reply(200, _ACCOUNT if path.endswith("/user") else {})
     if path.endswith("/models"):
         return json_reply(200, _models(request, path))
     return json_reply(404, {"error": {"message": f"nothing is at {path}"}})
@@ -36,6 +42,8 @@ def _models(request: Received, path: str) -> Any:
             for m in MODELS
         ]
         return {"data": models, "has_more": False, "first_id": MODELS[0], "last_id": MODELS[-1]}
+    if path.endswith("/capi/models"):
+        return {"object": "list", "data": [_copilot_model(m) for m in MODELS]}
     if re.search(r"/v1beta/models$", path) or "x-goog-api-key" in request.headers:
         methods = ["generateContent", "countTokens"]
         models = [
@@ -51,3 +59,27 @@ def _models(request: Received, path: str) -> Any:
         return {"models": models}
     models = [{"id": m, "object": "model", "created": 1, "owned_by": "stub"} for m in MODELS]
     return {"object": "list", "data": models}
+
+
+def _copilot_model(name: str) -> dict[str, Any]:
+    limits = {"max_prompt_tokens": 32768, "max_output_tokens": 8192}
+    limits["max_context_window_tokens"] = sum(limits.values())
+    return {
+        "id": name,
+        "name": name,
+        "object": "model",
+        "vendor": "stub",
+        "version": name,
+        "preview": False,
+        "model_picker_enabled": True,
+        "policy": {"state": "enabled", "terms": ""},
+        "billing": {"is_premium": False, "multiplier": 0},
+        "capabilities": {
+            "family": name,
+            "object": "model_capabilities",
+            "tokenizer": "o200k_base",
+            "type": "chat",
+            "limits": limits,
+            "supports": {"streaming": True, "tool_calls": True, "vision": False},
+        },
+    }
