@@ -34,7 +34,7 @@ TOO_OFTEN = 2.0
 _CONTEXT = re.compile(
     r"context_length_exceeded|exceed_context_size|context (length|window|size)|maximum context"
     r"|max(imum)?[_ ]model[_ ]len|too many (input )?tokens|(prompt|input)( is)? too long"
-    r"|reduce the length|string_above_max_length|token limit",
+    r"|reduce the length|string_above_max_length|token limit|prompt[_ ](budget|tokens_exceeded)",
     re.IGNORECASE,
 )
 _FILTERED = re.compile(
@@ -133,10 +133,17 @@ class ErrorReader:
     """Turns the failures of one server into `GenerateError`s that never hold one of its keys."""
 
     def __init__(
-        self, name: str, secrets: Iterable[str], *, base_url: str = "it usually ends in /v1"
+        self,
+        name: str,
+        secrets: Iterable[str],
+        *,
+        base_url: str = "it usually ends in /v1",
+        key: str = "check the key: `api_key_env` names its variable",
     ) -> None:
-        """`base_url` says what that setting usually looks like."""
+        """`base_url` says what that setting usually looks like; `key` what to do where the server
+        does not know who asks."""
         self.name = name
+        self.key_hint = key
         #: For a server that seems to be another one than was meant.
         self.place_hint = f"is base_url right? {base_url}"
         # The longest first: one may be a part of another.
@@ -176,7 +183,7 @@ class ErrorReader:
     def _failure(
         self, status: int, message: str, error: ServerError, wait: float | None = None
     ) -> GenerateError:
-        kind, hint = _classify(status, error, self.place_hint)
+        kind, hint = _classify(status, error, self.place_hint, self.key_hint)
         field = error.field if issubclass(kind, RequestRejected) else None
         return kind(
             self.redact(message) + hint,
@@ -186,13 +193,12 @@ class ErrorReader:
         )
 
 
-_KEY_HINT = " (check the key: `api_key_env` names its variable)"
-
-
-def _classify(status: int, error: ServerError, place: str) -> tuple[type[GenerateError], str]:
+def _classify(
+    status: int, error: ServerError, place: str, key: str
+) -> tuple[type[GenerateError], str]:
     """Which error it is, and what to add to its message. Status 0: the server told none."""
     if status == 401:
-        return ProviderUnavailable, _KEY_HINT
+        return ProviderUnavailable, f" ({key})"
     # A 5xx is the server's fault, whatever its message mentions, unless its code says otherwise.
     said = error.kind if status >= 500 else f"{error.kind} {error.message}"
     if status == 402 or "insufficient_quota" in said:
@@ -204,7 +210,7 @@ def _classify(status: int, error: ServerError, place: str) -> tuple[type[Generat
             return ContextTooLong, ""
     if status in (400, 422):
         if _KEY.search(said):
-            return ProviderUnavailable, _KEY_HINT
+            return ProviderUnavailable, f" ({key})"
         return (ProviderUnavailable if _NO_MODEL.search(said) else RequestRejected), ""
     if status == 403:
         return ProviderUnavailable, " (may this key use this model?)"

@@ -15,7 +15,13 @@ from promptmesh.providers.base import (
     ProviderUnavailable,
     RequestRejected,
 )
-from promptmesh.providers.openai_errors import TOO_OFTEN, ErrorReader, read_error, retry_after
+from promptmesh.providers.openai_errors import (
+    TOO_OFTEN,
+    ErrorReader,
+    ServerError,
+    read_error,
+    retry_after,
+)
 
 NOW = 1_700_000_000.0
 KEY = "sk-abcdef0123456789"
@@ -284,3 +290,15 @@ def test_random_retry_after(value: str) -> None:
 
 def test_deeply_nested_body() -> None:
     assert read_error(b'{"error":' * 100_000).message.startswith('{"error"')
+
+
+def test_what_to_do_where_the_key_is_wrong_is_the_providers_own() -> None:
+    reader = ErrorReader("copilot", [], key="log in: `copilot login`")
+    assert "(log in: `copilot login`)" in str(reader.reply(401, {}, ServerError(), 0.0))
+
+
+def test_a_prompt_over_the_budget_is_too_long() -> None:
+    said = ServerError(message="Request exceeds the model's prompt budget (140038 tokens)")
+    assert type(ErrorReader("copilot", []).event(said)) is ContextTooLong
+    said = ServerError(kind="model_max_prompt_tokens_exceeded")
+    assert type(ErrorReader("copilot", []).reply(400, {}, said, 0.0)) is ContextTooLong
