@@ -23,6 +23,7 @@ from ..providers.base import (
     GenerateError,
     Origin,
     ProviderBusy,
+    ProviderRefused,
     ProviderUnavailable,
     RequestRejected,
     StreamInterrupted,
@@ -319,6 +320,8 @@ def _judge(error: Exception) -> tuple[GenerateError, Fault]:
             return ProviderUnavailable(error.message), Fault.PROVIDER
         case RequestRejected() | CacheOnlyMiss() | ProviderBusy() | Declined():
             return error, Fault.NONE
+        case ProviderRefused():
+            return error, Fault.REFUSED
         case GenerateError():
             return error, Fault.PROVIDER
         case _:

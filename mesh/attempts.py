@@ -26,6 +26,7 @@ from ..providers.base import (
     ModelNotFound,
     ModelOffer,
     ProviderBusy,
+    ProviderRefused,
     ProviderUnavailable,
     RequestRejected,
     StreamInterrupted,
@@ -34,7 +35,7 @@ from .budget import Budget
 from .continuing import SoFar, Way, way_of, way_on
 from .hedging import may_be_second, patience_with
 from .policies import Candidate
-from .ruling_out import Obstacle, RuledOut
+from .ruling_out import Obstacle, RuledOut, held_back
 
 #: Names of models, and candidates with their reasons, that an error lists.
 MOST_LISTED = 20
@@ -150,7 +151,7 @@ class Attempts:
             self.left.remove(chosen)
             obstacle = self._obstacle(chosen)
             if obstacle is not None:
-                self._held_back.append(RuledOut(chosen, obstacle.reason, wait=obstacle.wait))
+                self._held_back.append(held_back(chosen, obstacle))
             elif len(self.tried) < 2 or self._budget.take(now):
                 return self._step(chosen, way=self._way(chosen) or "restart")
             else:
@@ -286,7 +287,8 @@ class Attempts:
         waits = [e.retry_after for e in errors if e.retry_after is not None]
         waits += [r.wait for r in self._held_back if r.wait is not None]
         kind: type[GenerateError] = ProviderUnavailable
-        for same in (ProviderBusy, DeadlineExceeded):
+        told = (ProviderRefused,) if self._for_peer else ()
+        for same in (ProviderBusy, DeadlineExceeded, *told):
             if all(isinstance(e, same) for e in errors):
                 kind = same
         again = any(e.again for e in errors)
@@ -305,6 +307,8 @@ class Attempts:
         waits = [r.wait for r in reasons if r.wait is not None]
         if self._for_peer and all(r.too_dear for r in reasons):
             return Declined(message, retry_after=min(waits, default=None))
+        if self._for_peer and all(r.refused for r in reasons):
+            return ProviderRefused(message, retry_after=min(waits, default=None))
         if waits:
             return ProviderUnavailable(message, retry_after=min(waits))
         message = f"nobody may answer this with `{model}`: {text}"

@@ -86,6 +86,8 @@ class BackendManager:
             why_not_ask=why_not_ask,
             options_fault=options_fault,
         )
+        self._local = local
+        self._peer_id = peer_id
         self._policy: Policy = policy
         self._prefer: Prefer = prefer
         self._hedge = hedge
@@ -121,7 +123,15 @@ class BackendManager:
     def _heard(self, advert: Advert) -> None:
         now = trio.current_time()
         for provider in advert.providers:
-            self.experience.loads.report(BackendId(advert.peer, provider.name), provider.load, now)
+            backend = BackendId(advert.peer, provider.name)
+            self.experience.loads.report(backend, provider.load, now)
+            self.experience.health(backend, provider.state == "ready")
+
+    def health_changed(self) -> None:
+        """A provider of this node is ready, or no longer."""
+        for backend in self._local():
+            which = BackendId(self._peer_id, backend.name)
+            self.experience.health(which, backend.available())
 
     # --- what there is
 

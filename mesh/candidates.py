@@ -228,8 +228,11 @@ class Candidates:
         peer = None if candidate.own else self._peers.get(candidate.peer)
         if peer is not None and peer.state == "unreachable":
             return Obstacle(f"its node is not reachable: {peer.reason}")
-        refusal = self._experience.breakers.refusal(candidate.backend, now)
-        return None if refusal is None else Obstacle(_paused(*refusal), refusal[0])
+        if (failed := self._experience.breakers.refusal(candidate.backend, now)) is not None:
+            return Obstacle(_paused("failed", *failed), failed[0])
+        if (refused := self._experience.refusals.refusal(candidate.measured, now)) is not None:
+            return Obstacle(_paused("refused such a request", *refused), refused[0], refused=True)
+        return None
 
 
 def _load(backend: LocalBackend, priority: Priority) -> Load:
@@ -244,5 +247,5 @@ def _not_ready(provider: ProviderAdvert) -> Obstacle | None:
     return Obstacle(f"it is {provider.state}: {provider.reason}", wait=5.0)
 
 
-def _paused(wait: float, reason: str) -> str:
-    return f"it failed and is left alone for {wait:.1f} s more: {reason}"
+def _paused(what: str, wait: float, reason: str) -> str:
+    return f"it {what} and is left alone for {wait:.1f} s more: {reason}"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from .backend_id import BackendId, Measured
-from .breakers import Breaker, Breakers
+from .breakers import Breakers, Pause, Refusals
 from .loads import Loads
 from .transport import PeerId
 
@@ -147,6 +147,8 @@ class Fault(Enum):
     PROVIDER = auto()
     #: The provider was silent, or sent nonsense.
     PROVIDER_AT_ONCE = auto()
+    #: The provider works, and takes no such request from this node.
+    REFUSED = auto()
     #: The node could not be reached, or was lost.
     PEER = auto()
 
@@ -157,7 +159,10 @@ class Experience:
     def __init__(self) -> None:
         self.measures = Measures()
         self.breakers = Breakers()
+        self.refusals = Refusals()
         self.loads = Loads()
+        #: Providers whose node says that they are not ready.
+        self._down: set[BackendId] = set()
 
     def begin(self, what: Measured) -> None:
         """A request is sent."""
@@ -165,8 +170,8 @@ class Experience:
         speed = self.measures.of(what)
         if speed.ttft is None:
             speed.tries += 1
-        for breaker in self._made_breakers(what):
-            breaker.begin()
+        for pause in self._pauses(what):
+            pause.begin()
 
     def end(self, what: Measured) -> None:
         """Its last byte came, or it was given up."""
@@ -174,8 +179,8 @@ class Experience:
 
     def succeeded(self, what: Measured) -> None:
         """A whole answer came."""
-        for breaker in self._made_breakers(what):
-            breaker.succeeded()
+        for pause in self._pauses(what):
+            pause.succeeded()
 
     def outrun(self, what: Measured, seconds: float, now: float) -> None:
         """It had no token after so long, and another one had: it was slow, and did not fail."""
@@ -185,8 +190,8 @@ class Experience:
 
     def abandoned(self, what: Measured) -> None:
         """The asker left before it was known how it ends."""
-        for breaker in self._made_breakers(what):
-            breaker.abandoned()
+        for pause in self._pauses(what):
+            pause.abandoned()
 
     def failed(
         self,
@@ -203,6 +208,10 @@ class Experience:
         if fault is Fault.NONE:
             return
         self.measures.of(what).failed(seconds, now)
+        if fault is Fault.REFUSED:
+            self.refusals.of(what).refused(now, reason, retry_after)
+            self.measures.came_back(what.peer, what.provider)
+            return
         at_fault = BackendId(what.peer, "" if fault is Fault.PEER else what.provider)
         breaker = self.breakers.of(at_fault)
         breaker.failed(now, reason, at_once=fault is not Fault.PROVIDER, retry_after=retry_after)
@@ -217,7 +226,23 @@ class Experience:
         if not connected:
             self.loads.forget(peer)
             self.measures.came_back(peer)
+        self.refusals.forget(peer)
+        self._down = {backend for backend in self._down if backend.peer != peer}
 
-    def _made_breakers(self, what: Measured) -> list[Breaker]:
-        ids = BackendId(what.peer, what.provider), BackendId(what.peer, "")
-        return [b for b in map(self.breakers.get, ids) if b is not None]
+    def health(self, backend: BackendId, ready: bool) -> None:
+        """What its node says of a provider. One that is ready again may have been mended."""
+        if not ready:
+            self._down.add(backend)
+        elif backend in self._down:
+            self._down.remove(backend)
+            self.refusals.forget(*backend)
+
+    def _pauses(self, what: Measured) -> list[Pause]:
+        """Those that there are for it."""
+        breakers = self.breakers
+        found: tuple[Pause | None, ...] = (
+            breakers.get(BackendId(what.peer, what.provider)),
+            breakers.get(BackendId(what.peer, "")),
+            self.refusals.get(what),
+        )
+        return [pause for pause in found if pause is not None]

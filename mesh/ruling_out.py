@@ -24,6 +24,8 @@ class Obstacle(NamedTuple):
     reason: str
     #: Seconds after which it may be worth another try.
     wait: float = 1.0
+    #: It works, and refused such a request.
+    refused: bool = False
 
 
 class RuledOut(NamedTuple):
@@ -38,6 +40,8 @@ class RuledOut(NamedTuple):
     too_long: bool = False
     #: It costs more than the request may, or than is left today.
     too_dear: bool = False
+    #: It works, and refused such a request.
+    refused: bool = False
 
     def __str__(self) -> str:
         return f"{self.candidate}: {self.reason}"
@@ -62,8 +66,13 @@ def rule_out(candidate: Candidate, request: Asked, obstacle: Obstacle | None) ->
         reason = f"the prompt does not fit into its {offer.context_length} tokens"
         return RuledOut(candidate, reason, too_long=True)
     if obstacle is not None:
-        return RuledOut(candidate, obstacle.reason, wait=obstacle.wait)
+        return held_back(candidate, obstacle)
     return None
+
+
+def held_back(candidate: Candidate, obstacle: Obstacle) -> RuledOut:
+    """The candidate could, and cannot be asked now."""
+    return RuledOut(candidate, obstacle.reason, wait=obstacle.wait, refused=obstacle.refused)
 
 
 def _privacy(candidate: Candidate, request: Asked) -> str:

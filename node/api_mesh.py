@@ -165,14 +165,14 @@ class MeshApi:
     def _provider_of(self, peer: str, advert: ProviderAdvert, now: float) -> dict[str, Any]:
         """What a peer claims of a provider, and what this node measured."""
         backend = BackendId(peer, advert.name)
-        refusal = self._experience.breakers.refusal(backend, now)
-        speeds = (
-            (offer.id, self._experience.measures.get(Measured(peer, advert.name, offer.id)))
-            for offer in advert.models
-        )
+        seen = self._experience
+        asked = [Measured(peer, advert.name, offer.id) for offer in advert.models]
+        refusals = (refusal for what in asked if (refusal := seen.refusals.refusal(what, now)))
+        refusal = seen.breakers.refusal(backend, now) or next(refusals, None)
+        speeds = ((what.model, seen.measures.get(what)) for what in asked)
         return _advert(advert) | {
             "measured": [_measured(model, speed, now) for model, speed in speeds if speed],
-            "in_flight": self._experience.loads.in_flight(backend),
+            "in_flight": seen.loads.in_flight(backend),
             "paused": refusal and {"seconds": round(refusal[0], 1), "reason": refusal[1]},
         }
 

@@ -138,7 +138,7 @@ class Node:
             rng=Random(),
             admits=parts.rights.may_connect,
         )
-        parts.providers.on_change.append(self._membership.changed)
+        parts.providers.on_change += [parts.backends.health_changed, self._membership.changed]
 
     async def run(self) -> None:
         """Serve until `stopping` is set, then close in order."""

@@ -589,6 +589,7 @@ class GenerateError(RuntimeError):
           ModelNotFound      nobody here has that model
         ProviderUnavailable  this provider cannot now; another may (`retry_after` in seconds)
           ProviderBusy       its queue is full or too long: no fault of it
+          ProviderRefused    it works, and takes no such request: by key, credit, rate or model
           Declined           its owner does not let this asker use it, or not for so much money
           DeadlineExceeded   a time limit passed (of connecting, first token, gap or the whole)
         StreamInterrupted    it broke after text was produced; `partial` holds that text
@@ -656,6 +657,13 @@ class ProviderBusy(ProviderUnavailable):
     code = "provider_busy"
 
 
+class ProviderRefused(ProviderUnavailable):
+    """It works, and takes no such request from us now: a key is wrong, a right or some credit is
+    missing, it does not have the model, or it is asked too often."""
+
+    code = "provider_refused"
+
+
 class Declined(ProviderUnavailable):
     """It could, and may not for this asker: by a right or a limit of money. No fault of it."""
 
@@ -690,6 +698,7 @@ ERRORS: dict[str, type[GenerateError]] = {
         ModelNotFound,
         ProviderUnavailable,
         ProviderBusy,
+        ProviderRefused,
         Declined,
         DeadlineExceeded,
         StreamInterrupted,

@@ -1,8 +1,9 @@
 """The errors of servers of the OpenAI dialect, in our words.
 
 Servers agree neither on the form of an error's body nor on the status, so both are looked at. What
-another provider could answer is `ProviderUnavailable`. That includes 404 for a model: this server
-does not have it, others may, and `ModelNotFound` would end the search for them.
+another provider could answer is `ProviderUnavailable`, and `ProviderRefused` where this one works
+and said no (4xx). That includes 404 for a model: this server does not have it, others may, and
+`ModelNotFound` would end the search for them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from .base import (
     ContentFiltered,
     ContextTooLong,
     GenerateError,
+    ProviderRefused,
     ProviderUnavailable,
     RequestRejected,
 )
@@ -168,7 +170,7 @@ class ErrorReader:
         if 300 <= status < 400:
             place = _one_line(self.redact(headers.get("location", "")))
             hint = f"redirects to {place}; give that as base_url" if place else "redirects"
-            return ProviderUnavailable(f"{self.name} {hint}")
+            return ProviderRefused(f"{self.name} {hint}")
         said = f"{self.name} answered {status}" + (f": {error.message}" if error.message else "")
         wait = retry_after(headers, now)
         if wait is None and status == 429 and "insufficient_quota" not in error.kind:
@@ -197,12 +199,20 @@ def _classify(
     status: int, error: ServerError, place: str, key: str
 ) -> tuple[type[GenerateError], str]:
     """Which error it is, and what to add to its message. Status 0: the server told none."""
+    kind, hint = _kind(status, error, place)
+    # It said no. A 408 is none: there, the server gave up waiting.
+    if kind is ProviderUnavailable and 400 <= status < 500 and status != 408:
+        return ProviderRefused, hint
+    return kind, hint
+
+
+def _kind(status: int, error: ServerError, place: str) -> tuple[type[GenerateError], str]:
     if status == 401:
         return ProviderUnavailable, f" ({key})"
     # A 5xx is the server's fault, whatever its message mentions, unless its code says otherwise.
     said = error.kind if status >= 500 else f"{error.kind} {error.message}"
     if status == 402 or "insufficient_quota" in said:
-        return ProviderUnavailable, " (the account has no credit left)"
+        return ProviderRefused, " (the account has no credit left)"
     if status not in (404, 405, 408, 409, 425, 429):
         if _FILTERED.search(said):
             return ContentFiltered, ""

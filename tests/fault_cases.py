@@ -84,6 +84,8 @@ class Case:
             return "stored" if self.stored else "not stored"
         if self.fault.startswith("context"):
             return "a larger model"
+        if self.begun and self.paused:
+            return "one that can go on, then a pause"
         steps = {"another candidate": self.elsewhere, "a pause": self.paused}
         return ", then ".join(step for step, taken in steps.items() if taken) or "nothing"
 

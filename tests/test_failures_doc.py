@@ -6,7 +6,13 @@ from daemons import ROOT
 from doc_blocks import tables
 from fault_cases import CASES
 
-from promptmesh.mesh.breakers import ERRORS_IN_A_ROW, FIRST_PAUSE, LONGEST_PAUSE
+from promptmesh.mesh.breakers import (
+    ERRORS_IN_A_ROW,
+    FIRST_PAUSE,
+    FIRST_REST,
+    LONGEST_PAUSE,
+    LONGEST_REST,
+)
 from promptmesh.node.config_sections import DeadlinesConfig
 from promptmesh.providers.event_stream import MAX_EVENT
 from promptmesh.providers.stream_decoder import MAX_ANSWER, MAX_WHOLE
@@ -35,3 +41,4 @@ def test_numbers() -> None:
     assert ERRORS_IN_A_ROW == 2
     assert "second failure in a row" in TEXT
     assert f"from {FIRST_PAUSE:g} s up to {LONGEST_PAUSE:g} s" in TEXT
+    assert f"from {FIRST_REST:g} s up to {LONGEST_REST:g} s" in TEXT

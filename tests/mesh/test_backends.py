@@ -4,6 +4,7 @@ import gc
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -33,6 +34,7 @@ from promptmesh.providers.base import (
     Origin,
     Policy,
     ProviderBusy,
+    ProviderRefused,
     ProviderUnavailable,
     RequestRejected,
     StreamInterrupted,
@@ -184,6 +186,64 @@ async def test_two_errors_in_a_row_open_the_breaker_and_a_probe_closes_it(
     await trio.sleep(error.retry_after)
     assert (await ask(manager))[0] == "one two three"
     assert (await ask(manager))[0] == "one two three"
+
+
+async def test_a_key_that_is_refused_is_not_tried_again_and_again(autojump_clock: Clock) -> None:
+    refusing, healthy = FakeProvider("refusing"), FakeProvider("healthy")
+    refusing.fail = ProviderRefused("401, check the key")
+    ready = {"refusing"}
+    local = [
+        replace(refusing.backend(), available=lambda: "refusing" in ready),
+        healthy.backend(),
+    ]
+    manager = BackendManager(
+        local=lambda: local,
+        peers=PeerTable("me"),
+        policy="round_robin",
+        peer_id="me",
+        node="mine",
+        rng=Random(1),
+    )
+    for _ in range(100):  # 50 s
+        assert (await ask(manager))[1].provider == "healthy"
+        await trio.sleep(0.5)
+    assert 3 <= len(refusing.requests) <= 6  # after 2, 4, 8, 16 and 32 s
+    assert manager.experience.breakers.get(BackendId("me", "refusing")) is None
+    error = await error_of(manager, provider="refusing")
+    assert "it refused such a request and is left alone for" in str(error)
+    assert "check the key" in str(error)
+    assert error.retry_after is not None
+    refusing.fail = None
+    ready.clear()
+    manager.health_changed()
+    ready.add("refusing")
+    manager.health_changed()
+    assert (await ask(manager, provider="refusing"))[1].provider == "refusing"
+
+
+async def test_a_model_that_a_server_does_not_have_leaves_its_others_alone(
+    autojump_clock: Clock,
+) -> None:
+    offers = ModelOffer(id="m"), ModelOffer(id="gone")
+    server = FakeProvider(offers=offers)
+    manager = manager_of(server)
+    server.fail = ProviderRefused("404")
+    await error_of(manager, model="gone")
+    server.fail = None
+    assert "is left alone" in str(await error_of(manager, model="gone"))
+    assert (await ask(manager))[0]
+
+
+async def test_a_peer_is_told_that_a_server_refuses(autojump_clock: Clock) -> None:
+    server = FakeProvider()
+    server.fail = ProviderRefused("401")
+    manager = manager_of(server)
+    for _ in range(2):  # as it is asked, and as it is left alone
+        with pytest.raises(ProviderRefused) as refused:
+            async with manager.open(asking(), local_only=True):
+                pass
+    assert refused.value.retry_after is not None
+    assert len(server.requests) == 1
 
 
 async def test_half_open_lets_one_through(autojump_clock: Clock, nursery: trio.Nursery) -> None:

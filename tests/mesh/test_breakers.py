@@ -2,7 +2,17 @@
 
 import pytest
 
-from promptmesh.mesh.breakers import FIRST_PAUSE, LONGEST_PAUSE, Breaker
+from promptmesh.mesh.backend_id import Measured
+from promptmesh.mesh.breakers import (
+    FIRST_PAUSE,
+    FIRST_REST,
+    LONGEST_PAUSE,
+    LONGEST_REST,
+    MAX_BREAKERS,
+    Breaker,
+    Refusal,
+    Refusals,
+)
 
 
 def test_one_error_of_the_server_is_forgiven_two_in_a_row_are_not() -> None:
@@ -68,3 +78,42 @@ def test_retry_after_is_honoured_and_bounded() -> None:
     assert breaker.refuses(30.0) is None
     breaker.failed(30.0, "429", at_once=False, retry_after=1e9)
     assert breaker.refuses(30.0) == 3600.0
+
+
+# --- refusals
+
+
+def test_what_is_refused_is_asked_ever_less_one_at_a_time() -> None:
+    refusal, now, pauses = Refusal(), 0.0, []
+    for _ in range(9):
+        refusal.refused(now, "401")
+        refusal.refused(now, "401")  # one that was under way
+        pause = refusal.refuses(now)
+        assert pause is not None
+        pauses.append(pause)
+        now += pause
+        assert refusal.refuses(now) is None
+        refusal.begin()
+        assert refusal.refuses(now) is not None
+    assert pauses[:3] == [FIRST_REST, 2 * FIRST_REST, 4 * FIRST_REST]
+    assert pauses[-1] == LONGEST_REST
+    refusal.succeeded()
+    assert refusal.refuses(now) is None
+    refusal.refused(now, "429", retry_after=7.0)
+    assert refusal.refuses(now) == pytest.approx(7.0)
+
+
+def test_refusals_are_of_a_model_and_forgotten_by_provider_by_node_and_by_number() -> None:
+    refusals = Refusals()
+    asked = [Measured("p", "x", "m"), Measured("p", "y", "m"), Measured("q", "x", "m")]
+    for what in asked:
+        refusals.of(what).refused(0.0, "no such model")
+        assert refusals.refusal(what, 1.0) == (FIRST_REST - 1.0, "no such model")
+    assert refusals.refusal(Measured("p", "x", "other"), 0.0) is None
+    refusals.forget("p", "x")
+    assert [refusals.refusal(what, 1.0) is None for what in asked] == [True, False, False]
+    refusals.forget("p")
+    assert [refusals.refusal(what, 1.0) is None for what in asked] == [True, True, False]
+    for number in range(MAX_BREAKERS):
+        refusals.of(Measured("q", "x", str(number)))
+    assert refusals.get(asked[2]) is None

@@ -135,3 +135,33 @@ def test_who_came_back_begins_small_again() -> None:
     seen.connection("peer", False)
     assert seen.measures.of(M).answers == 0
     assert seen.measures.of(M).ttft == 0.1  # how fast it is, it still is
+
+
+def test_a_refusal_opens_no_breaker_and_ends_when_it_may_have_been_mended() -> None:
+    seen = Experience()
+
+    def refused() -> bool:
+        return seen.refusals.refusal(M, 0.5) is not None
+
+    def refuse() -> None:
+        for _ in range(5):
+            seen.begin(M)
+            seen.failed(M, Fault.REFUSED, "401", 0.0, None, seconds=0.1)
+            seen.end(M)
+        assert refused()
+
+    refuse()
+    assert seen.breakers.refusal(B, 0.5) is None
+    seen.health(B, ready=True)
+    assert refused()  # it was ready all the time
+    seen.health(B, ready=False)
+    assert refused()
+    seen.health(B, ready=True)
+    assert not refused()
+    refuse()
+    seen.connection("peer", True)
+    assert not refused()
+    refuse()
+    seen.begin(M)
+    seen.succeeded(M)
+    assert not refused()

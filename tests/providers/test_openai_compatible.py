@@ -40,6 +40,7 @@ from promptmesh.providers.base import (
     ModelOffer,
     Origin,
     Provider,
+    ProviderRefused,
     ProviderUnavailable,
     RequestRejected,
     Sampling,
@@ -265,7 +266,7 @@ async def test_leaving_early_closes_the_connection() -> None:
 async def test_refusal_as_an_error_of_the_vocabulary() -> None:
     data = json_reply(429, {"error": {"message": "slow down"}}, "Retry-After: 7")
     error = await failure(always(data))
-    assert type(error) is ProviderUnavailable
+    assert type(error) is ProviderRefused
     assert error.retry_after == 7
     assert str(error) == "vllm answered 429: slow down"
     data = json_reply(400, {"error": {"message": "bad", "param": "top_p"}})

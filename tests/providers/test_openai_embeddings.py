@@ -28,6 +28,7 @@ from promptmesh.providers.base import (
     EmbedRequest,
     GenerateError,
     Input,
+    ProviderRefused,
     ProviderUnavailable,
     RequestRejected,
     Usage,
@@ -206,10 +207,10 @@ async def test_an_error_with_status_200() -> None:
 async def test_errors_are_those_of_chats() -> None:
     said = {"error": {"message": f"no such key {KEY}"}}
     error = await failure(always(json_reply(401, said)))
-    assert type(error) is ProviderUnavailable
+    assert type(error) is ProviderRefused
     assert KEY not in error.message
     busy = await failure(always(json_reply(429, {}, "Retry-After: 7")))
-    assert (type(busy), busy.retry_after) == (ProviderUnavailable, 7)
+    assert (type(busy), busy.retry_after) == (ProviderRefused, 7)
 
 
 async def test_a_reply_without_end_is_given_up() -> None:

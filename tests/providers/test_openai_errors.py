@@ -12,6 +12,7 @@ from promptmesh.providers.base import (
     ContextTooLong,
     GenerateError,
     ModelNotFound,
+    ProviderRefused,
     ProviderUnavailable,
     RequestRejected,
 )
@@ -112,13 +113,13 @@ def test_content_filtered(status: int, body: Any) -> None:
 @pytest.mark.parametrize("status", [401, 403])
 def test_key_refused(status: int) -> None:
     got = failure(status, error("no"))
-    assert type(got) is ProviderUnavailable
+    assert type(got) is ProviderRefused
     assert "key" in str(got)
 
 
 def test_key_refused_as_a_bad_request() -> None:
     got = failure(400, error("API key not valid. Please pass a valid API key."))
-    assert type(got) is ProviderUnavailable
+    assert type(got) is ProviderRefused
     assert "api_key_env" in str(got)
 
 
@@ -127,7 +128,7 @@ def test_key_refused_as_a_bad_request() -> None:
 )
 def test_no_credit(status: int, body: Any) -> None:
     got = failure(status, body)
-    assert type(got) is ProviderUnavailable
+    assert type(got) is ProviderRefused
     assert "credit" in str(got)
 
 
@@ -141,7 +142,7 @@ def test_no_credit(status: int, body: Any) -> None:
 )
 def test_missing_model_lets_others_try(status: int, message: str) -> None:
     got = failure(status, error(message))
-    assert type(got) is ProviderUnavailable
+    assert type(got) is ProviderRefused
     assert not isinstance(got, ModelNotFound)
     assert message in str(got)
     assert "base_url" not in str(got)
@@ -150,14 +151,15 @@ def test_missing_model_lets_others_try(status: int, message: str) -> None:
 @pytest.mark.parametrize("status", [404, 405])
 def test_wrong_path(status: int) -> None:
     got = failure(status, {"detail": "Not Found"})
-    assert type(got) is ProviderUnavailable
+    assert type(got) is ProviderRefused
     assert "ends in /v1" in str(got)
 
 
 @pytest.mark.parametrize("status", [408, 409, 425, 429, 500, 502, 503, 504, 529])
 def test_try_later_or_elsewhere(status: int) -> None:
     got = failure(status, error("busy"), retry_after="7")
-    assert type(got) is ProviderUnavailable
+    said_no = status in (409, 425, 429)
+    assert type(got) is (ProviderRefused if said_no else ProviderUnavailable)
     assert got.retry_after == 7.0
     assert failure(status, error("busy")).retry_after == (TOO_OFTEN if status == 429 else None)
 
@@ -170,9 +172,9 @@ def test_fault_of_the_server_is_not_read_as_one_of_the_request() -> None:
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
 def test_redirect_names_the_place(status: int) -> None:
     got = failure(status, b"", location="https://host/v1/")
-    assert type(got) is ProviderUnavailable
+    assert type(got) is ProviderRefused
     assert "https://host/v1/" in str(got)
-    assert type(failure(status, b"")) is ProviderUnavailable
+    assert type(failure(status, b"")) is ProviderRefused
 
 
 @pytest.mark.parametrize(
@@ -207,7 +209,7 @@ def test_no_retry_after() -> None:
 
 def test_error_in_a_reply_with_status_200() -> None:
     for body, kind in (
-        (error("slow down", code=429), ProviderUnavailable),
+        (error("slow down", code=429), ProviderRefused),
         (error("slow down", code="rate_limit_exceeded"), ProviderUnavailable),
         (error("bad", code=400), RequestRejected),
         (error("bad", code="400"), RequestRejected),

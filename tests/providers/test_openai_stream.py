@@ -18,6 +18,7 @@ from promptmesh.providers.base import (
     ContextTooLong,
     FinishReason,
     GenerateError,
+    ProviderRefused,
     ProviderUnavailable,
     RequestRejected,
     StreamInterrupted,
@@ -372,7 +373,7 @@ def test_whole_answer_that_is_cut() -> None:
 
 
 def test_whole_error() -> None:
-    assert type(failure(b'{"error":{"message":"no","code":429}}')) is ProviderUnavailable
+    assert type(failure(b'{"error":{"message":"no","code":429}}')) is ProviderRefused
 
 
 def test_whole_answer_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
