@@ -59,8 +59,12 @@ FILE_NAME = "config.toml"
 #: A configuration of a hundred providers has about 20 kB.
 MAX_FILE_BYTES = 1 << 20
 MAX_PROVIDERS = 100
+#: Kinds that spend somebody's subscription, whether or not a variable holds a key.
+SUBSCRIPTION_KINDS = frozenset(
+    {"codex_cli", "copilot_cli", "copilot_sdk", "gemini_cli", "claude_code"}
+)
 #: Kinds of ours. What one of another package does with a prompt, and what that costs, nobody knows.
-KNOWN_KINDS = frozenset({"echo", "openai_compatible", "openrouter"})
+KNOWN_KINDS = frozenset({"echo", "openai_compatible", "openrouter"}) | SUBSCRIPTION_KINDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -368,8 +372,9 @@ class _Loader:
         values.setdefault("name", values.get("kind", ""))
         if values.get("kind") == "openrouter":
             values.setdefault("api_key_env", "OPENROUTER_API_KEY")
-        pays = values.get("api_key_env") or _costs(values)
-        values.setdefault("share", values.get("kind") in KNOWN_KINDS and not pays)
+        kind = values.get("kind")
+        pays = values.get("api_key_env") or _costs(values) or kind in SUBSCRIPTION_KINDS
+        values.setdefault("share", kind in KNOWN_KINDS and not pays)
         return values
 
     def _provider(self, values: dict[str, Any], table: dict[str, Any]) -> ProviderConfig:

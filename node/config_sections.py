@@ -324,8 +324,8 @@ class ProviderConfig:
     name: str = setting(doc="Its name in PROVIDER/MODEL.", left_out="its kind", check=check_name)
     share: bool = setting(
         doc="May peers use it?",
-        left_out="yes; no where a key pays (`api_key_env`), a `price` says that it costs, or its "
-        "kind is one of another package",
+        left_out="yes; no where a key pays (`api_key_env`), a `price` says that it costs, its kind "
+        "spends a subscription (as `codex_cli`), or is one of another package",
     )
     slots: int | None = setting(
         None, "Requests it takes at once.", left_out="the kind's own default", low=1, high=4096

@@ -18,7 +18,8 @@ from ..mesh.transport import PeerId
 from ..providers.admission import Admission, Waiting
 from ..providers.base import Health, Priority
 from ..providers.registry import Runs, build
-from .config import Config, ProviderConfig
+from ..providers.variables import VARIABLES, environment_of
+from .config import SUBSCRIPTION_KINDS, Config, ProviderConfig
 from .pricing import Priced, Purse
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,12 @@ DEFAULT_SLOTS: Mapping[str, int | None] = {
     "echo": None,
     "openai_compatible": 16,
     "openrouter": 16,
+    # A process each takes 120 to 350 MB; the two that keep one process open take little more.
+    "codex_cli": 4,
+    "copilot_cli": 2,
+    "copilot_sdk": 4,
+    "gemini_cli": 2,
+    "claude_code": 2,
 }
 #: Seconds between two looks at a provider: while it is not ready, and when it is.
 LOOK_SOON, LOOK_LATER = 0.5, 5.0
@@ -170,20 +177,24 @@ def build_providers(
 ) -> OwnProviders:
     """The providers of a configuration. Raises `SettingsError` that names what is wrong.
 
-    `environment` is what a model's own process is started with; in `folder` it may keep what it
-    found out of a model. `purse` pays.
+    `environment` is what a model's own process is started with, and in part what the programs of
+    vendors get; in `folder` may be kept what was found out of a model. `purse` pays.
     """
     found = []
     if config.local_hf.model:
         found.append(_local_hf(config, environment, folder))
     if config.local_hf.embedding_model:
         found.append(_local_hf_embed(config, environment, folder))
-    found += [_configured(table, config, purse) for table in config.providers]
+    found += [_configured(table, config, environment, purse) for table in config.providers]
     return OwnProviders(found)
 
 
-def _configured(table: ProviderConfig, config: Config, purse: Purse) -> OwnProvider:
+def _configured(
+    table: ProviderConfig, config: Config, environment: Mapping[str, str], purse: Purse
+) -> OwnProvider:
     settings = dict(table.options)
+    if table.kind in VARIABLES:
+        settings["environment"] = environment_of(table.kind, environment)
     if table.api_key is not None:
         settings["api_key"] = table.api_key.reveal()
     admission = Admission(
@@ -197,7 +208,7 @@ def _configured(table: ProviderConfig, config: Config, purse: Purse) -> OwnProvi
         kind=table.kind,
         admission=admission,
         shared=table.share,
-        paid=table.api_key is not None,
+        paid=table.api_key is not None or table.kind in SUBSCRIPTION_KINDS,
         priced=Priced(admission, purse, table.price, table.prices) if has_price else None,
         allowance=purse.allowance,
     )

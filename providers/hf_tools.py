@@ -14,7 +14,7 @@ import json
 from collections.abc import Sequence
 
 from .base import ToolCall, ToolCallDelta
-from .hf_text import StopScanner
+from .stop_strings import StopScanner
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 #: Templates of this form name it to the model in these words.

@@ -28,8 +28,8 @@ from .base import (
     Origin,
     ProviderUnavailable,
     RequestRejected,
-    Usage,
 )
+from .cli_prompt import estimated_usage, turns_text
 
 #: A thread cannot be cancelled; it is left to finish. (The type stubs know the older name only.)
 _LEAVE_BEHIND: dict[str, Any] = {"abandon_on_cancel": True}
@@ -132,7 +132,7 @@ class PlainProvider:
     async def _whole(self, value: object, prompt: str) -> AsyncIterator[Chunk]:
         text = self._text(value)
         yield Chunk(text=text)
-        yield Chunk(finish_reason="stop", usage=_estimate(prompt, len(text)))
+        yield Chunk(finish_reason="stop", usage=estimated_usage(len(prompt), len(text)))
 
     async def _streamed(self, pieces: Iterator[Any], prompt: str) -> AsyncIterator[Chunk]:
         size = 0
@@ -143,7 +143,7 @@ class PlainProvider:
             text = self._text(piece)
             size += len(text)
             yield Chunk(text=text)
-        yield Chunk(finish_reason="stop", usage=_estimate(prompt, size))
+        yield Chunk(finish_reason="stop", usage=estimated_usage(len(prompt), size))
 
 
 def prompt_of(request: GenerateRequest) -> str:
@@ -151,11 +151,4 @@ def prompt_of(request: GenerateRequest) -> str:
     messages = request.messages
     if any(message.tool_calls for message in messages) or request.tools:
         raise RequestRejected("this provider takes plain prompts, and no tools", field="tools")
-    if len(messages) == 1:
-        return messages[0].text
-    return "\n\n".join(f"{message.role}: {message.text}" for message in messages)
-
-
-def _estimate(prompt: str, characters: int) -> Usage:
-    """Nobody counts: a token is about four characters."""
-    return Usage(prompt_tokens=len(prompt) // 4, completion_tokens=characters // 4, exact=False)
+    return turns_text(messages)

@@ -9,7 +9,8 @@ from fakes_hf import END, make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from promptmesh.providers.hf_text import AnswerText, StopScanner
+from promptmesh.providers.hf_text import AnswerText
+from promptmesh.providers.stop_strings import StopScanner
 
 SAMPLES = [
     "Hello world, hello there.",
