@@ -34,9 +34,10 @@ MAX_RETRY_AFTER = 24 * 3600.0
 TOO_OFTEN = 2.0
 
 _CONTEXT = re.compile(
-    r"context_length_exceeded|exceed_context_size|context (length|window|size)|maximum context"
-    r"|max(imum)?[_ ]model[_ ]len|too many (input )?tokens|(prompt|input)( is)? too long"
-    r"|reduce the length|string_above_max_length|token limit|prompt[_ ](budget|tokens_exceeded)",
+    r"context_length_exceeded|exceed_context_size|context (length|window|size|limit)"
+    r"|maximum context|max(imum)?[_ ]model[_ ]len|too many (input )?tokens"
+    r"|(prompt|input)( is)? too long|reduce the length|string_above_max_length|token limit"
+    r"|prompt[_ ](budget|tokens_exceeded)",
     re.IGNORECASE,
 )
 _FILTERED = re.compile(
@@ -46,9 +47,24 @@ _FILTERED = re.compile(
 )
 _KEY = re.compile(r"api[_ -]?key|invalid_authentication|unauthori[sz]ed", re.IGNORECASE)
 _NO_MODEL = re.compile(
-    r"model_not_found|no models? (is |are )?loaded|model\b.{0,200}\b(not found|does not exist)",
+    r"model_not_found|no models? (is |are )?loaded|model\b.{0,200}\b(not found|does not exist)"
+    r"|not_found_error model:",
     re.IGNORECASE | re.DOTALL,
 )
+_NO_CREDIT = re.compile(r"insufficient_quota|credit balance|API usage limits", re.IGNORECASE)
+#: The statuses that Anthropic's errors stand for, where one comes inside a stream.
+_STATUSES = {
+    "invalid_request_error": 400,
+    "authentication_error": 401,
+    "billing_error": 402,
+    "permission_error": 403,
+    "not_found_error": 404,
+    "request_too_large": 413,
+    "rate_limit_error": 429,
+    "api_error": 500,
+    "timeout_error": 504,
+    "overloaded_error": 529,
+}
 
 
 class ServerError(msgspec.Struct, frozen=True, kw_only=True):
@@ -172,6 +188,8 @@ class ErrorReader:
             hint = f"redirects to {place}; give that as base_url" if place else "redirects"
             return ProviderRefused(f"{self.name} {hint}")
         said = f"{self.name} answered {status}" + (f": {error.message}" if error.message else "")
+        if request_id := headers.get("request-id"):  # by which the vendor finds it
+            said += f" (request {_one_line(request_id[:80])})"
         wait = retry_after(headers, now)
         if wait is None and status == 429 and "insufficient_quota" not in error.kind:
             wait = TOO_OFTEN
@@ -180,7 +198,8 @@ class ErrorReader:
     def event(self, error: ServerError) -> GenerateError:
         """The failure that an error in a reply with status 200 is."""
         reason = error.message or error.kind or "no reason given"
-        return self._failure(error.status, f"{self.name} reported an error: {reason}", error)
+        status = error.status or _STATUSES.get(error.kind, 0)
+        return self._failure(status, f"{self.name} reported an error: {reason}", error)
 
     def _failure(
         self, status: int, message: str, error: ServerError, wait: float | None = None
@@ -199,19 +218,19 @@ def _classify(
     status: int, error: ServerError, place: str, key: str
 ) -> tuple[type[GenerateError], str]:
     """Which error it is, and what to add to its message. Status 0: the server told none."""
-    kind, hint = _kind(status, error, place)
+    kind, hint = _kind(status, error, place, key)
     # It said no. A 408 is none: there, the server gave up waiting.
     if kind is ProviderUnavailable and 400 <= status < 500 and status != 408:
         return ProviderRefused, hint
     return kind, hint
 
 
-def _kind(status: int, error: ServerError, place: str) -> tuple[type[GenerateError], str]:
+def _kind(status: int, error: ServerError, place: str, key: str) -> tuple[type[GenerateError], str]:
     if status == 401:
         return ProviderUnavailable, f" ({key})"
     # A 5xx is the server's fault, whatever its message mentions, unless its code says otherwise.
     said = error.kind if status >= 500 else f"{error.kind} {error.message}"
-    if status == 402 or "insufficient_quota" in said:
+    if status == 402 or _NO_CREDIT.search(said):
         return ProviderRefused, " (the account has no credit left)"
     if status not in (404, 405, 408, 409, 425, 429):
         if _FILTERED.search(said):

@@ -87,6 +87,7 @@ def test_field_of_a_validation_error() -> None:
         error("The prompt is too long: 9000 tokens"),
         error("Requested token count exceeds the model's maximum context length of 8 tokens"),
         {"object": "error", "message": "This model's maximum context length is 8", "code": 400},
+        error("input length and `max_tokens` exceed context limit: 188240 + 21333 > 200000"),
     ],
 )
 def test_context_too_long(body: Any) -> None:
@@ -124,7 +125,13 @@ def test_key_refused_as_a_bad_request() -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "body"), [(402, error("more credits")), (429, error("q", code="insufficient_quota"))]
+    ("status", "body"),
+    [
+        (402, error("more credits")),
+        (429, error("q", code="insufficient_quota")),
+        (400, error("Your credit balance is too low to access the Anthropic API.")),
+        (400, error("You have reached your specified API usage limits.")),
+    ],
 )
 def test_no_credit(status: int, body: Any) -> None:
     got = failure(status, body)
@@ -162,6 +169,32 @@ def test_try_later_or_elsewhere(status: int) -> None:
     assert type(got) is (ProviderRefused if said_no else ProviderUnavailable)
     assert got.retry_after == 7.0
     assert failure(status, error("busy")).retry_after == (TOO_OFTEN if status == 429 else None)
+
+
+def test_id_that_the_vendor_knows_the_request_by() -> None:
+    assert str(failure(500, error("no"), request_id="req_1")).endswith("500: no (request req_1)")
+
+
+@pytest.mark.parametrize(
+    ("kind", "type_"),
+    [
+        ("invalid_request_error", RequestRejected),
+        ("request_too_large", ContextTooLong),
+        ("rate_limit_error", ProviderRefused),
+        ("overloaded_error", ProviderUnavailable),
+        ("something_new", ProviderUnavailable),
+    ],
+)
+def test_kind_of_an_error_inside_a_stream(kind: str, type_: type[GenerateError]) -> None:
+    body = {"type": "error", "error": {"type": kind, "message": "no"}, "request_id": "req_1"}
+    assert type(READER.event(READER.read(json.dumps(body).encode()))) is type_
+
+
+def test_missing_model_of_anthropic() -> None:
+    got = failure(
+        404, {"type": "error", "error": {"type": "not_found_error", "message": "model: m"}}
+    )
+    assert str(got) == "vllm answered 404: model: m"
 
 
 def test_fault_of_the_server_is_not_read_as_one_of_the_request() -> None:
