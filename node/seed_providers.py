@@ -11,12 +11,21 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from ..providers.base import Price
 from ..providers.plugins import load_plugin, plugins
-from .config import Config, ProviderConfig, RouterSettings
+from ..providers.variables import environment_of
+from .config import (
+    SUBSCRIPTION_KINDS,
+    Config,
+    ProviderConfig,
+    RouterSettings,
+    child_environment,
+)
 from .home import Home
+from .seed_vendors import VENDORS, obstacle
 
 if TYPE_CHECKING:
     from .own_providers import OwnProvider
@@ -150,11 +159,12 @@ class Planner:
         table = next((t for t in self.config.providers if t.name.lower() == name), None)
         if table is not None:
             return self._configured(table, model)
-        plans = {
+        plans: dict[str, Callable[[str | None], Plan]] = {
             "backend_manager": self._node,
             "openrouter": self._openrouter,
             "local_hf": self._local_hf,
             "echo": self._echo,
+            **{kind: partial(self._vendor, kind) for kind in VENDORS},
         }
         if name in plans:
             return plans[name](model)
@@ -225,10 +235,31 @@ class Planner:
         )
         return self._built(table, model or "echo", (model,))
 
+    def _vendor(self, kind: str, model: str | None) -> Plan:
+        vendor, said = VENDORS[kind], self.settings
+        table = ProviderConfig(
+            kind=kind,
+            name=kind,
+            share=False,
+            api_key=vendor.api_key(said),
+            options=vendor.options(said),
+        )
+        return self._may_be_usable(table, model or vendor.model(said))
+
+    def _may_be_usable(self, table: ProviderConfig, model: str) -> Plan:
+        """Of a kind that may be a vendor's. Raises `Unusable`."""
+        environment = child_environment()
+        reason = obstacle(table.kind, environment, table.options)
+        if reason and table.api_key is None:
+            raise Unusable(reason)
+        # Another key, another login: another one.
+        seen = environment_of(table.kind, environment) if table.kind in VENDORS else {}
+        return self._built(table, model, (*map(str, table.options.items()), *seen.items()))
+
     def _configured(self, table: ProviderConfig, model: str | None) -> Plan:
         models = table.options.get("models")
         default = models[0] if isinstance(models, list | tuple) and models else ""
-        return self._built(table, model or default, ())
+        return self._may_be_usable(table, model or default)
 
     def _any_server(self, model: str | None) -> Plan:
         for table in self.config.providers:
@@ -242,7 +273,7 @@ class Planner:
             name=table.name,
             kind=table.kind,
             model=model,
-            paid=table.api_key is not None,
+            paid=table.api_key is not None or table.kind in SUBSCRIPTION_KINDS,
             price=table.prices.get(model, table.price),
             build=lambda purse: self._build(purse, providers=(table,)),
             key=(table.name, table.kind, table.api_key, *more),
@@ -269,7 +300,6 @@ class Planner:
 
     def _build(self, purse: Purse, **changes: Any) -> OwnProvider:
         """Raises `SettingsError`."""
-        from .config import child_environment
         from .own_providers import build_providers
 
         without = replace(self.config.local_hf, model="", embedding_model="")

@@ -49,5 +49,9 @@ class RouterSettings:
         "", "Told to OpenRouter as `HTTP-Referer`.", left_out="nothing"
     )
     openrouter_app_title: str = setting("", "Told to OpenRouter as `X-Title`.", left_out="nothing")
+    codex_cli_model: str = setting(
+        "", "The model of `codex_cli`.", left_out="`codex_model`, else the one that Codex prefers"
+    )
+    codex_model: str = setting("", "The same; `codex_cli_model` goes first.", left_out="as there")
     #: Of the variable `openrouter_api_key`.
     openrouter_api_key: Secret | None = field(default=None)

@@ -1,0 +1,63 @@
+"""The vendors' programs as providers of the Python API: one entry for each kind.
+
+An entry says what the variables of `generate_text` mean for its vendor, and whether files show that
+it can surely not be used: that is asked at each call that names no provider, so it starts nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..providers.base import Health
+from ..providers.variables import environment_of
+from .config import Secret
+from .seed_settings import RouterSettings
+
+
+def _nothing(said: RouterSettings) -> Mapping[str, Any]:
+    return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vendor:
+    """One kind. Each part is called only when it is needed, and imports what it needs then."""
+
+    #: The model where a call names none; "": the first that the provider lists.
+    model: Callable[[RouterSettings], str]
+    #: From the environment that the provider gets, and the options of its table.
+    look: Callable[[Mapping[str, str], Mapping[str, Any]], Health]
+    #: Keys of its table in `config.toml`, as the variables set them.
+    options: Callable[[RouterSettings], Mapping[str, Any]] = _nothing
+    #: The key of a variable that is not among those the provider sees (`providers.variables`).
+    api_key: Callable[[RouterSettings], Secret | None] = lambda said: None
+
+
+def obstacle(kind: str, environment: Mapping[str, str], options: Mapping[str, Any]) -> str:
+    """Why a provider of that kind can surely not be used, and what to do; "": it may be."""
+    vendor = VENDORS.get(kind)
+    if vendor is None:
+        return ""
+    health = vendor.look(environment_of(kind, environment), options)
+    if health.state != "unavailable":
+        return ""
+    return f"{health.reason}: {health.hint}" if health.hint else health.reason
+
+
+# --- each of them
+
+
+def _look_for_codex(environment: Mapping[str, str], options: Mapping[str, Any]) -> Health:
+    from ..providers.codex_found import COMMAND, look
+
+    has_own_server = bool(options.get("base_url"))
+    return look(environment, str(options.get("command") or COMMAND), needs_login=not has_own_server)
+
+
+VENDORS: Mapping[str, Vendor] = {
+    "codex_cli": Vendor(
+        model=lambda said: said.codex_cli_model or said.codex_model,
+        look=_look_for_codex,
+    ),
+}
