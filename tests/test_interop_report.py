@@ -1,0 +1,55 @@
+"""The report of `scripts/test --interop`."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from interop_report import ROOT, InteropReport, Tried, page, result, versions
+
+
+def report(
+    name: str, outcome: str, *, when: str = "call", why: str = "", note: str = ""
+) -> pytest.TestReport:
+    return pytest.TestReport(
+        nodeid=name,
+        location=("", 0, ""),
+        keywords={},
+        outcome=outcome,  # type: ignore[arg-type] # one of three literals
+        longrepr=("file", 1, f"Skipped: {why}") if why else None,
+        when=when,  # type: ignore[arg-type] # the same
+        user_properties=[("interop", note)] if note else [],
+    )
+
+
+def test_what_ran_is_counted_by_test(tmp_path: Path) -> None:
+    plugin = InteropReport(tmp_path / "interop.md")
+    plugin._marked = {"tests/b.py::two", "tests/a.py::one[x]", "tests/a.py::one[y]"}
+    for said in (
+        report("tests/b.py::two", "skipped", when="setup", why=f"{ROOT}/build is not there"),
+        report("tests/a.py::one[y]", "passed", when="setup"),
+        report("tests/a.py::one[y]", "passed", note="codex: 401 costs 1 request"),
+        report("tests/a.py::one[x]", "failed"),
+        report("tests/c.py::ours", "passed"),
+    ):
+        plugin.pytest_runtest_logreport(said)
+    plugin.pytest_sessionfinish()
+    text = (tmp_path / "interop.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| `")]
+    assert rows == [
+        "| `a.py::one` | 1 passed, 1 failed |",
+        "| `b.py::two` | 1 skipped (./build is not there) |",
+    ]
+    assert text.endswith("\n- codex: 401 costs 1 request\n")
+
+
+def test_the_page_is_the_same_for_the_same_results() -> None:
+    tried = {name: Tried(Counter(passed=2), {"b", "a"}) for name in ("tests/y", "tests/x")}
+    turned = dict(reversed(tried.items()))
+    assert page(versions(), tried) == page(versions(), turned)
+    assert result(tried["tests/x"]) == "2 passed (a; b)"
+
+
+def test_versions_name_each_package_once() -> None:
+    found = versions()
+    assert found == sorted(set(found), key=lambda row: (row[0].lower(), row))
+    assert "openai" in {name for name, _, _ in found}
