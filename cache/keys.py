@@ -60,6 +60,7 @@ KEYED = (
     "parallel_tool_calls",
     "response_format",
     "prefix",
+    "begun",
 )
 
 #: Keys that are remembered. One is found by the digest of the request's fields as they are, which

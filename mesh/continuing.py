@@ -129,7 +129,7 @@ def way_on(
     if so_far.empty:
         return "restart"
     way = way_of(request, by, offer)
-    if way == "continue" and not (so_far.is_text and _has_room(request, so_far)):
+    if way == "continue" and not (so_far.is_text and _has_room(request, so_far, offer)):
         return "restart" if is_same(request, by, offer) else None
     return way
 
@@ -142,22 +142,35 @@ def _is_free(request: GenerateRequest) -> bool:
     )
 
 
-def _has_room(request: GenerateRequest, so_far: SoFar) -> bool:
-    """Is it known how many tokens the rest may have?
+def _has_room(request: GenerateRequest, so_far: SoFar, offer: ModelOffer) -> bool:
+    """Is it known how many tokens the rest may have, here or there?
 
     By an estimate it would end too early and be taken for whole, or be longer than was allowed.
     """
     most = request.sampling.max_tokens
-    return most is None or (so_far.counted and so_far.tokens < most)
+    if most is None or counts_there(request, so_far, offer):
+        return True
+    return so_far.counted and so_far.tokens < most
 
 
-def continued(request: GenerateRequest, so_far: SoFar) -> GenerateRequest:
+def counts_there(request: GenerateRequest, so_far: SoFar, offer: ModelOffer) -> bool:
+    """Is what there is counted by who goes on? Only where it matters, and nobody has."""
+    return offer.counts_begun and request.sampling.max_tokens is not None and not so_far.counted
+
+
+def continued(request: GenerateRequest, so_far: SoFar, offer: ModelOffer) -> GenerateRequest:
     """The request for the rest of the answer. Nobody will ask for that again: it is not stored."""
-    sampling = request.sampling
-    if sampling.max_tokens is not None:
+    sampling, begun = request.sampling, 0
+    if counts_there(request, so_far, offer):
+        begun = len(so_far.text)
+    elif sampling.max_tokens is not None:
         sampling = msgspec.structs.replace(sampling, max_tokens=sampling.max_tokens - so_far.tokens)
     return msgspec.structs.replace(
-        request, prefix=request.prefix + so_far.text, sampling=sampling, cache=_UNSTORED
+        request,
+        prefix=request.prefix + so_far.text,
+        begun=begun,
+        sampling=sampling,
+        cache=_UNSTORED,
     )
 
 
@@ -170,10 +183,13 @@ class Seam(Protocol):
 
 
 class Continued:
-    """The rest of an answer by another engine: it is nobody's whole answer, and has no CID."""
+    """The rest of an answer by another engine: it is nobody's whole answer, and has no CID.
 
-    def __init__(self, so_far: SoFar) -> None:
-        self._tokens = so_far.tokens
+    `tokens` are those of the beginning that its usage lacks.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        self._tokens = tokens
 
     def join(self, chunk: Chunk) -> Chunk:
         if chunk.finish_reason is None:
@@ -280,6 +296,8 @@ class _Rest:
         return new[again:]
 
 
-def seam_of(way: Way, so_far: SoFar) -> Seam:
-    """Joins the rest to what there is."""
-    return Continued(so_far) if way == "continue" else Restarted(so_far)
+def seam_of(way: Way, request: GenerateRequest, so_far: SoFar, offer: ModelOffer) -> Seam:
+    """Joins the rest, by who made that offer, to what there is."""
+    if way == "restart":
+        return Restarted(so_far)
+    return Continued(0 if counts_there(request, so_far, offer) else so_far.tokens)

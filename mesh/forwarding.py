@@ -80,7 +80,7 @@ class Forwarding:
         whole = True
         if step.way == "continue" and isinstance(forwarded, GenerateRequest):
             assert attempts.so_far is not None
-            forwarded, whole = continued(forwarded, attempts.so_far), False
+            forwarded, whole = continued(forwarded, attempts.so_far, candidate.offer), False
         return Asking(
             candidate,
             lambda: self._source(candidate, forwarded, deadlines.connect),

@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager
 import msgspec
 import trio
 
-from ..providers.base import Chunk, GenerateError, Origin, StreamInterrupted
+from ..providers.base import Chunk, GenerateError, GenerateRequest, Origin, StreamInterrupted
 from .asking import Asking
 from .attempts import Attempts, Step
 from .continuing import Mismatch, Seam, SoFar, seam_of
@@ -206,7 +206,9 @@ class Handover:
             self._begun_by = str(broken.step.candidate)
         elif step.way == "restart":
             self._begun_by = ""
-        self._seam = seam_of(step.way, self._so_far)
+        request = self._attempts.request
+        assert isinstance(request, GenerateRequest)
+        self._seam = seam_of(step.way, request, self._so_far, step.candidate.offer)
 
     def _join(self, seam: Seam, chunk: Chunk) -> Chunk | None:
         running = self._running

@@ -228,6 +228,9 @@ class GenerateRequest(ModelRequest, frozen=True, kw_only=True):
     response_format: ResponseFormat | None = None
     #: Text of the answer that exists already and is to be continued.
     prefix: str = ""
+    #: Characters at the end of `prefix` that count as this answer's: their tokens are among
+    #: `max_tokens`, and among those of its usage. Only for an offer with `counts_begun`.
+    begun: Annotated[int, msgspec.Meta(ge=0)] = 0
 
     @property
     def kind(self) -> str:
@@ -523,6 +526,8 @@ class ModelOffer(Value, frozen=True, kw_only=True):
     tools: bool = False
     #: Continues an answer from `GenerateRequest.prefix`.
     can_continue: bool = False
+    #: Counts the tokens of what was `begun`, as it has the tokenizer.
+    counts_begun: bool = False
     #: Digest of the weights, and the engine with its version.
     weights: str | None = None
     engine: str | None = None

@@ -123,6 +123,7 @@ class Echo:
                 id=model,
                 context_length=self._settings.context_length,
                 can_continue=True,
+                counts_begun=True,
                 engine="echo",
                 repeatable=True,
             )
@@ -250,12 +251,18 @@ class _Call:
                 f"{settings.context_length}"
             )
         text = _repeated(text, self._behaviour.n)
-        text = text[len(request.prefix) :] if text.startswith(request.prefix) else text
+        old = len(request.prefix) - min(request.begun, len(request.prefix))
+        before, begun = request.prefix[:old], request.prefix[old:]
+        text = text.removeprefix(before)
+        text = text if text.startswith(begun) else begun + text
         self._reason: FinishReason = "stop"
-        self._words = words(_stopped(text, request.sampling.stop))
-        if limit is not None and len(self._words) > limit:
-            self._words = self._words[:limit]
+        answer = words(_stopped(text, request.sampling.stop))
+        if limit is not None and len(answer) > limit:
+            answer = answer[:limit]
             self._reason = "length"
+        self._words = words("".join(answer)[len(begun) :])
+        #: Words of the answer that were there before.
+        self._counted = len(answer) - len(self._words)
 
     def __aiter__(self) -> Self:
         return self
@@ -281,7 +288,7 @@ class _Call:
         return Chunk(text=word)
 
     def _usage(self) -> Usage:
-        return Usage(prompt_tokens=self._prompt, completion_tokens=self._given)
+        return Usage(prompt_tokens=self._prompt, completion_tokens=self._counted + self._given)
 
 
 def _no_model(name: str, model: str) -> ModelNotFound:

@@ -36,12 +36,17 @@ class Answer:
         self._text = AnswerText(model.raw, prepared.stops, prepared.primer)
         self._tools = prepared.tools
         self._draw = prepared.draw
-        self._prompt_tokens = len(prepared.prompt)
+        #: Tokens of the answer that were there before.
+        self._begun = prepared.begun
+        self._prompt_tokens = len(prepared.prompt) - prepared.begun
         self._tokens = 0
         self.job = Job(prepared.prompt, prepared.limit, prepared.draw, self.take)
 
     def start(self) -> None:
         """Hand the job to the engine."""
+        if self.job.limit == 0:  # what was begun is as long as it may be
+            self._end("length")
+            return
         self._engine.submit(self.job)
         if self.cancelled:
             # It came while the job was on its way and found nothing to cancel.
@@ -98,7 +103,7 @@ class Answer:
                 call=self.call,
                 reason="tool_calls" if calls and reason == "stop" else reason,
                 prompt_tokens=self._prompt_tokens,
-                completion_tokens=self._tokens,
+                completion_tokens=self._begun + self._tokens,
             ),
         )
 

@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import msgspec
+
 from .base import ContextTooLong, GenerateRequest, Message, RequestRejected, Sampling, Text, Tool
 from .hf_load import LoadedModel
 from .hf_sampling import Draw
@@ -25,8 +27,8 @@ MAX_TOP_LOGPROBS = 20
 class Prepared(NamedTuple):
     """What an engine needs of a request, and what its text needs.
 
-    `primer` are the tokens of the text that is to be continued; `tools` is there where the answer
-    may call some.
+    `primer` are the tokens of the text that is to be continued, of which the last `begun` count as
+    the answer's; `tools` is there where the answer may call some.
     """
 
     prompt: list[int]
@@ -35,6 +37,7 @@ class Prepared(NamedTuple):
     stops: tuple[str, ...]
     primer: list[int]
     tools: ToolCallScanner | None
+    begun: int = 0
 
 
 def prepare(request: GenerateRequest, model: LoadedModel) -> Prepared:
@@ -43,11 +46,13 @@ def prepare(request: GenerateRequest, model: LoadedModel) -> Prepared:
     stops = checked_stops(request.sampling.stop)
     prompt, primer = tokenize(request, model)
     draw = draw_for(request.sampling, model, len(prompt))
-    limit = answer_limit(len(prompt), request.sampling.max_tokens, model.context_length)
+    begun = begun_tokens(request, model, primer) if request.begun else 0
+    most = request.sampling.max_tokens
+    limit = answer_limit(len(prompt) - begun, most, model.context_length) - begun
     tools = None
     if wanted_tools(request):
         tools = ToolCallScanner(len(prompt), single=request.parallel_tool_calls is False)
-    return Prepared(prompt, limit, draw, stops, primer, tools)
+    return Prepared(prompt, max(limit, 0), draw, stops, primer, tools, begun)
 
 
 def refuse_unsupported(request: GenerateRequest, model: LoadedModel) -> None:
@@ -110,6 +115,12 @@ def tokenize(request: GenerateRequest, model: LoadedModel) -> tuple[list[int], l
         return both, both[len(prompt) :]
     prefix = model.encode(request.prefix, special=False)
     return prompt + prefix, prefix
+
+
+def begun_tokens(request: GenerateRequest, model: LoadedModel, primer: Sequence[int]) -> int:
+    """How many of the prefix's tokens count as the answer's: all but those of what was before."""
+    before = msgspec.structs.replace(request, prefix=request.prefix[: -request.begun], begun=0)
+    return max(len(primer) - len(tokenize(before, model)[1]), 0)
 
 
 def render(request: GenerateRequest, model: LoadedModel) -> tuple[str, bool]:

@@ -30,6 +30,7 @@ def start(order: Load, tell: Callable[[str], None]) -> tuple[LoadedModel, Engine
         context_length=model.context_length,
         tools=model.tools,
         can_continue=True,
+        counts_begun=True,
         weights=model.weights,
         engine=model.engine,
         numerics=numerics(model, engine, repeatable),

@@ -103,13 +103,16 @@ def make_tiny_model(folder: Path, *, context: int = 256, kind: str = "llama") ->
     return folder
 
 
-def chat(model: str, text: str, *, prefix: str = "", **sampling: Any) -> GenerateRequest:
+def chat(
+    model: str, text: str, *, prefix: str = "", begun: int = 0, **sampling: Any
+) -> GenerateRequest:
     """A request of one user message."""
     return GenerateRequest(
         model=model,
         messages=(Message(role="user", content=(Text(text=text),)),),
         sampling=Sampling(**sampling),
         prefix=prefix,
+        begun=begun,
     )
 
 

@@ -195,6 +195,7 @@ OTHER: dict[type[msgspec.Struct], dict[str, Any]] = {
         "parallel_tool_calls": None,
         "response_format": None,
         "prefix": "",
+        "begun": 3,
         "dialect": "ollama",
         "extra": {},
     },

@@ -24,14 +24,17 @@ from promptmesh.providers.base import (
     GenerateRequest,
     ModelOffer,
     ResponseFormat,
+    Sampling,
     ToolCall,
     ToolCallDelta,
     ToolChoice,
     Usage,
 )
+from promptmesh.providers.echo import Echo, EchoSettings
 
 SAME = ModelOffer(id="m", weights="sha256:1", engine="hf 1", numerics="float32", repeatable=True)
 CONTINUES = ModelOffer(id="m", can_continue=True)
+COUNTS = ModelOffer(id="m", can_continue=True, counts_begun=True)
 #: Characters of one to four bytes, of two code points, and that a text is divided at by mistake.
 TEXTS = st.text("aé€😀e\u0301\u200d👩\0\r\n ", max_size=12)
 CALLS = st.builds(
@@ -99,7 +102,7 @@ def joined(before: Sequence[Chunk], after: Sequence[Chunk], way: Any) -> list[Ch
     so_far = SoFar()
     for chunk in before:
         so_far.add(chunk)
-    seam = seam_of(way, so_far)
+    seam = seam_of(way, asking(), so_far, CONTINUES)
     rest = [new for chunk in after if (new := seam.join(chunk)) is not None]
     return [*before, *rest]
 
@@ -231,6 +234,7 @@ def request_with(**fields: Any) -> GenerateRequest:
         (request_with(response_format=ResponseFormat(type="text")), TEXT, CONTINUES, "continue"),
         (request_with(tool_choice=ToolChoice(mode="required")), TEXT, CONTINUES, None),
         (request_with(max_tokens=99), TEXT, CONTINUES, None),  # nobody has counted how many it has
+        (request_with(max_tokens=99), TEXT, COUNTS, "continue"),  # who goes on does
         (request_with(max_tokens=99, temperature=0.0), TEXT, SAME_CONTINUES, "restart"),
         (request_with(max_tokens=2), COUNTED, CONTINUES, None),
         (request_with(max_tokens=3), COUNTED, CONTINUES, "continue"),
@@ -257,10 +261,39 @@ def test_only_the_same_engine_gives_the_same_again(change: dict[str, Any]) -> No
 
 def test_the_rest_is_asked_for_with_what_is_left_of_its_tokens() -> None:
     counted = Chunk(text="Once upon a time", logprobs=tuple(logprob(t) for t in "abcde"))
-    rest = continued(request_with(max_tokens=20, prefix="So: "), so_far_of(counted))
+    rest = continued(request_with(max_tokens=20, prefix="So: "), so_far_of(counted), COUNTS)
     assert rest.prefix == "So: Once upon a time"
     assert rest.sampling.max_tokens == 15
     assert rest.cache.mode == "bypass"
-    assert continued(request_with(), so_far_of(TEXT)).sampling.max_tokens is None
+    assert rest.begun == 0
+    rest = continued(request_with(max_tokens=20, prefix="So: "), so_far_of(TEXT), COUNTS)
+    assert (rest.prefix, rest.begun, rest.sampling.max_tokens) == ("So: Once upon", 9, 20)
+    rest = continued(request_with(), so_far_of(TEXT), COUNTS)
+    assert (rest.begun, rest.sampling.max_tokens) == (0, None)
     assert so_far_of(Chunk(text="x" * 100)).tokens == 25  # many in one piece
     assert so_far_of(*[Chunk(text="x")] * 100).tokens == 100
+
+
+# --- who goes on counts what there is
+
+
+@given(text=st.text("aé€😀 \n", min_size=1, max_size=40), most=st.integers(1, 12), data=st.data())
+async def test_a_limit_holds_for_the_whole_wherever_it_broke(
+    text: str, most: int, data: st.DataObject
+) -> None:
+    request = asking(text=text, sampling=Sampling(max_tokens=most), prefix=text[: len(text) // 3])
+    echo = Echo(EchoSettings(models=("m",)))
+
+    async def answer(asked: GenerateRequest) -> list[Chunk]:
+        async with echo.open(asked) as answering:
+            return [chunk async for chunk in answering.chunks]
+
+    whole = built(await answer(request))
+    cut = data.draw(st.integers(1, max(len(whole.text), 1)))
+    before = [Chunk(text=whole.text[:cut])] if whole.text else []
+    so_far = so_far_of(*before)
+    rest = await answer(continued(request, so_far, COUNTS))
+    seam = seam_of("continue", request, so_far, COUNTS)
+    all_of_it = built([*before, *(new for chunk in rest if (new := seam.join(chunk)))])
+    assert (all_of_it.text, all_of_it.finish_reason) == (whole.text, whole.finish_reason)
+    assert all_of_it.usage.completion_tokens == whole.usage.completion_tokens <= most

@@ -121,16 +121,18 @@ def only_restarts(offer: ModelOffer) -> ModelOffer:
     return msgspec.structs.replace(offer, can_continue=False)
 
 
-@pytest.mark.parametrize("way", ["continue", "restart"])
+@pytest.mark.parametrize("way", ["continue", "recount", "restart"])
 def test_the_seam(host: Hosted, way: str) -> None:
     request = chat(NAME, PROMPT, temperature=0, max_tokens=MOST)
-    # The log probabilities count the tokens, so that it is known how many are left.
-    sampling = msgspec.structs.replace(request.sampling, logprobs=True, top_logprobs=2)
-    request = msgspec.structs.replace(request, sampling=sampling)
+    if way != "recount":
+        # The log probabilities count the tokens, so that it is known how many are left.
+        sampling = msgspec.structs.replace(request.sampling, logprobs=True, top_logprobs=2)
+        request = msgspec.structs.replace(request, sampling=sampling)
     pieces, builder = host.read(request)
     whole = builder.completion()
     offer = only_restarts if way == "restart" else (lambda offer: offer)
-    for after in range(1, len(pieces)):
+    # The same pieces: a few of them tell whether they are counted.
+    for after in range(1, len(pieces), 4 if way == "recount" else 1):
         first = Breaking("first", host.provider, offer, after)
         second = Breaking("second", host.provider, offer)
         got, origin = host.run(ask, first, second, request)
@@ -138,12 +140,13 @@ def test_the_seam(host: Hosted, way: str) -> None:
         assert origin.provider == "second"
         assert got.finish_reason in ("stop", "length")
         restarted = second.asked[0].prefix == ""
-        assert restarted or way == "continue"
+        assert restarted == (way == "restart") or (restarted and way == "continue")
         if restarted:  # a rest of no tokens cannot be asked for
             assert got == whole
             assert (second.asked[0].prefix, origin.begun_by) == ("", "")
             continue
         assert second.asked[0].prefix == before
+        assert second.asked[0].begun == (len(before) if way == "recount" else 0)
         assert origin.begun_by == "mine:first"
         # Exactly what the model gives after that text, and nothing of that twice.
         rest = host.read(second.asked[0])[1].completion()

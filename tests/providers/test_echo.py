@@ -116,6 +116,17 @@ async def test_continuing_after_a_prefix(prefix: str, rest: str) -> None:
     assert got.usage.completion_tokens == len(words(rest))
 
 
+@pytest.mark.parametrize("most", [1, 2, 3, 4])
+@pytest.mark.parametrize("cut", range(len("one two three") + 1))
+async def test_what_was_begun_is_among_the_words_that_it_may_have(most: int, cut: int) -> None:
+    whole = await ask(Echo(), request(sampling={"max_tokens": most}))
+    prefix = whole.text[:cut]
+    limits = {"max_tokens": most}
+    rest = await ask(Echo(), request(prefix=prefix, begun=len(prefix), sampling=limits))
+    assert (prefix + rest.text, rest.finish_reason) == (whole.text, whole.finish_reason)
+    assert rest.usage == whole.usage
+
+
 async def test_context_length() -> None:
     echo = Echo(EchoSettings(context_length=5))
     assert (await ask(echo, request(sampling={"max_tokens": 2}))).text == "one two"

@@ -106,6 +106,32 @@ def test_what_was_held_back_comes_at_the_limit(model: LoadedModel) -> None:
     assert last.completion_tokens == len(model.encode("the lazy dog", special=False))
 
 
+def test_what_was_begun_is_among_its_tokens(model: LoadedModel) -> None:
+    begun = "the lazy"
+    before = len(model.encode(begun, special=False))
+    made = Made(model, chat("tiny", "Hello", prefix=begun, begun=len(begun), max_tokens=99))
+    assert made.answer.job.limit == 99 - before
+    made.say(" dog", end="stop")
+    rest = len(model.encode(" dog", special=False))
+    assert made.events[-1] == Finished(
+        call=5,
+        reason="stop",
+        prompt_tokens=len(prepare(chat("tiny", "Hello"), model).prompt),
+        completion_tokens=before + rest,
+    )
+
+
+def test_what_was_begun_may_be_as_long_as_it_may_be(model: LoadedModel) -> None:
+    begun = "the lazy dog"
+    before = len(model.encode(begun, special=False))
+    made = Made(model, chat("tiny", "Hello", prefix=begun, begun=len(begun), max_tokens=before))
+    made.engine.on_submit = lambda: pytest.fail("there is nothing to compute")
+    made.answer.start()
+    (last,) = made.events
+    assert isinstance(last, Finished)
+    assert (last.reason, last.completion_tokens) == ("length", before)
+
+
 def test_a_tool_call_is_no_text_and_the_reason_of_the_end(model: LoadedModel) -> None:
     made = Made(model, with_tools())
     made.say(f"Look: {CALL}")

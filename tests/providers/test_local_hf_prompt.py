@@ -178,6 +178,31 @@ def test_a_prefix_follows_the_prompt(model: LoadedModel) -> None:
     assert prepared.primer == model.encode("Once upon", special=False)
 
 
+def test_what_was_begun_is_counted_among_the_answer_s_tokens(model: LoadedModel) -> None:
+    bare = prepare(chat("tiny", "Hello", max_tokens=9), model)
+    for text in ("Once", "Once upon a time"):
+        request = chat("tiny", "Hello", max_tokens=9, prefix=text, begun=len(text))
+        prepared = prepare(request, model)
+        assert prepared.begun == len(prepared.primer) == len(model.encode(text, special=False))
+        assert prepared.limit == 9 - prepared.begun
+        assert prepared.prompt[: len(bare.prompt)] == bare.prompt
+    # A part of the prefix was there before the answer.
+    request = chat("tiny", "Hello", max_tokens=9, prefix="Once upon", begun=len(" upon"))
+    prepared = prepare(request, model)
+    assert 0 < prepared.begun < len(prepared.primer)
+    text = "Once upon a time, and so on, and so on, and so on"
+    assert prepare(chat("tiny", "Hello", max_tokens=3, prefix=text, begun=49), model).limit == 0
+
+
+def test_what_is_left_of_the_context_is_that_of_the_whole_answer(model: LoadedModel) -> None:
+    room = model.context_length - len(prepare(chat("tiny", "Hello"), model).prompt)
+    request = chat("tiny", "Hello", max_tokens=room, prefix="Once upon", begun=9)
+    prepared = prepare(request, model)
+    assert len(prepared.prompt) + prepared.limit == model.context_length
+    with pytest.raises(ContextTooLong):
+        prepare(chat("tiny", "Hello", max_tokens=room + 1, prefix="Once upon", begun=9), model)
+
+
 def test_the_prompt_s_tokens_stay_where_the_prefix_would_change_them(model: LoadedModel) -> None:
     # A tokenizer that merges the template's last newline with one of the prefix.
     merging = Tokenizer(models.BPE(vocab={"a": 0, "\n": 1, "\n\n": 2}, merges=[("\n", "\n")]))
