@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from faults import FAULTS, WHOLE
 
+#: Seconds, of a server that is late: enough for a busy machine to bring three requests to it.
+LATE_S = 4.0
 #: Those of `FAULTS` that are no fault, or have a test of their own.
 NO_CASE = {"healthy", "smaller", "larger", "flapping"}
 
@@ -41,6 +43,10 @@ class Case:
     finish: str = "stop"
     #: The seconds that the request gives itself.
     deadline: float | None = None
+    #: It is found out by its server's being later than `LATE_S`.
+    late: bool = False
+    #: The server goes on and on: what counts is how much of it a node keeps.
+    endless: bool = False
 
     @property
     def stored(self) -> bool:
@@ -107,7 +113,13 @@ def after(fault: str, what: str, **fields: object) -> Case:
 
 def late(fault: str, what: str, **fields: object) -> Case:
     """There is no token in time."""
-    known = {"status": 504, "code": "deadline_exceeded", "left": True, "says": "no token within"}
+    known = {
+        "status": 504,
+        "code": "deadline_exceeded",
+        "left": True,
+        "late": True,
+        "says": "no token within",
+    }
     return Case(fault=fault, what=what, **(known | fields))  # type: ignore[arg-type]
 
 
@@ -138,7 +150,7 @@ CASES = (
     late("silence", "accepts, and says nothing"),
     before("reset-before-headers", "a reset before the headers", says="without a reply"),
     before("not-http", "something else than HTTP", says="not valid HTTP"),
-    before("endless-headers", "headers without end", says="larger than", left=True),
+    before("endless-headers", "headers without end", says="larger than", left=True, endless=True),
     rejected("status-400", "400: the request is wrong", says="top_k must be"),
     before("status-401", "401", says="api_key_env"),
     before("status-402", "402", says="no credit left"),
@@ -153,7 +165,12 @@ CASES = (
     before("redirect", "a redirect", says="redirects to"),
     before("web-page", "a web page", says="web page"),
     before(
-        "endless-error", "500 with a body without end", says="answered 500", left=True, again=True
+        "endless-error",
+        "500 with a body without end",
+        says="answered 500",
+        left=True,
+        again=True,
+        endless=True,
     ),
     context("vllm"),
     context("llama.cpp"),
@@ -189,10 +206,12 @@ CASES = (
     before("only-done", "`[DONE]` and nothing else", says="end marker"),
     before("length-too-long", "less than its `Content-Length`", says="ended before the reply did"),
     before("length-too-short", "more than its `Content-Length`", says="cannot be read"),
-    before("endless-line", "a line without end", says="is longer than", left=True),
-    before("endless-json", "a whole answer without end", says="is longer than", left=True),
+    before("endless-line", "a line without end", says="is longer than", left=True, endless=True),
+    before(
+        "endless-json", "a whole answer without end", says="is longer than", left=True, endless=True
+    ),
     after("reset-in-a-chunk", "a reset in the middle of a chunk", says="ended before"),
-    after("stall", "tokens, then silence", says="no token for", left=True),
+    after("stall", "tokens, then silence", says="no token for", left=True, late=True),
     after("no-end-marker", "an end without `finish_reason`", says="end marker"),
     after("done-without-finish", "`[DONE]` without `finish_reason`", says="end marker"),
     after("reset-after-finish", "a reset after `finish_reason`", says="ended before"),
@@ -201,7 +220,9 @@ CASES = (
     after("invalid-utf8", "an event that is no UTF-8", says="cannot be read"),
     after("wrong-types", "JSON of other types", says="cannot be read"),
     after("error-event", "an error in the stream", says="out of memory"),
-    after("endless-answer", "an answer that is too large", says="longer than", left=True),
+    after(
+        "endless-answer", "an answer that is too large", says="longer than", left=True, endless=True
+    ),
     after(
         "never-ending",
         "an answer that takes longer than the request may",
@@ -210,7 +231,7 @@ CASES = (
         says="no whole answer within",
         left=True,
         paused=False,
-        deadline=1.5,
+        deadline=LATE_S,
     ),
     whole("no-done", "`finish_reason` without `[DONE]`"),
     whole("duplicate-finish", "`finish_reason` and `[DONE]` twice"),

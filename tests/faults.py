@@ -43,7 +43,7 @@ WHOLE = "Once upon a time."
 DRIP = 1.0
 PULSE = 0.1
 #: A test that brings several requests together waits so long (s) for the others.
-TOGETHER = 3.0
+TOGETHER = 60.0
 
 #: A model of several sizes, and the tokens that each server of it takes.
 LONG = "long"
