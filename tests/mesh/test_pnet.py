@@ -119,6 +119,7 @@ def test_two_connections_never_share_a_key_stream() -> None:
         (GREETING, "not in a private network"),
         (b"GET / HTTP/1.1\r\nHost: example.com\r\n\r\n", "the key of another"),
     ],
+    ids=["protected", "noise", "multistream", "HTTP"],
 )
 def test_others_are_known_by_their_first_bytes(sent: bytes, why: str, at_once: int) -> None:
     protection = Protection(KEY)
