@@ -208,25 +208,27 @@ class Libp2pTransport:
             raise TransportError("a node does not dial itself")
         if not self._admits(peer):
             raise TransportError(BLOCKED)
-        with trio.move_on_after(timeout):
-            while True:
-                known = self.connected().get(peer)
-                if known is not None:
-                    return known
-                dial = self._dials.get(peer)
-                if dial is None:
-                    return await self._dial(peer_id, addresses, timeout)
+        started = trio.current_time()
+        while True:
+            left = started + timeout - trio.current_time()
+            known = self.connected().get(peer)
+            if known is not None:
+                return known
+            dial = self._dials.get(peer)
+            if dial is None:
+                return await self._dial(peer_id, addresses, left)
+            with trio.move_on_after(max(left, 0.0)) as waiting:
                 await dial.over.wait()  # another task dials that peer: share what comes of it
-                if dial.failure is not None:
-                    raise TransportError(dial.failure)
-        raise TransportError(f"cannot reach {peer} within {timeout:g} s")
+            if waiting.cancelled_caught:
+                raise TransportError(f"cannot reach {peer} within {timeout:g} s")
+            if dial.failure is not None:
+                raise TransportError(dial.failure)
 
     async def _dial(self, peer_id: ID, addresses: Sequence[str], timeout: float) -> str:
         peer = peer_id.to_base58()
         dial = self._dials[peer] = _Dial(peer_id, addresses, self._dial_at)
         try:
-            # A little earlier than the caller's own limit, so that each failure is told.
-            with trio.move_on_after(timeout * 0.95):
+            with trio.move_on_after(max(timeout, 0.0)):
                 await dial.run()
             return dial.result()
         finally:

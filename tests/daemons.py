@@ -21,9 +21,10 @@ ROOT = Path(__file__).parent.parent
 MODEL = ROOT / ".models" / "SmolLM2-135M-Instruct"
 #: To read the authorities of this machine takes a client 50 ms, for nothing.
 NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-#: Liveness bounds, with slack for a busy machine of two cores.
-START_S = 60
-MEET_S = 60
+#: Liveness bounds (s), with slack for a busy machine of two cores.
+START_S = MEET_S = SETTLE_S = 60
+#: A node gives those that it talks with 3 s to end.
+STOP_S = 20
 
 ECHO = '[[providers]]\nkind = "echo"\nname = "echo"\nshare = true\n'
 REAL_MODEL = f'[local_hf]\nmodel = "{MODEL}"\nthreads = 1\n'
@@ -39,7 +40,9 @@ def clean_environment(**extra: str) -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | extra
 
 
-async def until(condition: Callable[[], Awaitable[bool]], what: str, within: float) -> None:
+async def until(
+    condition: Callable[[], Awaitable[bool]], what: str, within: float = SETTLE_S
+) -> None:
     """Wait for something of another process, which can only be asked again and again."""
     try:
         with trio.fail_after(within):
@@ -120,7 +123,7 @@ class Daemon:
         assert self._process is not None
         self._process.send_signal(number)
 
-    async def wait_exit(self, within: float) -> int:
+    async def wait_exit(self, within: float = SETTLE_S) -> int:
         """Its exit status. Fails the test if it takes longer."""
         assert self._process is not None
         with trio.fail_after(within):
@@ -129,12 +132,12 @@ class Daemon:
     async def kill(self) -> None:
         """`kill -9`, as a crash would."""
         self.signal(signal.SIGKILL)
-        await self.wait_exit(10)
+        await self.wait_exit()
 
     async def stop(self) -> int:
         """Ctrl-C, and the exit status."""
         self.signal(signal.SIGINT)
-        return await self.wait_exit(15)
+        return await self.wait_exit(STOP_S)
 
     async def aclose(self) -> None:
         """Leave nothing running, whatever state it is in."""

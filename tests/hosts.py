@@ -16,7 +16,7 @@ ECHO, TOPIC = "/test/echo/1", "/test/topic"
 #: A peer that is not there.
 STRANGER = "12D3KooWA4Xop1JaT3MHxwYMkCepYsv4iPVopMXwCz5iHYdBfeSB"
 #: Seconds after which something hangs.
-SOON = 20.0
+SOON = 60.0
 
 
 @asynccontextmanager

@@ -29,7 +29,7 @@ async def load(node: Daemon, running: int, waiting: int) -> None:
         (provider,) = await node.json("/mesh/v1/providers")
         return (provider["running"], provider["waiting"]) == (running, waiting)
 
-    await until(reached, f"{running} run and {waiting} wait; {node.log}", 20)
+    await until(reached, f"{running} run and {waiting} wait; {node.log}")
 
 
 @asynccontextmanager
@@ -64,7 +64,7 @@ async def until_told(order: list[str], what: str) -> None:
     async def told() -> bool:
         return what in order
 
-    await until(told, what, 20)
+    await until(told, what)
 
 
 async def test_a_full_queue_is_503_and_a_client_that_leaves_makes_room(node: Daemon) -> None:

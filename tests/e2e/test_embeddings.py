@@ -69,7 +69,7 @@ async def test_over_a_hop_and_from_the_cache(tmp_path: Path) -> None:
                 return error.status_code != 504
             return True
 
-        await until(found_by_b, f"b knows of both; {b.log}", 20)
+        await until(found_by_b, f"b knows of both; {b.log}")
         mixed = await embed(b, ["a bird", "the cat"])
         assert mixed.promptmesh["cached"] == 1
         assert mixed.data[1].embedding == first.data[0].embedding

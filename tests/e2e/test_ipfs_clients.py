@@ -134,7 +134,7 @@ async def test_kubo_and_the_rpc_read_what_the_other_has(daemon: Daemon, tmp_path
             peers = (await rpc.post("swarm/peers")).json()["Peers"]
             return other.peer_id in [peer["Peer"] for peer in peers]
 
-        await until(seen, "the connection is listed", 30)
+        await until(seen, "the connection is listed")
         for size in (0, 1, 1000, unixfs.LEAF, unixfs.LEAF + 1, 1_000_000):
             data = os.urandom(size)
             theirs = await other.add(data)

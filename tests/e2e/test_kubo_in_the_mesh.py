@@ -82,7 +82,7 @@ async def meets_kubo(daemon: Daemon) -> None:
         rows = (await daemon.json("/mesh/v1/peers"))[1:]
         return any(r["ipfs"].startswith("kubo/") and r["state"] == "connected" for r in rows)
 
-    await until(met, f"{daemon.name} knows the Kubo for what it is; {daemon.log}", 30)
+    await until(met, f"{daemon.name} knows the Kubo for what it is; {daemon.log}")
 
 
 async def test_what_only_kubo_has_is_read_and_kept(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ async def test_a_kubo_is_no_trouble(tmp_path: Path) -> None:
             rows = (await a.json("/mesh/v1/peers"))[1:]
             return all(r["state"] != "connected" for r in rows if r["peer"] == peer.peer_id)
 
-        await until(gone, "a notices that the Kubo is gone", 15)
+        await until(gone, "a notices that the Kubo is gone")
         assert await a.stop() == 0
         log = a.log.read_text()
         assert log.count(peer.peer_id) <= 4, log

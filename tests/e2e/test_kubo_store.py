@@ -31,7 +31,7 @@ async def test_a_public_daemon_is_refused(tmp_path: Path) -> None:
         node = Daemon(tmp_path, "a", f'{ECHO}[kubo]\napi = "{public.api}"\n')
         with pytest.raises(AssertionError, match=r"Bootstrap.*Set kubo\.publish = true"):
             await node.start()
-        assert await node.wait_exit(10) == 1
+        assert await node.wait_exit() == 1
 
 
 async def test_without_its_daemon_a_node_is_whole(tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ async def test_answers_go_to_a_real_daemon_and_come_back(tmp_path: Path) -> None
                 assert status["state"] == "ready", status
                 return status["waiting"] == 0 and await kubo.has(parse_cid(cid))
 
-            await until(arrived, f"the answer is in js-ipfs; {node.log}", 30)
+            await until(arrived, f"the answer is in js-ipfs; {node.log}")
             assert (await kubo.size()).pinned >= 1
             assert not await kubo.has(parse_cid(local.headers["x-promptmesh-cid"]))
 
@@ -115,7 +115,7 @@ async def test_a_real_daemon_that_dies_costs_nothing(tmp_path: Path) -> None:
             async def away() -> bool:
                 return bool((await node.json("/mesh/v1/status"))["kubo"]["state"] == "away")
 
-            await until(away, f"the node sees that js-ipfs is gone; {node.log}", 30)
+            await until(away, f"the node sees that js-ipfs is gone; {node.log}")
             assert node.log.read_text().count("did not put a block") == 1
         finally:
             await node.aclose()

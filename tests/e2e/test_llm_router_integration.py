@@ -252,7 +252,7 @@ async def test_a_local_model_outlives_the_call_that_was_too_short(
     async def ended() -> bool:
         return not psutil.Process().children()
 
-    await until(ended, "its process has ended", 15)
+    await until(ended, "its process has ended")
     # It is begun anew for the next.
     assert await agenerate_text("Once", provider="hf", max_tokens=3)
 

@@ -44,7 +44,7 @@ async def test_join_and_leave_while_running(tmp_path: Path) -> None:
             async def forgotten() -> bool:
                 return await table(a) == {}
 
-            await until(forgotten, "a forgets b at once, as it said that it leaves", 5)
+            await until(forgotten, "a forgets b at once, as it said that it leaves")
             # Alone in a mesh of its own, with a link of its own.
             assert json.loads(await b.cli("invite", "--json"))["link"] != link
         finally:
@@ -110,15 +110,15 @@ async def test_a_dead_peer_gets_no_more_work_and_is_found_again(
             return "b" not in {source["node"] for one in sources for source in one}
 
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(until, noticed, "a notices that b is silent", 8)
-            nursery.start_soon(until, forgotten, "a offers no model of b any more", 15)
+            nursery.start_soon(until, noticed, "a notices that b is silent")
+            nursery.start_soon(until, forgotten, "a offers no model of b any more")
         (lost,) = [p for p in await a.json("/mesh/v1/peers") if p["node"] == "b" or p["reason"]]
         assert (lost["node"], lost["state"], lost["via"]) == ("b", "unreachable", "")
         assert lost["reason"]
         if how is signal.SIGSTOP:
             b.signal(signal.SIGCONT)
         else:
-            await b.wait_exit(10)
+            await b.wait_exit()
             await b.start("--listen", address)
         await a.wait_for_peers("b", "c")
         await both_answer(a)
@@ -134,7 +134,7 @@ async def both_answer(daemon: Daemon) -> None:
         seen.add(answer.headers.get("x-promptmesh-node", ""))
         return {"b", "c"} <= seen
 
-    await until(ask, "both b and c answer", 30)
+    await until(ask, "both b and c answer")
 
 
 async def test_a_copied_folder_is_said_clearly(tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ async def test_a_copied_folder_is_said_clearly(tmp_path: Path) -> None:
                 problem = (await copy.json("/mesh/v1/status"))["mesh"]["problem"]
                 return "another node runs with the identity of this one" in (problem or "")
 
-            await until(says_so, "the copy knows that it is one", 60)
+            await until(says_so, "the copy knows that it is one")
             assert "delete identity.key" in copy.log.read_text()
         finally:
             await copy.aclose()

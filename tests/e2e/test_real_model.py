@@ -12,7 +12,7 @@ import openai
 import psutil
 import pytest
 import trio
-from daemons import MODEL, REAL_MODEL, Daemon, mesh, until
+from daemons import MODEL, REAL_MODEL, STOP_S, Daemon, mesh, until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.model]
 
@@ -57,7 +57,7 @@ async def test_the_walking_mesh(tmp_path: Path) -> None:
             answer = await b.chat(FRANCE, NAME, temperature=0, max_tokens=40, headers=only)
             return answer.status_code == 200
 
-        await until(known_to_b, "b knows of the answer", 30)
+        await until(known_to_b, "b knows of the answer")
         ask_again = await b.cli(
             "ask", FRANCE, "-m", NAME, "--temperature", "0", "--max-tokens", "40", "--json"
         )
@@ -109,7 +109,7 @@ async def a_client_that_leaves_stops_the_model(near: Daemon, far: Daemon) -> Non
     async def idle() -> bool:
         return bool((await stats(far))["active"] == 0)
 
-    await until(idle, "the model stops", 10)
+    await until(idle, "the model stops")
     made = (await stats(far))["tokens"]
     await trio.sleep(0.5)  # to see that nothing goes on, there is nothing to wait for
     assert (await stats(far))["tokens"] == made < 2000
@@ -122,7 +122,7 @@ async def test_ctrl_c_while_the_model_generates(tmp_path: Path) -> None:
         async with a.stream("Tell a long story.", NAME, max_tokens=2000) as stream:
             await anext(stream)
             a.signal(signal.SIGINT)
-            assert await a.wait_exit(5) == 0
+            assert await a.wait_exit(STOP_S) == 0
         assert not worker.is_running()
         assert not (a.home / "node.json").exists()
 
@@ -143,7 +143,7 @@ async def test_a_crash_of_the_model_is_not_the_end_of_the_node(tmp_path: Path) -
             assert answer.status_code == 200 or answer.headers["retry-after"], answer.text
             return answer.status_code == 200 and "Paris" in answer.text
 
-        await until(answers_again, "a new worker answers", 60)
+        await until(answers_again, "a new worker answers")
 
 
 async def test_the_model_ends_with_its_node_however_that_ends(tmp_path: Path) -> None:
@@ -155,4 +155,4 @@ async def test_the_model_ends_with_its_node_however_that_ends(tmp_path: Path) ->
         async def gone() -> bool:
             return not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
 
-        await until(gone, "the worker ends", 10)
+        await until(gone, "the worker ends")

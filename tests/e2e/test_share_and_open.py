@@ -60,7 +60,7 @@ async def claimed(node: Daemon, cid: str) -> None:
         shown = await run(node, "open", cid, "--json")
         return bool(json.loads(shown.stdout)["claims"])
 
-    await until(signed, f"{cid} is claimed; {node.log}", 20)
+    await until(signed, f"{cid} is claimed; {node.log}")
 
 
 async def test_out_of_the_mesh_and_verified_elsewhere(node: Daemon, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ async def test_the_figures_add_up_over_a_hop_and_a_restart(tmp_path: Path) -> No
             at_a, at_b = await usage(a), await usage(b)
             return (at_a["own"]["unfinished"], at_b["served"]["unfinished"]) == (2, 2)
 
-        await until(over, "both have seen the end of the two that were not finished", 30)
+        await until(over, "both have seen the end of the two that were not finished")
         at_a, at_b = await usage(a), await usage(b)
         assert (at_a["own"]["requests"], at_a["served"]["requests"]) == (4, 0)
         assert at_a["own"]["tokens_saved"] == saved

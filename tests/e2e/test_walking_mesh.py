@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from daemons import ECHO, Daemon, mesh, until
+from daemons import ECHO, SETTLE_S, STOP_S, Daemon, mesh, until
 
 pytestmark = pytest.mark.e2e
 
@@ -41,7 +41,7 @@ async def test_a_prompt_to_a_is_answered_by_c_and_found_by_b(tmp_path: Path) -> 
             )
             return answer.status_code == 200
 
-        await until(found_by_b, f"b knows of the answer; {b.log}", 20)
+        await until(found_by_b, f"b knows of the answer; {b.log}")
         again = await b.chat(prompt, "echo", temperature=0)
         assert again.json()["choices"][0]["message"]["content"] == prompt
         assert again.headers["x-promptmesh-cid"] == origin["cid"]
@@ -62,7 +62,7 @@ async def test_a_client_that_leaves_stops_the_work_on_the_peer(tmp_path: Path) -
         async def stopped() -> bool:
             return await running(c) == 0
 
-        await until(stopped, "the provider of c stops", 10)
+        await until(stopped, "the provider of c stops")
         (provider,) = await c.json("/mesh/v1/providers")
         assert provider["stats"]["cancelled"] == 1
 
@@ -94,7 +94,7 @@ async def test_auto_is_answered_while_a_server_is_down(tmp_path: Path) -> None:
             states = {p["name"]: p["state"] for p in await a.json("/mesh/v1/providers")}
             return states == {"down": "unavailable", "echo": "ready"}
 
-        await until(found_out, f"a knows that the server is down; {a.log}", 20)
+        await until(found_out, f"a knows that the server is down; {a.log}")
         answer = await a.chat("anybody?", "auto")
         assert answer.headers["x-promptmesh-provider"] == "echo", answer.text
 
@@ -107,7 +107,7 @@ async def test_failover_before_the_first_token_and_return(tmp_path: Path) -> Non
             models = (await a.json("/v1/models"))["data"]
             return {s["node"] for m in models for s in m["promptmesh"]["sources"]} == {"b", "c"}
 
-        await until(both_offer, "a sees both offers", 20)
+        await until(both_offer, "a sees both offers")
         answers = []
 
         async def ask() -> None:
@@ -119,7 +119,7 @@ async def test_failover_before_the_first_token_and_return(tmp_path: Path) -> Non
             async def one_works() -> bool:
                 return await running(b) + await running(c) == 1
 
-            await until(one_works, "b or c got the request", 10)
+            await until(one_works, "b or c got the request")
             chosen, other = (b, c) if await running(b) else (c, b)
             await chosen.kill()
         (answer,) = answers
@@ -142,7 +142,7 @@ async def test_a_stranger_cannot_join(tmp_path: Path) -> None:
                 peers = (await stranger.json("/mesh/v1/peers"))[1:]
                 return any(p["state"] == "unreachable" and p["reason"] for p in peers)
 
-            await until(refused, "the stranger is told why", 20)
+            await until(refused, "the stranger is told why")
             assert (await a.json("/mesh/v1/peers"))[1:] == []
             assert await stranger.models() == set()
         finally:
@@ -160,11 +160,11 @@ async def test_ctrl_c_stops_within_its_time(tmp_path: Path) -> None:
         await deaf.__aenter__()
         b.signal(signal.SIGSTOP)
         try:
-            with trio.move_on_after(30):
+            with trio.fail_after(SETTLE_S):
                 async with a.stream("x [[echo n=10000 gap_s=0.01]]", "echo") as events:
                     await anext(events)
                     a.signal(signal.SIGINT)
-                    assert await a.wait_exit(5) == 0
+                    assert await a.wait_exit(STOP_S) == 0
         finally:
             b.signal(signal.SIGCONT)
             await stalled.aclose()

@@ -34,7 +34,7 @@ from promptmesh.mesh.host import HostSettings, open_host
 from promptmesh.mesh.transport import PeerId, Stream, Transport, TransportError
 
 #: Seconds after which something hangs.
-SOON = 20.0
+SOON = 60.0
 
 MakeTransport = Callable[[str], Awaitable[Transport]]
 

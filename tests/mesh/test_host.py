@@ -19,7 +19,7 @@ KEY = b"k" * 32
 ECHO = "/test/echo/1"
 TOPIC = "/test/topic"
 #: Seconds after which something hangs.
-SOON = 10.0
+SOON = 60.0
 
 
 @asynccontextmanager
@@ -146,12 +146,16 @@ async def test_what_fails_inside_comes_out_as_it_is() -> None:
 # --- dialling -------------------------------------------------------------------------------------
 
 
-async def test_an_address_that_does_not_answer_does_not_hold_up_the_next() -> None:
+async def test_an_address_that_does_not_answer_does_not_hold_up_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(patches, "HANDSHAKE_TIMEOUT", 10 * SOON)
     (silent,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
     async with silent, host("a") as a, host("b") as b:
         dead = f"/ip4/127.0.0.1/tcp/{silent.socket.getsockname()[1]}"
-        with trio.fail_after(5):
-            assert await a.connect(b.peer_id, [dead, *b.addresses]) == b.addresses[0]
+        with trio.fail_after(SOON):
+            at = await a.connect(b.peer_id, [dead, *b.addresses], timeout=10 * SOON)
+            assert at == b.addresses[0]
             assert list(b.connected()) == [a.peer_id]
 
 
@@ -159,7 +163,7 @@ async def test_connecting_has_a_time_limit_and_can_be_cancelled() -> None:
     (silent,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
     async with silent, host("a") as a, host("b") as b:
         dead = f"/ip4/127.0.0.1/tcp/{silent.socket.getsockname()[1]}"
-        with trio.fail_after(5), pytest.raises(TransportError, match="no answer in time"):
+        with trio.fail_after(SOON), pytest.raises(TransportError, match="no answer in time"):
             await a.connect(b.peer_id, [dead], timeout=0.1)
         with trio.move_on_after(0.05) as scope:
             await a.connect(b.peer_id, [dead])
@@ -179,7 +183,7 @@ async def test_a_dial_is_shared_and_taken_over_if_its_task_is_cancelled() -> Non
 
         nursery.start_soon(lead)
         await wait_all_tasks_blocked(0.01)
-        with trio.fail_after(5):
+        with trio.fail_after(SOON):
             nursery.start_soon(a.connect, b.peer_id, b.addresses)
             await wait_all_tasks_blocked(0.01)
             assert not a.connected()
@@ -231,7 +235,7 @@ async def test_opening_a_stream_to_a_stopped_peer_fails_in_time(
     monkeypatch.setattr(patches, "NEGOTIATE_TIMEOUT", 0.1)
     async with host("a") as a, host("b") as b:
         (await connect_by_tunnel(nursery, a, b)).swallow()
-        with trio.fail_after(5), pytest.raises(TransportError, match="in time"):
+        with trio.fail_after(SOON), pytest.raises(TransportError, match="in time"):
             await a.open_stream(b.peer_id, ECHO)
 
 
@@ -257,7 +261,8 @@ async def test_a_socket_that_takes_nothing_ends_its_connection(
 
 async def test_leaving_takes_little_time_whatever_the_peers_do(nursery: trio.Nursery) -> None:
     async with host("b") as b, host("c") as c:
-        with trio.fail_after(3):
+        # Long before the peer's side of the socket counts as one that takes nothing.
+        with trio.fail_after(0.8 * pnet.WRITE_TIMEOUT):
             async with host("a") as a:
                 with trio.CancelScope(shield=True):
                     tunnel = await connect_by_tunnel(nursery, a, b)

@@ -41,7 +41,7 @@ ECHO = "/test/echo/1"
 TOPIC = "/test/topic"
 GOSSIP = "/meshsub/1.1.0"
 #: Seconds after which something hangs.
-SOON = 10.0
+SOON = 60.0
 
 
 @asynccontextmanager

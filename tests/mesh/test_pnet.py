@@ -26,6 +26,8 @@ from promptmesh.mesh.transport import Stream, Transport, TransportError
 
 KEY, OTHER_KEY = b"k" * KEY_SIZE, b"o" * KEY_SIZE
 ECHO = "/test/echo/1"
+#: Seconds after which something hangs.
+SOON = 60.0
 #: Times 256 bytes: more than the kernel holds for a connection.
 BULK = 28 * 1024
 
@@ -156,7 +158,7 @@ async def test_what_the_socket_does_not_take_is_sent_in_its_turn() -> None:
             near.queue(data[start : start + 100_000])
         assert near.pending
         received = b""
-        with trio.fail_after(10):
+        with trio.fail_after(SOON):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(near.drain)
                 while len(received) < len(data):
@@ -173,7 +175,7 @@ async def test_a_cancelled_write_leaves_the_cipher_in_step() -> None:
         assert scope.cancelled_caught
         near.queue(b"the end")
         received = b""
-        with trio.fail_after(10):
+        with trio.fail_after(SOON):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(near.drain)
                 while not received.endswith(b"the end"):
@@ -208,7 +210,7 @@ async def test_a_closed_socket_ends_who_waits_for_it() -> None:
             with pytest.raises(trio.ClosedResourceError):
                 await near.drain()
 
-        with trio.fail_after(10):
+        with trio.fail_after(SOON):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(drain)
                 nursery.start_soon(near.wait_low)
@@ -238,7 +240,7 @@ async def echo(stream: Stream) -> None:
 
 async def check_echo(a: Transport, b: Transport) -> None:
     """The one connects to the other and is answered."""
-    with trio.fail_after(5):
+    with trio.fail_after(SOON):
         await a.connect(b.peer_id, b.addresses)
         stream = await a.open_stream(b.peer_id, ECHO)
         await stream.send_all(b"hello")
@@ -255,10 +257,13 @@ async def test_nodes_with_the_same_key_meet_both_ways(key: bytes | None) -> None
 
 
 @pytest.mark.parametrize(("mine", "theirs"), [(KEY, OTHER_KEY), (KEY, None), (None, KEY)])
-async def test_others_are_refused_at_once(mine: bytes | None, theirs: bytes | None) -> None:
+async def test_others_are_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch, mine: bytes | None, theirs: bytes | None
+) -> None:
+    monkeypatch.setattr(patches, "HANDSHAKE_TIMEOUT", 10 * SOON)
     async with host("a", mine) as a, host("b", theirs) as b:
-        with trio.fail_after(2), pytest.raises(TransportError):
-            await a.connect(b.peer_id, b.addresses)
+        with trio.fail_after(SOON), pytest.raises(TransportError):
+            await a.connect(b.peer_id, b.addresses, timeout=10 * SOON)
         assert not a.connected()
         assert not b.connected()
 
@@ -279,7 +284,7 @@ async def test_who_says_nothing_is_closed(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(patches, "HANDSHAKE_TIMEOUT", 0.05)
     async with host("a", KEY) as a:
         silent = await trio.open_tcp_stream("127.0.0.1", port_of(a))
-        with trio.fail_after(5):
+        with trio.fail_after(SOON):
             while await silent.receive_some():
                 pass
         await silent.aclose()
@@ -289,13 +294,14 @@ async def test_of_many_who_say_nothing_the_oldest_give_way(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(patches, "MAX_HANDSHAKES", 3)
+    monkeypatch.setattr(patches, "HANDSHAKE_TIMEOUT", 10 * SOON)
     async with host("a", KEY) as a, host("b", KEY) as b, AsyncExitStack() as stack:
         silent = []
         for _ in range(5):
             silent.append(await trio.open_tcp_stream("127.0.0.1", port_of(b)))
             await stack.enter_async_context(silent[-1])
             assert len(await silent[-1].receive_some(24)) == 24  # it was accepted
-        with trio.fail_after(3):
+        with trio.fail_after(SOON):
             for early in silent[:2]:
                 while await early.receive_some():
                     pass
@@ -308,7 +314,7 @@ async def test_of_many_who_say_nothing_the_oldest_give_way(
 
 async def test_idle_sockets_and_garbage_do_not_stop_a_node() -> None:
     async with host("a", KEY) as a, host("b", KEY) as b, AsyncExitStack() as stack:
-        with trio.fail_after(10):
+        with trio.fail_after(SOON):
             for _ in range(300):
                 idle = await trio.open_tcp_stream("127.0.0.1", port_of(b))
                 await stack.enter_async_context(idle)

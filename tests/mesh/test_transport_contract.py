@@ -18,7 +18,7 @@ from promptmesh.mesh.transport import NotSpoken, PeerId, Stream, Transport, Tran
 ECHO = "/test/echo/1"
 TOPIC = "/test/topic"
 #: Seconds after which something hangs.
-SOON = 10.0
+SOON = 60.0
 
 MakeNode = Callable[[str], Awaitable[Transport]]
 
