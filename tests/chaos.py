@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import signal
-import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -18,7 +17,7 @@ from typing import Any, Literal, Self
 import h11
 import httpx
 import trio
-from daemons import Daemon, until
+from daemons import Daemon, free_port, until
 from lan import Lan, Machine, lan
 
 ASKERS, OTHERS = ("a", "b", "c"), ("d", "e", "f")
@@ -153,7 +152,7 @@ class Node(Daemon):
     def __init__(self, home: Path, name: str, config: str, machine: Machine | None) -> None:
         super().__init__(home, name, config)
         self._machine = machine
-        host, port = (machine.address, PORT) if machine else ("127.0.0.1", _free_port())
+        host, port = (machine.address, PORT) if machine else ("127.0.0.1", free_port())
         self._listen = f"/ip4/{host}/tcp/{port}"
         #: Open descriptors and resident memory (MB) before anything went wrong.
         self.files, self.memory = 0, 0.0
@@ -198,12 +197,6 @@ class Node(Daemon):
             reply = Reply(connection, http)
             await reply.begin()
             yield reply
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 class Reply:

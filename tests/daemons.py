@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import ssl
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,9 +27,28 @@ NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 START_S = MEET_S = SETTLE_S = 60
 #: A node gives those that it talks with 3 s to end.
 STOP_S = 20
+#: Two runs of the tests at once begin at different ones.
+_ports = count(os.getpid())
 
 ECHO = '[[providers]]\nkind = "echo"\nname = "echo"\nshare = true\n'
 REAL_MODEL = f'[local_hf]\nmodel = "{MODEL}"\nthreads = 1\n'
+
+
+def free_port() -> int:
+    """A port of this machine that stays free while nobody listens at it.
+
+    One that the system chooses may be given to somebody else meanwhile, who wants any port. These
+    are below the system's range, and each process that runs tests beside others has its own.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    while True:
+        port = 20_000 + 1000 * (worker % 10) + next(_ports) % 1000
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 def clean_environment(**extra: str) -> dict[str, str]:
@@ -53,7 +74,7 @@ async def until(
 
 
 class Daemon:
-    """One `promptmesh up` with a home of its own."""
+    """One `promptmesh up` with a home of its own, and an address in the mesh that it keeps."""
 
     def __init__(self, home: Path, name: str, config: str = "", **environment: str) -> None:
         self.home = home
@@ -65,7 +86,7 @@ class Daemon:
         home.mkdir(parents=True, exist_ok=True)
         (home / "config.toml").write_text(
             f'[node]\nname = "{name}"\n[http]\nlisten = "127.0.0.1:0"\n'
-            '[mesh]\nlisten = ["/ip4/127.0.0.1/tcp/0"]\nmdns = false\n'
+            f'[mesh]\nlisten = ["/ip4/127.0.0.1/tcp/{free_port()}"]\nmdns = false\n'
             f"{config}"
         )
 

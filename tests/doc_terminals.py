@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import httpx
 import trio
-from daemons import ROOT, clean_environment, until
+from daemons import ROOT, clean_environment, free_port, until
 from doc_blocks import CTRL_C, Command
 from doc_shown import Ids
 
@@ -53,12 +52,8 @@ class Machine:
         return _WRITTEN_PORT.sub(lambda found: str(self._port(found[0])), text)
 
     def _port(self, written: str) -> int:
-        while written not in self._ports:
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = probe.getsockname()[1]
-            if port not in self._ports.values():
-                self._ports[written] = port
+        if written not in self._ports:
+            self._ports[written] = free_port()
         return self._ports[written]
 
 

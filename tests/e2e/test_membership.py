@@ -19,12 +19,6 @@ async def table(daemon: Daemon) -> dict[str, str]:
     return {p["node"]: p["state"] for p in (await daemon.json("/mesh/v1/peers"))[1:]}
 
 
-async def mesh_address(daemon: Daemon) -> str:
-    """Where it listens, for a restart at the same place: those of the tests take any free port."""
-    address: str = (await daemon.json("/mesh/v1/status"))["addresses"][0]
-    return address.partition("/p2p/")[0]
-
-
 async def test_join_and_leave_while_running(tmp_path: Path) -> None:
     async with mesh(tmp_path, {"a": ECHO}) as (a,):
         b = Daemon(tmp_path / "b", "b")
@@ -66,12 +60,11 @@ async def both_ends_explain(request_id: str, asker: Daemon, answerer: Daemon) ->
 async def test_a_restarted_node_finds_its_mesh_without_help(tmp_path: Path) -> None:
     async with mesh(tmp_path, {"a": "", "b": ECHO}) as (a, b):
         await a.wait_for_model("echo")
-        at_a, at_b = await mesh_address(a), await mesh_address(b)
         await a.stop()
-        await a.start("--listen", at_a)
+        await a.start()
         await a.wait_for_model("echo")
         await b.kill()
-        await b.start("--listen", at_b)
+        await b.start()
         await a.wait_for_peers("b")
         await a.wait_for_model("echo")
         assert (await a.chat("hello", "echo")).status_code == 200
@@ -85,7 +78,6 @@ async def test_a_dead_peer_gets_no_more_work_and_is_found_again(
     config = {"a": "", "b": ECHO, "c": ECHO}
     async with mesh(tmp_path, config) as (a, b, c):
         await a.wait_for_peers("b", "c")
-        address = await mesh_address(b)
         await both_answer(a)
         (row,) = [p for p in await a.json("/mesh/v1/peers") if p["node"] == "b"]
         assert (row["via"], row["reason"], row["warning"]) == ("direct", "", "")
@@ -119,7 +111,7 @@ async def test_a_dead_peer_gets_no_more_work_and_is_found_again(
             b.signal(signal.SIGCONT)
         else:
             await b.wait_exit()
-            await b.start("--listen", address)
+            await b.start()
         await a.wait_for_peers("b", "c")
         await both_answer(a)
         assert (await c.json("/mesh/v1/status"))["mesh"]["problem"] is None
