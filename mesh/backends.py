@@ -28,6 +28,7 @@ from ..providers.base import (
     Prefer,
     TimeLimits,
 )
+from .adverts import Advert
 from .affinity import Affinity, Beginning, beginnings
 from .asking import Asking, Deadlines
 from .attempts import Attempts, Step, retry_budget
@@ -40,7 +41,7 @@ from .handover import Handover, tasks
 from .hedging import hedge_budget
 from .ladder import rung
 from .measure import Experience
-from .peers import Advert, PeerTable
+from .peers import PeerTable
 from .policies import Candidate, Choice, Turns, Work
 from .probing import Probes, worth_probing
 from .route import Route

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple, Protocol
 import trio
 
 from ..providers.base import Asked, GenerateRequest, ModelOffer, Priority, Provider
+from .adverts import ProviderAdvert
 from .backend_id import BackendId, Measured
 from .frames import Load
 from .ladder import Bill, is_paid
 from .loads import Busy
 from .measure import Experience
-from .peers import Offered, PeerTable, ProviderAdvert
+from .peers import Offered, PeerTable
 from .policies import Allowance, Candidate
 from .ruling_out import Obstacle, RuledOut, rule_out
 from .transport import PeerId

@@ -21,6 +21,7 @@ from ..providers.base import (
     ProviderUnavailable,
     TimeLimits,
 )
+from .adverts import Advert
 from .asking import Asking, Deadlines
 from .attempts import Attempts, Step
 from .backend_id import BackendId
@@ -29,7 +30,7 @@ from .continuing import continued
 from .embedding import answer_of
 from .frames import AskLoads, PresentLoads
 from .measure import Experience
-from .peers import Advert, PeerTable
+from .peers import PeerTable
 from .policies import Candidate
 from .pool import PeerAnswer
 from .route import Route

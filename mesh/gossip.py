@@ -7,15 +7,16 @@ less often the more nodes there are. Who has just connected asks for the table i
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from random import Random
 from typing import Any
 
 import msgspec
 import trio
 
+from .adverts import MAX_TTL, Advert, SignedAdvert, fitting, is_signed, open_sealed, seal
 from .frames import RemoteProtocolError, encode_value
-from .peers import MAX_TTL, Advert, PeerTable, SignedAdvert, is_signed, open_sealed, seal
+from .peers import PeerTable
 from .transport import PeerId, Transport, TransportError
 
 logger = logging.getLogger(__name__)
@@ -71,6 +72,8 @@ class Gossip:
         self._on_claims = on_claims
         self._rng = rng
         self._own: SignedAdvert | None = None
+        #: What the last one did not hold, as the log says.
+        self._left_out: Sequence[str] = ()
         self._made = 0.0
         self._changed = trio.Event()
         self._leaving = False
@@ -127,9 +130,17 @@ class Gossip:
         )
         self._made = trio.current_time()
         try:
-            self._own = seal(advert, self._transport.sign)
+            self._own = seal(self._fitting(advert), self._transport.sign)
         except ValueError as error:
             logger.error("this node tells the mesh nothing: %s", error)
+
+    def _fitting(self, advert: Advert) -> Advert:
+        """As much of it as peers take; what they do not is logged, once."""
+        advert, left_out = fitting(advert)
+        if left_out and left_out != self._left_out:
+            logger.warning("too much for one advert; peers are not told of %s", "; ".join(left_out))
+        self._left_out = left_out
+        return advert
 
     async def _publish(self) -> None:
         if self._own is None or not self._transport.connected():

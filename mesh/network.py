@@ -11,6 +11,7 @@ from typing import Any
 import trio
 
 from ..providers.base import Asked, EmbedRequest
+from .adverts import Advert
 from .dialing import Dialing
 from .frames import (
     AskBlock,
@@ -32,7 +33,7 @@ from .frames import (
 )
 from .gossip import TWIN, Gossip
 from .liveness import Liveness
-from .peers import LATE, Advert, PeerTable
+from .peers import LATE, PeerTable
 from .pool import CONNECT, PeerAnswer, StreamPool
 from .protocol import PROTOCOL
 from .serving import Services, Serving

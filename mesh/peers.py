@@ -1,34 +1,26 @@
-"""Who is in the mesh: adverts, and the table of peers. Pure: told the time, does no I/O.
+"""Who is in the mesh: the table of peers, by their adverts and connections. Pure: does no I/O.
 
-An advert is what a node says of itself. It travels signed, so that others may pass it on (a peer
-that has just connected asks for the table), but nobody can refresh or change it but its subject:
-what is not newer in (epoch, seq) is dropped. It lives for its `ttl` after it was received, by the
-receiver's own clock; who passes it on says how old it is. So neither a wrong clock nor gossip that
-goes round brings back a node that is gone.
+What is not newer in (epoch, seq) than the last advert of a peer is dropped. An advert lives for its
+`ttl` after it was received, by the receiver's own clock; who passes it on says how old it is. So
+neither a wrong clock nor gossip that goes round brings back a node that is gone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 
-from ..providers.base import ModelOffer, Value
+from ..providers.base import ModelOffer
 from .addresses import is_circuit
-from .frames import Load, RemoteProtocolError, decode_value, encode_value
+from .adverts import MAX_TTL, MIN_TTL, VERSION, Advert, ProviderAdvert, SignedAdvert
 from .transport import PeerId
 
-#: The version of the advert's form.
-VERSION = 1
-#: Bytes of an advert: with its signature it fits into one gossip message, which may have 64 KiB.
-MAX_ADVERT = 60 * 1024
 #: Peers in the table. A mesh is small; this bounds what members can make us keep.
 MAX_PEERS = 2048
-#: Seconds that an advert may live unrefreshed.
-MIN_TTL, MAX_TTL = 5.0, 600.0
 #: Seconds for which a peer that is gone is remembered, so that its old adverts stay old.
 MEMORY = 3600.0
 #: Seconds for which a peer that cannot be reached is shown after the last try to reach it.
@@ -39,132 +31,6 @@ LOST = 4 / 7
 #: Seconds after which a node that has begun a new epoch says nothing in the older one any more,
 #: whatever way that takes; and for which it is said that there are two of a peer.
 LATE, TWIN_SHOWN = 15.0, 120.0
-#: What is signed begins with this, so that no other signed bytes pass for an advert.
-CONTEXT = b"promptmesh advert 1\0"
-
-#: Names end in terminals and in HTTP headers, so they hold no control characters.
-PRINTABLE = "^[^\\x00-\\x1f\\x7f]*$"
-Name = Annotated[str, msgspec.Meta(max_length=200, pattern=PRINTABLE)]
-Line = Annotated[str, msgspec.Meta(max_length=500, pattern=PRINTABLE)]
-Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
-Slots = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
-Positive = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
-
-
-# --- wire values --------------------------------------------------------------------------------
-
-
-class Gpu(Value, frozen=True, kw_only=True):
-    """A graphics card; memory in bytes, `utilisation` from 0 to 1."""
-
-    index: Count
-    name: Name
-    memory_total: Count
-    memory_free: Count
-    utilisation: Positive = 0.0
-
-
-class Machine(Value, frozen=True, kw_only=True):
-    """What a node runs on; memory in bytes. `cpus` is None where it is not known."""
-
-    cpus: Count | None = None
-    memory_total: Count = 0
-    memory_free: Count = 0
-    gpus: Annotated[tuple[Gpu, ...], msgspec.Meta(max_length=64)] = ()
-
-
-class ProviderAdvert(Value, frozen=True, kw_only=True):
-    """A provider that peers may use, as its node sees it.
-
-    `ttft` (s to the first token) and `rate` (tokens/s) are measured there; None: not yet.
-    """
-
-    name: Name
-    kind: Name = ""
-    models: Annotated[tuple[ModelOffer, ...], msgspec.Meta(max_length=1024)] = ()
-    slots: Slots = 1
-    running: Count = 0
-    waiting: Count = 0
-    state: Literal["ready", "starting", "unavailable"] = "ready"
-    reason: Line = ""
-    ttft: Positive | None = None
-    rate: Positive | None = None
-    #: It spends somebody's money or subscription.
-    paid: bool = False
-
-    @property
-    def load(self) -> Load:
-        return Load(running=self.running, waiting=self.waiting, slots=self.slots)
-
-
-class Advert(Value, frozen=True, kw_only=True):
-    """What a node says of itself. `epoch` rises with each start, `seq` with each advert."""
-
-    v: int = VERSION
-    peer: Name = ""
-    node: Name = ""
-    version: Name = ""
-    epoch: Count = 0
-    seq: Count = 0
-    #: Seconds after receipt for which it holds.
-    ttl: Positive = MIN_TTL
-    addresses: Annotated[tuple[Line, ...], msgspec.Meta(max_length=32)] = ()
-    machine: Machine = Machine()
-    providers: Annotated[tuple[ProviderAdvert, ...], msgspec.Meta(max_length=64)] = ()
-    #: The node goes; it offers nothing any more.
-    leaving: bool = False
-
-    @property
-    def stamp(self) -> tuple[int, int]:
-        """Orders the adverts of one node."""
-        return self.epoch, self.seq
-
-
-class SignedAdvert(Value, frozen=True, kw_only=True):
-    """An advert's bytes with its subject's signature. `age` (s) says who passes it on."""
-
-    advert: Annotated[bytes, msgspec.Meta(max_length=MAX_ADVERT)]
-    signature: Annotated[bytes, msgspec.Meta(max_length=128)]
-    age: Positive = 0.0
-
-
-def seal(advert: Advert, sign: Callable[[bytes], bytes]) -> SignedAdvert:
-    """The advert, signed. Models that do not fit into `MAX_ADVERT` are left out, last first.
-
-    Raises `ValueError` if a field is longer than what peers accept.
-    """
-    data = encode_value(advert)
-    while len(data) > MAX_ADVERT and any(p.models for p in advert.providers):
-        advert = _with_fewer_models(advert)
-        data = encode_value(advert)
-    try:
-        decode_value(data, Advert, limit=MAX_ADVERT)
-    except RemoteProtocolError as error:
-        raise ValueError(f"peers would refuse this node's advert: {error}") from None
-    return SignedAdvert(advert=data, signature=sign(CONTEXT + data))
-
-
-def _with_fewer_models(advert: Advert) -> Advert:
-    largest = max(advert.providers, key=lambda p: len(p.models))
-    kept = msgspec.structs.replace(largest, models=largest.models[: len(largest.models) // 2])
-    providers = tuple(kept if p is largest else p for p in advert.providers)
-    return msgspec.structs.replace(advert, providers=providers)
-
-
-def open_sealed(data: bytes) -> tuple[SignedAdvert, Advert]:
-    """An advert as it came, not yet trusted. Raises `RemoteProtocolError`."""
-    sealed = decode_value(data, SignedAdvert, limit=MAX_ADVERT + 1024)
-    return sealed, decode_value(sealed.advert, Advert, limit=MAX_ADVERT)
-
-
-def is_signed(
-    sealed: SignedAdvert, subject: PeerId, verify: Callable[[PeerId, bytes, bytes], bool]
-) -> bool:
-    """Did its subject sign it?"""
-    return verify(subject, CONTEXT + sealed.advert, sealed.signature)
-
-
-# --- the table ----------------------------------------------------------------------------------
 
 
 @dataclass(slots=True, eq=False)

@@ -14,9 +14,10 @@ import trio
 from ..cache.answers import AnswerCache
 from ..cache.layers import FurtherState
 from ..mesh.addresses import is_circuit
+from ..mesh.adverts import Machine, ProviderAdvert
 from ..mesh.backend_id import BackendId, Measured
 from ..mesh.measure import Experience, Speed
-from ..mesh.peers import TWIN_SHOWN, Machine, PeerState, PeerTable, ProviderAdvert
+from ..mesh.peers import TWIN_SHOWN, PeerState, PeerTable
 from ..mesh.transport import Reach, TransportError
 from .api_rights import rights_fields
 from .http_server import Request, Responder

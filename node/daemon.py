@@ -16,7 +16,7 @@ import trio
 
 from ..cache.keys import key_text
 from ..cache.layers import PublicStore
-from ..mesh.peers import Advert
+from ..mesh.adverts import Advert
 from ..mesh.serving import Services
 from ..mesh.transport import TransportError
 from ..providers.admission import Waiting

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import psutil
 
-from ..mesh.peers import Gpu, Machine
+from ..mesh.adverts import Gpu, Machine
 
 logger = logging.getLogger(__name__)
 

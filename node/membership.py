@@ -19,13 +19,14 @@ import trio
 
 from ..mesh import mdns
 from ..mesh.addresses import is_circuit
+from ..mesh.adverts import Advert
 from ..mesh.backends import BackendManager
 from ..mesh.bitswap import Bitswap
 from ..mesh.dialing import peer_of
 from ..mesh.gossip import ADVERTS, CLAIMS
 from ..mesh.host import HostSettings, open_host
 from ..mesh.network import Network
-from ..mesh.peers import Advert, PeerTable
+from ..mesh.peers import PeerTable
 from ..mesh.serving import Services
 from ..mesh.transport import BLOCKED, PeerId, Reach, Transport, TransportError
 from .config import MeshConfig

@@ -10,9 +10,9 @@ from typing import Any
 
 import trio
 
+from ..mesh.adverts import ProviderAdvert
 from ..mesh.candidates import LocalBackend
 from ..mesh.frames import Load
-from ..mesh.peers import ProviderAdvert
 from ..mesh.policies import Allowance
 from ..mesh.transport import PeerId
 from ..providers.admission import Admission, Waiting

@@ -14,12 +14,13 @@ import trio
 import trio.testing
 from fakes import MemoryNetwork, MemoryTransport
 
+from promptmesh.mesh.adverts import Advert, ProviderAdvert
 from promptmesh.mesh.asking import Deadlines
 from promptmesh.mesh.backends import BackendManager
 from promptmesh.mesh.candidates import LocalBackend
 from promptmesh.mesh.frames import Known, Load
 from promptmesh.mesh.network import Network
-from promptmesh.mesh.peers import Advert, PeerTable, ProviderAdvert
+from promptmesh.mesh.peers import PeerTable
 from promptmesh.mesh.route import Route
 from promptmesh.mesh.serving import Services
 from promptmesh.providers.base import (

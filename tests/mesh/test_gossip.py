@@ -9,9 +9,10 @@ import trio
 import trio.testing
 from fakes import MemoryNetwork, MemoryTransport
 
+from promptmesh.mesh.adverts import Advert, ProviderAdvert, open_sealed, seal
 from promptmesh.mesh.frames import RemoteProtocolError, encode_value
 from promptmesh.mesh.gossip import ADVERTS, CLAIMS, Gossip
-from promptmesh.mesh.peers import Advert, PeerTable, ProviderAdvert, open_sealed, seal
+from promptmesh.mesh.peers import PeerTable
 from promptmesh.providers.base import ModelOffer
 
 #: A test names the clock itself: it works only for who does.
@@ -26,6 +27,7 @@ class Speaker:
         self.transport: MemoryTransport = network.transport(name)
         self.table = PeerTable(self.transport.peer_id)
         self.models: tuple[str, ...] = ("m",)
+        self.providers: tuple[ProviderAdvert, ...] = ()
         self.heard: list[Advert] = []
         self.claims: list[tuple[str, bytes]] = []
         self.gossip = Gossip(
@@ -40,7 +42,8 @@ class Speaker:
 
     def _describe(self) -> Advert:
         models = tuple(ModelOffer(id=model) for model in self.models)
-        return Advert(node=self.name, providers=(ProviderAdvert(name="echo", models=models),))
+        echo = ProviderAdvert(name="echo", models=models)
+        return Advert(node=self.name, providers=self.providers or (echo,))
 
     def _on_claims(self, peer: str, batch: bytes) -> bool:
         self.claims.append((peer, batch))
@@ -77,6 +80,18 @@ async def test_the_largest_advert_fits_into_a_message(
     a.gossip.changed()
     await trio.sleep(2)
     assert 200 < len(b.heard[-1].providers[0].models) < 1024
+
+
+async def test_what_an_advert_cannot_hold_is_told_once(
+    autojump_clock: Clock, nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
+) -> None:
+    a, b = await two(nursery)
+    a.providers = tuple(ProviderAdvert(name=f"p{i}") for i in range(70))
+    a.gossip.changed()
+    await trio.sleep(60)
+    assert [p.name for p in b.heard[-1].providers] == [f"p{i}" for i in range(64)]
+    told = "too much for one advert; peers are not told of 6 providers (p64, p65, p66, p67, p68)"
+    assert caplog.messages.count(told) == 1
 
 
 async def test_it_is_renewed_each_period(autojump_clock: Clock, nursery: trio.Nursery) -> None:

@@ -9,11 +9,11 @@ import trio.testing
 from fakes import MemoryNetwork
 from fakes_mesh import FakeProvider, Node, asking, mesh_of, wait_until
 
+from promptmesh.mesh.adverts import Advert, seal
 from promptmesh.mesh.asking import Deadlines
 from promptmesh.mesh.backend_id import BackendId
 from promptmesh.mesh.frames import encode_value
 from promptmesh.mesh.network import GREETINGS
-from promptmesh.mesh.peers import Advert, seal
 from promptmesh.mesh.pool import MAX_IDLE, MAX_UNREAD
 from promptmesh.mesh.route import Route
 from promptmesh.mesh.transport import TransportError

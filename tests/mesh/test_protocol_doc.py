@@ -23,7 +23,7 @@ from promptmesh.cache.cid import cid_text
 from promptmesh.cache.claims import DOMAIN, Batch, Entry, seal, unseal
 from promptmesh.cache.keys import mesh_key, namespace_secret, namespace_tag, request_key
 from promptmesh.cache.records import AnswerRecord, encode
-from promptmesh.mesh import gossip, mdns, peers, protocol, reachability, relay_messages, yamux
+from promptmesh.mesh import adverts, gossip, mdns, protocol, reachability, relay_messages, yamux
 from promptmesh.mesh.frames import Done, Frame, Generate, Head, Load, Piece, Reply, Request
 from promptmesh.mesh.identity import Identity, verify
 from promptmesh.mesh.protocol import TRANSITIONS, Asker, Server, State
@@ -216,11 +216,11 @@ def more_fields(request: type[ModelRequest]) -> tuple[str, ...]:
         ("a chunk", Chunk.__struct_fields__),
         ("an origin", Origin.__struct_fields__),
         ("a load", Load.__struct_fields__),
-        ("a signed advert", peers.SignedAdvert.__struct_fields__),
-        ("an advert", peers.Advert.__struct_fields__),
-        ("a machine", peers.Machine.__struct_fields__),
-        ("a GPU", peers.Gpu.__struct_fields__),
-        ("a provider", peers.ProviderAdvert.__struct_fields__),
+        ("a signed advert", adverts.SignedAdvert.__struct_fields__),
+        ("an advert", adverts.Advert.__struct_fields__),
+        ("a machine", adverts.Machine.__struct_fields__),
+        ("a GPU", adverts.Gpu.__struct_fields__),
+        ("a provider", adverts.ProviderAdvert.__struct_fields__),
         ("a batch", Batch.__struct_fields__),
         ("a claim", Entry._fields),
         ("a question", reachability.Question.__struct_fields__),
@@ -241,7 +241,7 @@ def test_the_tables_of_fields(what: str, fields: tuple[str, ...]) -> None:
         NOISE,
         IDENTIFY,
         MESHSUB,
-        f'"{peers.CONTEXT.decode()}"'.replace("\0", "\\0"),
+        f'"{adverts.CONTEXT.decode()}"'.replace("\0", "\\0"),
         DOMAIN.decode(),
         mdns.SERVICE,
         relay_messages.HOP,
