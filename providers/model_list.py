@@ -10,7 +10,7 @@ import trio
 from .base import Health
 from .http_answer import explain, read_body
 from .http_client import BrokenReply, HttpClient, HttpFailure, parse_base_url
-from .openai_errors import ErrorReader, ServerError
+from .openai_errors import ErrorReader, ServerError, blames_key
 
 #: Seconds between two questions for the models; while the server is down first the one, then twice
 #: as long each time up to the other.
@@ -108,9 +108,8 @@ class ModelList:
         reason = f"{self._where} answered {status}" + (f": {said.message}" if said.message else "")
         if status != 503:
             self._ask_again = trio.current_time() + LAST_RETRY
-        if status in (401, 403):
-            hint = "check the key: `api_key_env` names the variable that holds it"
-            return Health(state="unavailable", reason=reason, hint=hint)
+        if status == 403 or blames_key(status, said):
+            return Health(state="unavailable", reason=reason, hint=self._errors.key_hint)
         if status == 503:
             return Health(state="starting", reason=reason, hint="wait: it may be loading a model")
         if status == 404 and self._configured:

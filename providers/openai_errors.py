@@ -32,12 +32,14 @@ MAX_MESSAGE = 500
 MAX_RETRY_AFTER = 24 * 3600.0
 #: Seconds, where a server says that it is asked too often, and not when it may be asked again.
 TOO_OFTEN = 2.0
+#: Seconds after which one is asked again whose quota of a day is used up, at the soonest.
+DAY_USED_UP = 1800.0
 
 _CONTEXT = re.compile(
     r"context_length_exceeded|exceed_context_size|context (length|window|size|limit)"
     r"|maximum context|max(imum)?[_ ]model[_ ]len|too many (input )?tokens"
     r"|(prompt|input)( is)? too long|reduce the length|string_above_max_length|token limit"
-    r"|prompt[_ ](budget|tokens_exceeded)",
+    r"|prompt[_ ](budget|tokens_exceeded)|token count .{0,60}exceeds",
     re.IGNORECASE,
 )
 _FILTERED = re.compile(
@@ -47,7 +49,7 @@ _FILTERED = re.compile(
 )
 _KEY = re.compile(r"api[_ -]?key|invalid_authentication|unauthori[sz]ed", re.IGNORECASE)
 _NO_MODEL = re.compile(
-    r"model_not_found|no models? (is |are )?loaded|model\b.{0,200}\b(not found|does not exist)"
+    r"model_not_found|no models? (is |are )?loaded|models?\b.{0,200}\b(not found|does not exist)"
     r"|not_found_error model:",
     re.IGNORECASE | re.DOTALL,
 )
@@ -77,6 +79,8 @@ class ServerError(msgspec.Struct, frozen=True, kw_only=True):
     field: str | None = None
     #: An HTTP status given in the body, as in an error in the middle of a stream; 0 for none.
     status: int = 0
+    #: Seconds after which it may be asked again, where the body says so.
+    retry_after: float | None = None
 
 
 def read_error(body: bytes) -> ServerError:
@@ -97,7 +101,10 @@ def error_of(value: Any) -> ServerError:
                 return error_of(value[key])
         return _error_of_object(value)
     if isinstance(value, list) and value and isinstance(value[0], dict):
-        first = value[0]  # FastAPI's list of what is wrong with which field
+        first = value[0]
+        if first.get("error"):  # Google's stream of JSON, which is a list
+            return error_of(first["error"])
+        # FastAPI's list of what is wrong with which field
         place = first.get("loc")
         field = ".".join(str(p) for p in place[1:]) if isinstance(place, list) else None
         return ServerError(message=_one_line(str(first.get("msg", first))), field=field or None)
@@ -109,18 +116,36 @@ def _error_of_object(value: dict[str, Any]) -> ServerError:
     number = int(code) if isinstance(code, str) and re.fullmatch(r"\d{3}", code) else code
     status = number if type(number) is int and 400 <= number < 600 else 0
     details = value.get("metadata")
-    words = [value.get("type"), None if status else code]
-    words = [w for w in words if isinstance(w, (str, int))]
+    told = (value.get("type"), value.get("status"), None if status else code)
+    words = [str(word) for word in told if isinstance(word, (str, int))]
     if isinstance(details, dict) and details.get("flagged_input") is not None:
         words.append("was flagged")  # OpenRouter's moderation, which is a 403
+    more, wait = _google_details(value.get("details"))
     message = value.get("message")
     field = value.get("param")
     return ServerError(
         message=_one_line(message if isinstance(message, str) else ""),
-        kind=_one_line(" ".join(map(str, words))),
+        kind=_one_line(" ".join(words + more)),
         field=field if isinstance(field, str) else None,
         status=status,
+        retry_after=wait,
     )
+
+
+def _google_details(details: Any) -> tuple[list[str], float | None]:
+    """The reasons and used up quotas in Google's `details`, and for how long it wants peace."""
+    words: list[str] = []
+    wait = None
+    for each in details if isinstance(details, list) else ():
+        if not isinstance(each, dict):
+            continue
+        violations = each.get("violations")
+        quotas = violations if isinstance(violations, list) else []
+        found = [each.get("reason"), *(q.get("quotaId") for q in quotas if isinstance(q, dict))]
+        words += [word for word in found if isinstance(word, str)]
+        if delay := re.fullmatch(r"(\d{1,9}(?:\.\d+)?)s", str(each.get("retryDelay"))):
+            wait = min(float(delay[1]), MAX_RETRY_AFTER)
+    return words, wait
 
 
 def _one_line(text: str) -> str:
@@ -191,6 +216,7 @@ class ErrorReader:
         if request_id := headers.get("request-id"):  # by which the vendor finds it
             said += f" (request {_one_line(request_id[:80])})"
         wait = retry_after(headers, now)
+        wait = error.retry_after if wait is None else wait
         if wait is None and status == 429 and "insufficient_quota" not in error.kind:
             wait = TOO_OFTEN
         return self._failure(status, said, error, wait)
@@ -199,12 +225,16 @@ class ErrorReader:
         """The failure that an error in a reply with status 200 is."""
         reason = error.message or error.kind or "no reason given"
         status = error.status or _STATUSES.get(error.kind, 0)
-        return self._failure(status, f"{self.name} reported an error: {reason}", error)
+        said = f"{self.name} reported an error: {reason}"
+        return self._failure(status, said, error, error.retry_after)
 
     def _failure(
         self, status: int, message: str, error: ServerError, wait: float | None = None
     ) -> GenerateError:
         kind, hint = _classify(status, error, self.place_hint, self.key_hint)
+        if "PerDay" in error.kind:
+            # Google names some seconds even so; asked that often it answers the same all day.
+            wait, hint = max(wait or 0.0, DAY_USED_UP), " (the day's quota is used up)"
         field = error.field if issubclass(kind, RequestRejected) else None
         return kind(
             self.redact(message) + hint,
@@ -212,6 +242,12 @@ class ErrorReader:
             field=field and self.redact(field),
             again=status >= 500 and wait is None,
         )
+
+
+def blames_key(status: int, error: ServerError) -> bool:
+    """Does the server not know the key? Google says so by 400."""
+    said = f"{error.kind} {error.message}"
+    return status == 401 or (status in (400, 422) and _KEY.search(said) is not None)
 
 
 def _classify(
@@ -238,9 +274,10 @@ def _kind(status: int, error: ServerError, place: str, key: str) -> tuple[type[G
         if status == 413 or (status != 403 and _CONTEXT.search(said)):
             return ContextTooLong, ""
     if status in (400, 422):
-        if _KEY.search(said):
+        if blames_key(status, error):
             return ProviderUnavailable, f" ({key})"
-        return (ProviderUnavailable if _NO_MODEL.search(said) else RequestRejected), ""
+        elsewhere = _NO_MODEL.search(said) or "FAILED_PRECONDITION" in said
+        return (ProviderUnavailable if elsewhere else RequestRejected), ""
     if status == 403:
         return ProviderUnavailable, " (may this key use this model?)"
     if status in (404, 405) and not _NO_MODEL.search(said):

@@ -4,6 +4,8 @@ import json
 from typing import Any
 
 import pytest
+from fakes_gemini import detail
+from fakes_gemini import error as gemini_error
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,6 +19,7 @@ from promptmesh.providers.base import (
     RequestRejected,
 )
 from promptmesh.providers.openai_errors import (
+    DAY_USED_UP,
     TOO_OFTEN,
     ErrorReader,
     ServerError,
@@ -337,3 +340,81 @@ def test_a_prompt_over_the_budget_is_too_long() -> None:
     assert type(ErrorReader("copilot", []).event(said)) is ContextTooLong
     said = ServerError(kind="model_max_prompt_tokens_exceeded")
     assert type(ErrorReader("copilot", []).reply(400, {}, said, 0.0)) is ContextTooLong
+
+
+# --- Google's form -------------------------------------------------------------------------------
+
+
+def google(code: int, message: str, status: str, *details: dict[str, Any]) -> GenerateError:
+    return failure(code, gemini_error(code, message, status, *details))
+
+
+def test_google_a_key_that_is_not_valid_is_a_400() -> None:
+    found = google(
+        400,
+        "API key not valid. Please pass a valid API key.",
+        "INVALID_ARGUMENT",
+        detail("ErrorInfo", reason="API_KEY_INVALID", domain="googleapis.com"),
+    )
+    assert type(found) is ProviderRefused
+    assert "check the key" in found.message
+
+
+def test_google_says_in_the_body_how_long_to_wait() -> None:
+    quota = detail(
+        "QuotaFailure",
+        violations=[{"quotaId": "GenerateRequestsPerMinutePerProjectPerModel-FreeTier"}],
+    )
+    wait = detail("RetryInfo", retryDelay="23.5s")
+    found = google(429, "You exceeded your current quota", "RESOURCE_EXHAUSTED", quota, wait)
+    assert type(found) is ProviderRefused
+    assert found.retry_after == 23.5
+
+
+@pytest.mark.parametrize("delay", ["", "soon", "-1s", None, 7, ["1s"], "99999999999999s"])
+def test_google_a_delay_that_is_none(delay: Any) -> None:
+    found = google(429, "no", "RESOURCE_EXHAUSTED", detail("RetryInfo", retryDelay=delay))
+    assert found.retry_after == TOO_OFTEN
+
+
+def test_google_the_quota_of_a_day() -> None:
+    quota = detail(
+        "QuotaFailure",
+        violations=[{"quotaId": "GenerateRequestsPerDayPerProjectPerModel-FreeTier"}],
+    )
+    found = google(429, "no", "RESOURCE_EXHAUSTED", quota, detail("RetryInfo", retryDelay="5s"))
+    assert found.retry_after == DAY_USED_UP
+    assert "the day's quota is used up" in found.message
+
+
+def test_google_a_model_that_is_not_there() -> None:
+    message = (
+        "models/gemini-9 is not found for API version v1beta, or is not supported for "
+        "generateContent. Call ListModels to see the list of available models."
+    )
+    found = google(404, message, "NOT_FOUND")
+    assert type(found) is ProviderRefused
+    assert "base_url" not in found.message
+
+
+def test_google_too_many_tokens() -> None:
+    message = (
+        "The input token count (1048577) exceeds the maximum number of tokens allowed (1048576)."
+    )
+    assert type(google(400, message, "INVALID_ARGUMENT")) is ContextTooLong
+
+
+def test_google_a_place_it_does_not_serve() -> None:
+    message = "User location is not supported for the API use."
+    assert type(google(400, message, "FAILED_PRECONDITION")) is ProviderRefused
+
+
+def test_google_a_list_of_errors() -> None:
+    body = [gemini_error(500, "An internal error has occurred", "INTERNAL")]
+    assert failure(500, body).message == "vllm answered 500: An internal error has occurred"
+
+
+@given(st.recursive(st.none() | st.text(max_size=5), lambda v: st.lists(v, max_size=3)))
+def test_google_any_details(details: Any) -> None:
+    body = {"error": {"code": 429, "message": "no", "details": details}}
+    assert failure(429, body).retry_after == TOO_OFTEN
