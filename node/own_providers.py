@@ -197,9 +197,11 @@ def _configured(
         settings["environment"] = environment_of(table.kind, environment)
     if table.api_key is not None:
         settings["api_key"] = table.api_key.reveal()
+    provider = build(table.kind, table.name, settings)
     admission = Admission(
-        build(table.kind, table.name, settings),
-        slots=table.slots or DEFAULT_SLOTS.get(table.kind),
+        provider,
+        # One that goes by HTTP where there is a key says so itself.
+        slots=table.slots or getattr(provider, "slots", DEFAULT_SLOTS.get(table.kind)),
         max_waiting=_either(table.max_waiting, config.limits.max_waiting),
     )
     has_price = table.price is not None or bool(table.prices)

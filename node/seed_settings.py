@@ -53,5 +53,10 @@ class RouterSettings:
         "", "The model of `codex_cli`.", left_out="`codex_model`, else the one that Codex prefers"
     )
     codex_model: str = setting("", "The same; `codex_cli_model` goes first.", left_out="as there")
+    gemini_model: str = setting(
+        "",
+        "The model of `gemini_cli`.",
+        left_out="`gemini-flash-latest` where there is a key, else the command's own",
+    )
     #: Of the variable `openrouter_api_key`.
     openrouter_api_key: Secret | None = field(default=None)

@@ -55,9 +55,20 @@ def _look_for_codex(environment: Mapping[str, str], options: Mapping[str, Any]) 
     return look(environment, str(options.get("command") or COMMAND), needs_login=not has_own_server)
 
 
+def _look_for_gemini(environment: Mapping[str, str], options: Mapping[str, Any]) -> Health:
+    from ..providers.gemini_found import COMMAND, look
+    from ..providers.gemini_settings import KEYS, NO_KEY
+
+    keyed, mode = any(environment.get(name) for name in KEYS), options.get("mode", "auto")
+    if mode == "http" or (keyed and mode == "auto"):
+        return Health() if keyed else Health(state="unavailable", reason=NO_KEY)
+    return look(environment, str(options.get("command") or COMMAND), keyed=keyed)
+
+
 VENDORS: Mapping[str, Vendor] = {
     "codex_cli": Vendor(
         model=lambda said: said.codex_cli_model or said.codex_model,
         look=_look_for_codex,
     ),
+    "gemini_cli": Vendor(model=lambda said: said.gemini_model, look=_look_for_gemini),
 }

@@ -188,7 +188,27 @@ def _local_hf(name: str, settings: Mapping[str, Any]) -> Provider:
     return LocalHF(read_settings(LocalHFSettings, settings, name=name))
 
 
+def _gemini_cli(name: str, settings: Mapping[str, Any]) -> Provider:
+    from .gemini_settings import GeminiSettings
+
+    said = read_settings(GeminiSettings, settings, name=name)
+    if said.way == "http":
+        from .gemini_http import GeminiHttp
+
+        return GeminiHttp(said)
+    from .gemini_cli import GeminiCli
+
+    return GeminiCli(said)
+
+
+def _gemini_options() -> type[msgspec.Struct]:
+    from .gemini_options import GeminiOptions
+
+    return GeminiOptions
+
+
 register("echo", _echo)
 register("openai_compatible", _openai_compatible, options=None)
 register("openrouter", _openrouter, options=None)
 register("local_hf", _local_hf)
+register("gemini_cli", _gemini_cli, options=_gemini_options)

@@ -38,7 +38,13 @@ VARIABLES: Mapping[str, tuple[str, ...]] = {
     "codex_cli": ("CODEX_HOME", "CODEX_API_KEY"),
     "copilot_cli": ("COPILOT_HOME", "COPILOT_GITHUB_TOKEN", "GH_TOKEN", "GITHUB_TOKEN"),
     "copilot_sdk": ("COPILOT_HOME", "COPILOT_GITHUB_TOKEN", "GH_TOKEN", "GITHUB_TOKEN"),
-    "gemini_cli": ("GEMINI_CLI_HOME", "GEMINI_API_KEY", "GOOGLE_API_KEY"),
+    "gemini_cli": (
+        "GEMINI_CLI_HOME",
+        "GEMINI_API_KEY",
+        "GOOGLE_API_KEY",
+        "GOOGLE_GEMINI_BASE_URL",
+        "GOOGLE_CLOUD_PROJECT",
+    ),
     "claude_code": ("CLAUDE_CONFIG_DIR", "CLAUDE_CODE_OAUTH_TOKEN", "ANTHROPIC_API_KEY"),
 }
 

@@ -22,8 +22,9 @@ from typing import Any
 
 RECORDED = Path(__file__).parent / "recorded"
 _PROGRAMS = Path(__file__).parent / "programs"
-#: The options after which the path of a file stands that the program writes.
-WRITES = ("--usage-output-file",)
+#: The options after which the path of a file stands that the program writes, and the variables
+#: that hold such a path.
+WRITES = ("--usage-output-file", "GEMINI_TELEMETRY_OUTFILE")
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Recording:
     lines: tuple[tuple[str, str], ...]
     #: None: it ran on, and was ended.
     exit: int | None
-    #: What it wrote into the file of an option.
+    #: What it wrote into the files of `WRITES`.
     files: Mapping[str, str] = field(default_factory=dict)
     #: How it ended when it was told to.
     stopped: int | None = None
@@ -67,6 +68,24 @@ def case_of(argv: Sequence[str], environment: Mapping[str, str]) -> str:
             return match[1]
     words = [word.lstrip("-") for word in argv]
     return "-".join(word for word in words if re.fullmatch(r"[a-z]{2,10}", word)) or "none"
+
+
+def written_to(name: str, argv: Sequence[str], environment: Mapping[str, str]) -> Path | None:
+    """Which file of `WRITES` a program is told to write."""
+    if name in argv:
+        return Path(argv[argv.index(name) + 1])
+    return Path(environment[name]) if name in environment else None
+
+
+def requests_of(telemetry: str) -> str:
+    """What the telemetry of Gemini's command says of its requests, which is a tenth of it."""
+    decoder, place, kept = json.JSONDecoder(), 0, []
+    while (place := telemetry.find("{", place)) >= 0:
+        record, place = decoder.raw_decode(telemetry, place)
+        attributes = record.get("attributes") or {}
+        if str(attributes.get("event.name")).startswith("gemini_cli.api_"):
+            kept.append(json.dumps({"attributes": attributes}, indent=2) + "\n")
+    return "".join(kept)
 
 
 # --- what changes from run to run ---

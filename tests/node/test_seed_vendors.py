@@ -63,6 +63,24 @@ def test_codex(environment: dict[str, str], tmp_path: Path) -> None:
     assert planner(said).plan("codex_cli", None).model == "a"
 
 
+def test_gemini(environment: dict[str, str], tmp_path: Path) -> None:
+    environment["GOOGLE_API_KEY"] = "k"
+    plan = planner().plan("gemini", None)
+    assert (plan.name, plan.kind, plan.model, plan.paid) == ("gemini_cli", "gemini_cli", "", True)
+    said = {"IPFS_ACCELERATE_PY_GEMINI_MODEL": "a"}
+    assert planner(said).plan("gemini_cli", None).model == "a"
+    # A table may want the command although there is a key, or HTTP although there is none.
+    assert obstacle("gemini_cli", environment, {"mode": "cli"}).startswith("not installed")
+    del environment["GOOGLE_API_KEY"]
+    assert obstacle("gemini_cli", environment, {"mode": "http"}).startswith("there is no key")
+    install("gemini", tmp_path)
+    with pytest.raises(Unusable, match=r"^not logged in: .* set GEMINI_API_KEY$"):
+        planner().plan("gemini", None)
+    (tmp_path / ".gemini").mkdir()
+    (tmp_path / ".gemini" / "oauth_creds.json").write_text("{}")
+    assert planner().plan("gemini", None).kind == "gemini_cli"
+
+
 def test_another_login_is_another_provider_and_another_model_is_not(
     environment: dict[str, str], tmp_path: Path
 ) -> None:

@@ -14,7 +14,7 @@ from typing import IO
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from recordings import WRITES, Normal, Recording, case_of, places
+from recordings import WRITES, Normal, Recording, case_of, places, requests_of, written_to
 
 
 def main() -> None:
@@ -42,7 +42,7 @@ def main() -> None:
         tuple(map(normal, argv)),
         tuple((stream, normal(line)) for stream, line in lines),
         None if told else code,
-        {o: normal(text) for o in WRITES if (text := written(argv, o))},
+        {name: normal(text) for name in WRITES if (text := written(argv, name))},
         code if told else None,
     )
     (Path(folder) / f"{case_of(argv, os.environ)}.jsonl").write_text(recording.dump())
@@ -56,11 +56,11 @@ def pass_on(name: str, source: IO[bytes], target: IO[bytes], lines: list[tuple[s
         target.flush()
 
 
-def written(argv: list[str], option: str) -> str:
-    if option not in argv:
+def written(argv: list[str], name: str) -> str:
+    path = written_to(name, argv, os.environ)
+    if path is None or not path.exists():
         return ""
-    path = Path(argv[argv.index(option) + 1])
-    return path.read_text() if path.exists() else ""
+    return requests_of(path.read_text()) if "TELEMETRY" in name else path.read_text()
 
 
 main()

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from recordings import case_of, load
+from recordings import case_of, load, written_to
 
 
 def main() -> None:
@@ -27,8 +27,9 @@ def main() -> None:
 
     signal.signal(signal.SIGTERM, stop)
     sys.stdin.buffer.read()
-    for option, text in recording.files.items():
-        Path(argv[argv.index(option) + 1]).write_text(text)
+    for name, text in recording.files.items():
+        if target := written_to(name, argv, os.environ):
+            target.write_text(text)
     for stream, line in recording.lines:
         file = sys.stdout if stream == "out" else sys.stderr
         file.buffer.write(line.encode("utf-8", "surrogateescape"))

@@ -1,0 +1,110 @@
+"""Gemini by its command, for those who have only a login: one process for each answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import trio
+
+from .base import (
+    Embedding,
+    EmbedRequest,
+    GenerateRequest,
+    Health,
+    ModelOffer,
+    Origin,
+    ProviderUnavailable,
+)
+from .child import Folder
+from .cli_answer import CliAnswer, Launch
+from .cli_found import find
+from .cli_prompt import CliPrompt, cli_prompt
+from .gemini_found import NOT_INSTALLED, login_file, look
+from .gemini_home import ALIASES, MAX_PROMPT, SUBSTITUTED, Login, launch
+from .gemini_messages import MAX_STOP
+from .gemini_options import GeminiOptions
+from .gemini_output import GeminiOutput
+from .gemini_settings import BASE_URL, KEYS, GeminiSettings
+from .openai_errors import ErrorReader
+from .registry import read_options
+
+#: The model where none is configured: the command's own of that size. Names that change what they
+#: mean are no use with a login, for which Google has a service of its own.
+MODEL = "gemini-3.5-flash"
+_HINT = "log in again: start `gemini` and type `/auth`; or check the key"
+#: Google's variables that only say what is said here otherwise.
+_TAKEN = (*KEYS, "GOOGLE_GEMINI_BASE_URL")
+
+
+class GeminiCli:
+    """A `Provider`."""
+
+    def __init__(self, settings: GeminiSettings) -> None:
+        """Raises `ValueError` that names the wrong setting; starts nothing."""
+        key, url = settings.key, settings.url
+        self._settings = settings
+        self._login = Login(settings.environment)
+        place = {"GOOGLE_GEMINI_BASE_URL": url} if url != BASE_URL else {}
+        self._keys = {"GEMINI_API_KEY": key, **place} if key else {}
+        self._errors = ErrorReader(settings.name, [key], key=_HINT)
+        models = settings.models or (MODEL,)
+        self._offers = tuple(ModelOffer(id=model, egress=True) for model in models)
+
+    @property
+    def name(self) -> str:
+        return self._settings.name
+
+    def models(self) -> Sequence[ModelOffer]:
+        """The configured ones: the command tells of none."""
+        return self._offers
+
+    def open(self, request: GenerateRequest) -> CliAnswer:
+        stop = request.sampling.stop
+        return CliAnswer(
+            Origin(provider=self.name, model=request.model),
+            partial(self._prepare, request),
+            GeminiOutput(self._errors, request.model),
+            stop=stop if len(stop) > MAX_STOP else (),
+        )
+
+    def _access(self) -> Mapping[str, str] | Login:
+        """A key that was configured for it, else the login, else a key of the environment."""
+        has_login = login_file(self._settings.environment).exists()
+        if self._keys and (self._settings.api_key or not has_login):
+            return self._keys
+        return self._login
+
+    def _prepare(self, request: GenerateRequest, folder: Folder) -> Launch:
+        """Raises a `GenerateError`, `OSError`."""
+        prompt = cli_prompt(request, self.name, most_bytes=MAX_PROMPT)
+        options = read_options(GeminiOptions, request.extra)
+        self._refuse(request, prompt, options)
+        own = self._settings.environment
+        program = find(self._settings.command, own)
+        if program is None:
+            text = f"{self.name} is {NOT_INSTALLED.reason}: {NOT_INSTALLED.hint}"
+            raise ProviderUnavailable(text)
+        seen = {name: value for name, value in own.items() if name not in _TAKEN}
+        return launch(program, seen, folder, prompt, request, options, self._access())
+
+    def _refuse(self, request: GenerateRequest, prompt: CliPrompt, options: GeminiOptions) -> None:
+        """Raises `ProviderUnavailable` for what the command would do otherwise, or not at all."""
+        if request.model in ALIASES:
+            text = f"{request.model!r} is whichever model the `gemini` command likes: name one"
+            raise ProviderUnavailable(f"{self.name}: {text}")
+        for word in SUBSTITUTED:
+            if word in prompt.system:
+                raise ProviderUnavailable(f"{self.name} would put something else for {word}")
+        if options.include_thoughts:
+            raise ProviderUnavailable(f"{self.name} does not show thoughts without a key")
+
+    async def embed(self, request: EmbedRequest) -> Sequence[Embedding]:
+        raise ProviderUnavailable(f"{self.name} makes no embeddings without a key")
+
+    async def check(self) -> Health:
+        """As far as files tell: it starts nothing."""
+        settings = self._settings
+        return await trio.to_thread.run_sync(
+            partial(look, settings.environment, settings.command, keyed=bool(self._keys))
+        )
