@@ -140,6 +140,10 @@ class BackendManager:
         """Every model with who offers it: this node's own providers, then the peers'."""
         return self._candidates.sources(with_peers=self._forwarding.network is not None)
 
+    def is_paused(self, source: Source) -> bool:
+        """Did it fail or refuse lately, so that it is left alone?"""
+        return self._candidates.is_paused(source)
+
     def models(self) -> Sequence[ModelOffer]:
         """The models that can be asked, each once."""
         found: dict[str, ModelOffer] = {}

@@ -18,7 +18,7 @@ from .frames import Load
 from .ladder import Bill, is_paid
 from .loads import Busy
 from .measure import Experience
-from .peers import Offered, PeerTable
+from .peers import Offered, PeerState, PeerTable
 from .policies import Allowance, Candidate
 from .ruling_out import Obstacle, RuledOut, rule_out
 from .transport import PeerId
@@ -65,8 +65,10 @@ class Source(NamedTuple):
     kind: str
     offer: ModelOffer
     own: bool
-    #: Not where its provider says that it is unavailable, or its node cannot be reached.
+    #: Not where its provider says that it is unavailable, or its node cannot or may not be asked.
     available: bool = True
+    #: It spends somebody's money or subscription, where the offer has no price.
+    paid: bool = False
 
 
 class Candidates:
@@ -105,6 +107,7 @@ class Candidates:
                     offer,
                     True,
                     backend.available(),
+                    backend.paid,
                 )
         for offered in self._peers.models().values() if with_peers else ():
             for peer, provider, offer in offered:
@@ -115,8 +118,21 @@ class Candidates:
                     provider.kind,
                     offer,
                     False,
-                    peer.state != "unreachable" and provider.state != "unavailable",
+                    self._may_answer(peer, provider),
+                    provider.paid,
                 )
+
+    def _may_answer(self, peer: PeerState, provider: ProviderAdvert) -> bool:
+        return (
+            peer.state != "unreachable"
+            and provider.state != "unavailable"
+            and not self._why_not_ask(peer.peer)
+        )
+
+    def is_paused(self, source: Source) -> bool:
+        """Did it fail or refuse lately, so that it is left alone?"""
+        what = Measured(source.peer, source.provider, source.offer.id)
+        return self._experience.held_back(what, trio.current_time()) is not None
 
     def local(self, name: str) -> LocalBackend | None:
         """This node's provider of that name."""
@@ -229,11 +245,12 @@ class Candidates:
         peer = None if candidate.own else self._peers.get(candidate.peer)
         if peer is not None and peer.state == "unreachable":
             return Obstacle(f"its node is not reachable: {peer.reason}")
-        if (failed := self._experience.breakers.refusal(candidate.backend, now)) is not None:
-            return Obstacle(_paused("failed", *failed), failed[0])
-        if (refused := self._experience.refusals.refusal(candidate.measured, now)) is not None:
-            return Obstacle(_paused("refused such a request", *refused), refused[0], refused=True)
-        return None
+        held = self._experience.held_back(candidate.measured, now)
+        if held is None:
+            return None
+        what = "refused such a request" if held.refused else "failed"
+        reason = f"it {what} and is left alone for {held.wait:.1f} s more: {held.reason}"
+        return Obstacle(reason, held.wait, held.refused)
 
 
 def _load(backend: LocalBackend, priority: Priority) -> Load:
@@ -246,7 +263,3 @@ def _not_ready(provider: ProviderAdvert) -> Obstacle | None:
     if provider.state == "ready":
         return None
     return Obstacle(f"it is {provider.state}: {provider.reason}", wait=5.0)
-
-
-def _paused(what: str, wait: float, reason: str) -> str:
-    return f"it {what} and is left alone for {wait:.1f} s more: {reason}"

@@ -9,6 +9,7 @@ import math
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import NamedTuple
 
 from .backend_id import BackendId, Measured
 from .breakers import Breakers, Pause, Refusals
@@ -153,6 +154,15 @@ class Fault(Enum):
     PEER = auto()
 
 
+class HeldBack(NamedTuple):
+    """Why nothing is sent there for so many seconds."""
+
+    wait: float
+    reason: str
+    #: It works, and refused; else it failed.
+    refused: bool = False
+
+
 class Experience:
     """What this node learns from each request that it sends to a backend."""
 
@@ -228,6 +238,15 @@ class Experience:
             self.measures.came_back(peer)
         self.refusals.forget(peer)
         self._down = {backend for backend in self._down if backend.peer != peer}
+
+    def held_back(self, what: Measured, now: float) -> HeldBack | None:
+        """What keeps requests from it, if anything does."""
+        backend = BackendId(what.peer, what.provider)
+        if (failed := self.breakers.refusal(backend, now)) is not None:
+            return HeldBack(*failed)
+        if (refused := self.refusals.refusal(what, now)) is not None:
+            return HeldBack(*refused, refused=True)
+        return None
 
     def health(self, backend: BackendId, ready: bool) -> None:
         """What its node says of a provider. One that is ready again may have been mended."""

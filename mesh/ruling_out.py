@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..providers.base import Asked, GenerateRequest, Image, Input, Task
+from ..providers.base import (
+    Asked,
+    EmbedRequest,
+    GenerateRequest,
+    Image,
+    Input,
+    ModelOffer,
+    ModelRequest,
+    Task,
+)
 from .ladder import refusal
 from .policies import Candidate
 
@@ -56,14 +65,13 @@ def rule_out(candidate: Candidate, request: Asked, obstacle: Obstacle | None) ->
         return RuledOut(candidate, f"the request is for provider {request.provider}", pinned=True)
     if (
         reason := candidate.forbidden
-        or _privacy(candidate, request)
-        or _ability(candidate, request)
+        or exposes(offer, request, own=candidate.own)
+        or _lacks(offer, request)
     ):
         return RuledOut(candidate, reason)
     if (refused := refusal(candidate, request)) is not None:
         return RuledOut(candidate, refused.reason, wait=refused.wait, too_dear=True)
-    if offer.context_length is not None and _least_tokens(request) > offer.context_length:
-        reason = f"the prompt does not fit into its {offer.context_length} tokens"
+    if reason := _too_short(offer, request):
         return RuledOut(candidate, reason, too_long=True)
     if obstacle is not None:
         return held_back(candidate, obstacle)
@@ -75,16 +83,21 @@ def held_back(candidate: Candidate, obstacle: Obstacle) -> RuledOut:
     return RuledOut(candidate, obstacle.reason, wait=obstacle.wait, refused=obstacle.refused)
 
 
-def _privacy(candidate: Candidate, request: Asked) -> str:
-    if request.privacy == "local" and not candidate.own:
+def exposes(offer: ModelOffer, request: ModelRequest, *, own: bool) -> str:
+    """Why its privacy does not let the prompt go there; "": it does."""
+    if request.privacy == "local" and not own:
         return "privacy is `local`, and it is another machine"
-    if request.privacy != "any" and candidate.offer.egress:
+    if request.privacy != "any" and offer.egress:
         return f"privacy is `{request.privacy}`, and it sends prompts to a third party"
     return ""
 
 
-def _ability(candidate: Candidate, request: Asked) -> str:
-    offer = candidate.offer
+def unfit(offer: ModelOffer, request: ModelRequest) -> str:
+    """Why the model cannot do what is asked; "": it can, as far as that is known beforehand."""
+    return _lacks(offer, request) or _too_short(offer, request)
+
+
+def _lacks(offer: ModelOffer, request: ModelRequest) -> str:
     if request.task not in offer.tasks:
         return _NOT_FOR[request.task]
     if not isinstance(request, GenerateRequest):
@@ -98,13 +111,21 @@ def _ability(candidate: Candidate, request: Asked) -> str:
     return ""
 
 
+def _too_short(offer: ModelOffer, request: ModelRequest) -> str:
+    if offer.context_length is None or _least_tokens(request) <= offer.context_length:
+        return ""
+    return f"the prompt does not fit into its {offer.context_length} tokens"
+
+
 def _has_images(request: GenerateRequest) -> bool:
     return any(isinstance(part, Image) for m in request.messages for part in m.content)
 
 
-def _least_tokens(request: Asked) -> int:
-    if not isinstance(request, GenerateRequest):
+def _least_tokens(request: ModelRequest) -> int:
+    if isinstance(request, EmbedRequest):
         return max(_least_tokens_of(given) for given in request.inputs)
+    if not isinstance(request, GenerateRequest):
+        return 0
     characters = sum(len(m.text) for m in request.messages) + len(request.prefix)
     return characters // MOST_CHARACTERS_A_TOKEN
 

@@ -87,6 +87,7 @@ class RequestsApi:
                 "cache": record.cache.mode,
             },
             "model": record.model,
+            "model_why": record.model_why,
             "cache": self._cache(record, leader),
             "policy": route.policy if route else None,
             "candidates": [_candidate(c) for c in route.candidates] if route else [],

@@ -102,7 +102,8 @@ def _title(request: _Fields) -> str:
 
 def _summary(request: _Fields) -> Sequence[tuple[str, str]]:
     asked, cache, by, usage = (request[n] for n in ("asked", "cache", "answered_by", "usage"))
-    meant = f", which means {request['model']}" if request["model"] != asked["model"] else ""
+    why = f" ({request['model_why']})" if request["model_why"] else ""
+    meant = f", which means {request['model']}{why}" if request["model"] != asked["model"] else ""
     pins = [f"{n} {asked[n]}" for n in ("provider", "peer", "policy") if asked[n]]
     if asked["privacy"] != "any":
         pins.append(f"privacy {asked['privacy']}")

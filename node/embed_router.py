@@ -62,7 +62,7 @@ class EmbedRouter:
             self._router.accounts.open(request) as account,
         ):
             with self._router.within_its_time(request):
-                request = self._router.names.resolve(request)
+                request = self._router.names.resolve(request, record.meant)
                 keys = embed_keys(request)
                 key = keys[0] if len(keys) == 1 else batch_key(keys)
                 record.model, record.key = request.model[:MAX_NAME], key

@@ -199,7 +199,7 @@ def open_parts(config: Config, home: Home, environment: Mapping[str, str]) -> It
             ),
             peers=peers,
             backends=backends,
-            names=Names(backends.sources),
+            names=Names(backends.sources, prefer=config.mesh.prefer, is_paused=backends.is_paused),
             claims=claims,
             trust=trust,
             sharing=sharing,

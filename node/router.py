@@ -76,7 +76,7 @@ class SharedAnswers(Protocol):
 class ModelNames(Protocol):
     """What a person's model name means now (`node.names`)."""
 
-    def resolve(self, request: _Request) -> _Request: ...
+    def resolve(self, request: _Request, tell: Callable[[str], None] = ...) -> _Request: ...
 
 
 class Found(NamedTuple):
@@ -134,7 +134,7 @@ class Router:
             self.trace.begin(request, local_only) as record,
             self.accounts.open(request) as account,
         ):
-            request = self.names.resolve(request)
+            request = self.names.resolve(request, record.meant)
             key = request_key(request)
             record.model, record.key = request.model[:MAX_NAME], key
             record.reusing = reusing = self.may_reuse(request)

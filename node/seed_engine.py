@@ -530,7 +530,7 @@ class _Begun:
 class _AsIs:
     """Model names are what they are: no peer offers any."""
 
-    def resolve(self, request: Any) -> Any:
+    def resolve(self, request: Any, tell: Callable[[str], None] = lambda why: None) -> Any:
         return request
 
 

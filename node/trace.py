@@ -54,6 +54,8 @@ class Record:
     #: What the model's name meant, and the key of the question.
     model = ""
     key = b""
+    #: Why `auto` was that model.
+    model_why = ""
     #: May a stored answer be given?
     reusing = False
     #: Who computed an answer that lies here and does not count; "": there is none.
@@ -77,6 +79,10 @@ class Record:
         self.started = trio.current_time()
 
     # --- what the router tells
+
+    def meant(self, why: str) -> None:
+        """Why `auto` is the model that it is."""
+        self.model_why = why
 
     def answered(self, origin: Origin) -> None:
         """Who answers."""

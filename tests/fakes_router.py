@@ -101,7 +101,7 @@ class Shared:
 
 
 class AsIs:
-    def resolve(self, request: Request) -> Request:
+    def resolve(self, request: Request, tell: Callable[[str], None] = lambda why: None) -> Request:
         return request
 
 

@@ -156,6 +156,13 @@ async def test_a_failed_request_says_who_failed_and_who_was_ruled_out() -> None:
     assert (why["answered_by"], why["usage"], why["first_token_s"]) == (None, None, None)
 
 
+async def test_why_auto_is_that_model() -> None:
+    async with world(FakeProvider("a")) as w:
+        why = await w.why(await w.ask(model="auto"))
+    assert (why["asked"]["model"], why["model"]) == ("auto", "m")
+    assert why["model_why"] == "free, on this node; the only model"
+
+
 async def test_what_could_not_be_read_or_is_not_there() -> None:
     async with world() as w:
         unread = await w.ask(temperature="warm")
@@ -314,7 +321,8 @@ def test_where_a_peer_answered_the_way_to_its_part_is_said(tmp_path: Path) -> No
         "asker": {"peer": "12D3KooWAsker", "node": ""}, "task": "generate",
         "asked": {"model": "auto", "provider": "x", "peer": None, "policy": None,
                   "privacy": "mesh", "cache": "use"},
-        "model": "m", "cache": {"status": None, "key": None, "cid": None, "why": "", "with": None},
+        "model": "m", "model_why": "free, at a peer; of 2 models",
+        "cache": {"status": None, "key": None, "cid": None, "why": "", "with": None},
         "policy": "least_loaded", "candidates": [candidate], "ruled_out": [],
         "choices": [{"chosen": candidate, "weighed": [{**candidate, "load": 1.5, "turns": None}]}],
         "attempts": [{**candidate, "seconds": 2.0, "error": None}], "answered_by": None,
@@ -325,7 +333,8 @@ def test_where_a_peer_answered_the_way_to_its_part_is_said(tmp_path: Path) -> No
         ran = run(tmp_path, "explain", "req-1")
     lines = [" ".join(line.split()) for line in ran.out.splitlines()]
     assert "asked by …ooWAsker" in lines
-    assert "asked for auto, which means m, provider x, privacy mesh" in lines
+    meant = "auto, which means m (free, at a peer; of 2 models)"
+    assert f"asked for {meant}, provider x, privacy mesh" in lines
     assert "Choice (least_loaded: the fewest requests for each slot)" in lines
     assert "waiting number 2 of 3 for a slot, about 12.34 s more" in lines
     assert "* there:x 1.5" in lines

@@ -4,7 +4,7 @@ import pytest
 
 from promptmesh.mesh.candidates import Source
 from promptmesh.node.names import Names
-from promptmesh.providers.base import GenerateRequest, ModelNotFound, ModelOffer, Privacy
+from promptmesh.providers.base import GenerateRequest, ModelOffer, Privacy
 
 
 def source(node: str, provider: str, model: str, **more: bool) -> Source:
@@ -47,37 +47,7 @@ def test_a_name_means(name: str, model: str, provider: str | None, peer: str | N
     assert (request.model, request.provider, request.peer) == (model, provider, peer)
 
 
-def test_auto_passes_over_what_is_unavailable_where_something_else_is_there() -> None:
-    broken = source("a", "ollama", "llama3:8b", own=True, available=False)
-    echo = source("a", "echo", "echo", own=True)
-    assert Names(lambda: [broken, echo]).resolve(asked("auto")).model == "echo"
-    assert Names(lambda: [broken]).resolve(asked("auto")).model == "llama3:8b"
-
-
-def test_auto_takes_an_own_free_model_first_and_echo_last() -> None:
-    assert resolve("auto").model == "llama3:8b"
-    assert resolve("auto", provider="vllm").model == "org/model"
-    assert resolve("auto", provider="echo").model == "echo"
-
-
-def test_auto_keeps_to_the_privacy_asked_for() -> None:
-    with pytest.raises(ModelNotFound):
-        resolve("auto", provider="openrouter", privacy="mesh")
-    with pytest.raises(ModelNotFound):
-        resolve("auto", provider="vllm", privacy="local")
-
-
 def test_models_lists_own_offers_first() -> None:
     models = Names(lambda: reversed(SOURCES)).models()
     assert list(models) == ["echo", "llama3:8b", "org/model"]
     assert [s.node for s in models["llama3:8b"]] == ["a", "b"]
-
-
-def test_auto_that_is_pinned_to_nothing_says_what_there_is() -> None:
-    with pytest.raises(ModelNotFound, match=r"provider `zeta`; there is a:echo, a:ollama, b:"):
-        resolve("auto", provider="zeta")
-
-
-def test_auto_with_nothing_to_ask_says_what_to_do() -> None:
-    with pytest.raises(ModelNotFound, match="configure a provider"):
-        Names(lambda: []).resolve(asked("auto"))
