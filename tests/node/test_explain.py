@@ -70,7 +70,8 @@ async def world(*providers: FakeProvider, reuse: Reuse = "deterministic") -> Asy
     )
     async with setup(manager, reuse=reuse, trace=trace) as s:
         written = functools.partial(key_text, form="sha256", base="base32")
-        openai = OpenAIApi(s.router, Names(manager.sources), s.notes, written)
+        s.router.names = Names(manager.sources)
+        openai = OpenAIApi(s.router, s.router.names, s.notes, written)
         names = {HERE: "here", THERE: "there"}
         requests = RequestsApi(
             trace,
