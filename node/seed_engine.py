@@ -129,11 +129,16 @@ class Engine:
 
     async def answer(self, ask: Ask, emit: Callable[[str], None]) -> str:
         """The text, which `emit` gets as it comes. Raises what `generate_text` does."""
-        trace = ask.trace
+        trace, given = ask.trace, list[str]()
+
+        def keep(text: str) -> None:
+            given.append(text)
+            emit(text)
+
         try:
             with trio.move_on_after(ask.options.timeout):
-                return await self._answer(ask, emit)
-            raise DeadlineExceeded(self._late(ask))
+                return await self._answer(ask, keep)
+            raise DeadlineExceeded(self._late(ask), partial="".join(given))
         except Exception as error:
             trace.over(error)
             raise

@@ -91,7 +91,7 @@ def requests_of(telemetry: str) -> str:
 # --- what changes from run to run ---
 
 _UUID = re.compile(r"\b[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b")
-_TIME = re.compile(r"\b20\d\d-\d\d-\d\d([T ])\d\d:\d\d:\d\d(\.\d+)?(Z|\+00:00)?")
+_TIME = re.compile(r"\b20\d\d-\d\d-\d\d([T ])\d\d[:-]\d\d[:-]\d\d([.-]\d+)?(Z|\+00:00)?")
 _SECONDS = re.compile(r'("(?:\w*_ms|\w*Ms|\w*DurationMs|duration\w*|ttft\w*)": ?)\d+(?:\.\d+)?')
 _PORT = re.compile(r"127\.0\.0\.1:\d+")
 

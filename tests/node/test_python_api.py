@@ -36,7 +36,12 @@ from promptmesh import (
 )
 from promptmesh.node import config
 from promptmesh.node.config import ConfigError
-from promptmesh.providers.base import GenerateRequest, ProviderUnavailable, StreamInterrupted
+from promptmesh.providers.base import (
+    DeadlineExceeded,
+    GenerateRequest,
+    ProviderUnavailable,
+    StreamInterrupted,
+)
 from promptmesh.providers.echo import Echo
 
 names = (f"own-{number}" for number in itertools.count())
@@ -364,6 +369,23 @@ def test_a_call_ends_after_its_timeout(deps: RouterDeps, openrouter: Vendor) -> 
     with pytest.raises(RuntimeError, match=r"no whole answer within 0\.5 s"):
         generate_text("a b", provider="openrouter", timeout=0.5)
     assert openrouter.left.wait(10)
+
+
+def test_what_came_before_the_timeout_is_in_the_error(deps: RouterDeps) -> None:
+    over = threading.Event()
+
+    class Stalls:
+        def generate(self, prompt: str, **kwargs: Any) -> str:
+            raise NotImplementedError
+
+        def stream(self, prompt: str, **kwargs: Any) -> Iterator[str]:
+            yield "Once"
+            over.wait(60)
+
+    with pytest.raises(DeadlineExceeded) as caught:
+        generate_text("a", provider_instance=Stalls(), timeout=2)
+    over.set()
+    assert caught.value.partial == "Once"
 
 
 def test_providers_are_reused_by_handle(deps: RouterDeps, openrouter: Vendor) -> None:

@@ -1,0 +1,48 @@
+"""The vendors' programs as the tests use them: how a provider is pointed at each, and its failures.
+
+A table of `config.toml` makes each of them talk with the vendors' stub (`vendors`), whose mode its
+address says, or stand for one that did (`recordings`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+CLIS = Path(__file__).parent.parent / "build" / "clis"
+#: Holds the key of all of them, which must be seen nowhere.
+KEY_VARIABLE = "CLI_PROGRAMS_KEY"
+KEY = "sk-nobody-may-see-this-0123456789"
+MODEL = "stub-model"
+
+
+class CliProgram(NamedTuple):
+    """One of them."""
+
+    kind: str
+    #: The command, which is also the name of its recordings.
+    command: str
+    #: The keys of its table, from the program's path and the address of the stub.
+    settings: Callable[[str, str], Mapping[str, Any]]
+
+    @property
+    def path(self) -> Path:
+        """The real one, which `scripts/install-clis` installs."""
+        return CLIS / "bin" / self.command
+
+    def table(self, name: str, path: Path, base: str) -> str:
+        """Its table of `config.toml`. What JSON writes of such values is TOML, too."""
+        values = {"kind": self.kind, "name": name, "models": [MODEL], "api_key_env": KEY_VARIABLE}
+        values |= self.settings(str(path), base)
+        return "[[providers]]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in values.items())
+
+
+PROGRAMS: Mapping[str, CliProgram] = {
+    "gemini": CliProgram(
+        "gemini_cli",
+        "gemini",
+        lambda path, base: {"mode": "cli", "command": path, "base_url": base},
+    ),
+}

@@ -1,0 +1,61 @@
+"""Each vendor's program in each case, through `generate_text` and `stream_text` (`cli_matrix`).
+
+In every run by recordings of the real programs, and with the real Codex; all real ones with
+`scripts/test --interop`.
+"""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+from cli_matrix import ENDLESS, MATRIX, WAYS, Bench, Way, bench, expected
+from cli_programs import KEY, PROGRAMS
+
+pytestmark = pytest.mark.e2e
+
+#: Those that run for real in every run.
+ALWAYS_REAL: tuple[str, ...] = ()
+
+
+def _benches() -> Iterator[object]:
+    for name in PROGRAMS:
+        if name not in ALWAYS_REAL:
+            yield pytest.param((name, False), id=f"{name}-recorded")
+        marks = () if name in ALWAYS_REAL else (pytest.mark.interop,)
+        yield pytest.param((name, True), id=f"{name}-real", marks=marks)
+
+
+@pytest.fixture(scope="module", params=_benches())
+def asked(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Bench]:
+    """All cells of one program, asked at once."""
+    name, real = request.param
+    with bench(name, real, tmp_path_factory.mktemp(name)) as made:
+        made.ask_all()
+        yield made
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("case", MATRIX)
+def test_each_cell(asked: Bench, case: str, way: Way) -> None:
+    if case not in asked.cases():
+        pytest.fail(f"there is no recording of {case!r}: scripts/record-clis {asked.name}")
+    wanted = expected(asked.name, case)
+    assert asked.got[case, way] == wanted._replace(requests=1), asked.messages.get((case, way))
+
+
+def test_no_request_is_made_twice(
+    asked: Bench, record_property: Callable[[str, object], None]
+) -> None:
+    if asked.server is None:
+        pytest.skip("a recording asks no server")
+    cases = [case for case in MATRIX if case not in ENDLESS]
+    found = {case: len(asked.server.of(case)) / len(WAYS) for case in cases}
+    assert found == {case: expected(asked.name, case).requests for case in cases}
+    more = {case: f"{count:g}" for case, count in found.items() if count > 1}
+    record_property("interop", f"{asked.name}: more than one request for {more or 'nothing'}")
+
+
+def test_no_error_says_the_key(asked: Bench) -> None:
+    assert asked.messages
+    assert KEY not in "".join(asked.messages.values())

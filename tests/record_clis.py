@@ -1,0 +1,81 @@
+"""Records what the vendors' real CLIs say (`scripts/record-clis`)."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import trio
+from cli_matrix import MATRIX
+from cli_programs import KEY, MODEL, PROGRAMS, CliProgram
+from recordings import RECORDED, recording_program
+from vendors import VendorServer, vendors
+
+from promptmesh.providers.base import GenerateError, GenerateRequest, Message, Provider, Text
+from promptmesh.providers.registry import build
+
+#: Seconds after which a program that says nothing has said all it will.
+LONG = 30.0
+#: Seconds that it has for what it says before it waits for more, once it has asked.
+FIRST = 2.0
+
+
+async def main(names: list[str]) -> None:
+    """Record those programs, or all."""
+    for name in names or PROGRAMS:
+        program = PROGRAMS[name]
+        if not program.path.exists():
+            sys.exit(f"promptmesh: {program.path} is missing: run scripts/install-clis")
+        with tempfile.TemporaryDirectory() as made:
+            async with vendors() as server:
+                await record(program, server, Path(made))
+            target = RECORDED / program.command
+            shutil.copytree(Path(made) / "recorded", target, dirs_exist_ok=True)
+
+
+async def record(program: CliProgram, server: VendorServer, folder: Path) -> None:
+    """All cases of one program."""
+    (folder / "recorded").mkdir()
+    (folder / "user").mkdir()
+    path = recording_program(folder, program.path, folder / "recorded")
+    place = {"PATH": f"{program.path.parent}:/usr/bin:/bin", "HOME": str(folder / "user")}
+    for case in (*MATRIX, "echo"):
+        settings = program.settings(str(path), server.base(case))
+        table = {"models": [MODEL], "api_key": KEY, "environment": place, **settings}
+        provider = build(program.kind, program.command, table)
+        await provider.check()
+        text = Text(text="Tell me a tale.")
+        request = GenerateRequest(model=MODEL, messages=(Message(role="user", content=(text,)),))
+        print(
+            program.command, case, await outcome(provider, request, server, case), file=sys.stderr
+        )
+
+
+async def outcome(
+    provider: Provider, request: GenerateRequest, server: VendorServer, case: str
+) -> str:
+    """Ask, and say what came of it."""
+    said = "it was ended"
+    with trio.move_on_after(LONG) as limit:
+        async with trio.open_nursery() as nursery:
+            if case in ("hang", "stall"):
+                nursery.start_soon(leave, server, case, limit)
+            try:
+                async with provider.open(request) as answering:
+                    completion = await answering.completion()
+                said = f"{completion.finish_reason}: {completion.text!r}"
+            except GenerateError as error:
+                said = repr(error)
+            nursery.cancel_scope.cancel()
+    return said
+
+
+async def leave(server: VendorServer, case: str, limit: trio.CancelScope) -> None:
+    """End it soon after it has asked."""
+    await server.asked(case)
+    limit.deadline = trio.current_time() + FIRST
+
+
+trio.run(main, sys.argv[1:])
