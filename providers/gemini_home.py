@@ -11,6 +11,7 @@ the next runs instead, as long as the user's own file does not change.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ PLAIN_SYSTEM = "You are a helpful assistant."
 SUBSTITUTED = ("${AgentSkills}", "${SubAgents}", "${AvailableTools}")
 #: A file of a login is read so far, in bytes.
 _MAX_LOGIN = 64 * 1024
+#: What it would put the names or contents of files for: there are none but its own, whose names
+#: begin with a dot, or stand above the empty folder that it works in.
+AT_FILE = re.compile(r'(?<!\\)@"?(?:(?:\\.|[^\s\\"])*/)?\.')
 #: Longest of a line that repeats the prompt: a character may become `\u001b` there.
 _ESCAPED = 6
 #: What the command asks another model for, or whichever it likes.
@@ -143,6 +147,13 @@ def settings_of(request: GenerateRequest, options: GeminiOptions, *, keyed: bool
     }
 
 
+def prompt_text(text: str) -> str:
+    """What arrives as this prompt: one that begins with `/` may be a command of its own, of which
+    `/directory add` shows the model a folder of this machine. One that begins with a new line is
+    none, and so is a comment."""
+    return f"\n{text}" if re.match(r"/(?![/*])", text) else text
+
+
 def launch(
     program: str,
     environment: Mapping[str, str],
@@ -161,6 +172,10 @@ def launch(
     _write(private / "settings.json", json.dumps(settings))
     if login is not None:
         login.copy_to(private)
+    # It looks for one in all folders above, such as that of temporary files, where anybody may put
+    # one, and takes a proxy or what else it says from the first that it finds.
+    (folder.work / ".gemini").mkdir()
+    (folder.work / ".gemini" / ".env").touch()
     report = folder.path / "telemetry.json"
     variables = {
         **environment,
@@ -178,7 +193,7 @@ def launch(
         "TERM": "xterm-256color",
         "COLORTERM": "truecolor",
     }
-    text = prompt.text.encode()
+    text = prompt_text(prompt.text).encode()
     return Launch(
         command=(program, "-m", request.model, "-o", "stream-json", "--skip-trust"),
         environment=variables,

@@ -185,7 +185,9 @@ async def test_how_it_is_started_with_a_key(
     gemini = provider(probe, home, "http://127.0.0.1:1/m/ok")
     said = await told(gemini, asked("hi\n", system="Be brief."))
     assert said["argv"] == ["-m", "stub-model", "-o", "stream-json", "--skip-trust"]
-    assert (said["stdin"], said["system"], said["cwd"]) == ("hi\n", "Be brief.", [])
+    assert (said["stdin"], said["system"]) == ("hi\n", "Be brief.")
+    # Its settings of a folder end the search for those of the folders above.
+    assert said["cwd"] == [".gemini"]
     assert (said["files"], said["mode"]) == (["settings.json"], 0o600)
     environment = said["environment"]
     assert environment["GEMINI_API_KEY"] == KEY
@@ -280,7 +282,7 @@ def test_settings_for_what_there_is_no_flag_for() -> None:
     [
         "@secret.txt",
         "@/etc/hostname",
-        "/help",
+        "me@a.example, @home and @x/y.z",
         "!ls",
         "--help",
         "-p x",
@@ -296,17 +298,27 @@ async def test_a_prompt_arrives_as_it_is(text: str, probe: Path, home: Path) -> 
     assert text not in said["argv"]
 
 
+async def test_no_prompt_is_a_command_of_its_own(probe: Path, home: Path) -> None:
+    """What begins with a new line is none."""
+    for text in ("/quit", "/directory add /etc", "/"):
+        assert (await told(provider(probe, home), asked(text)))["stdin"] == f"\n{text}"
+    for text in ("// a comment", "/* another */"):
+        assert (await told(provider(probe, home), asked(text)))["stdin"] == text
+
+
 @given(text=st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100)
 def test_any_prompt_and_system_text_arrive_as_they_are(text: str, tmp_path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=tmp_path) as place:
         folder = Folder(Path(place))
+        folder.work.mkdir()
         request = asked(text, system=text)
         prompt = CliPrompt(text, text)
         key = {"GEMINI_API_KEY": KEY}
         found = gemini_home.launch("x", {}, folder, prompt, request, GeminiOptions(), key)
         system = Path(found.environment["GEMINI_SYSTEM_MD"])
-        assert found.text == text.encode() == system.read_bytes()
+        assert system.read_bytes() == text.encode()
+        assert found.text in (text.encode(), b"\n" + text.encode())
         assert found.max_line > len(json.dumps(text))
 
 
@@ -318,6 +330,10 @@ def test_any_prompt_and_system_text_arrive_as_they_are(text: str, tmp_path: Path
         (asked("a" * 4_000_001), ContextTooLong, "4000001 bytes"),
         (asked("  \n"), RequestRejected, "nothing to answer"),
         (asked(system="${SubAgents}"), ProviderUnavailable, "something else for ${SubAgents}"),
+        (asked("what is in @./?"), ProviderUnavailable, "for a file"),
+        (asked('@"../home/.gemini"'), ProviderUnavailable, "for a file"),
+        (asked("(@a\\ b/../.. )"), ProviderUnavailable, "for a file"),
+        (asked("@.gemini/.env"), ProviderUnavailable, "for a file"),
         (asked(extra={"include_thoughts": True}), ProviderUnavailable, "does not show thoughts"),
         (asked(extra={"thinking_budge": 1}), RequestRejected, "did you mean 'thinking_budget'"),
         (asked(prefix="Once"), ProviderUnavailable, "cannot continue"),
