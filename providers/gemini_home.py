@@ -36,6 +36,9 @@ _MAX_LOGIN = 64 * 1024
 #: What it would put the names or contents of files for: there are none but its own, whose names
 #: begin with a dot, or stand above the empty folder that it works in.
 AT_FILE = re.compile(r'(?<!\\)@"?(?:(?:\\.|[^\s\\"])*/)?\.')
+#: It ends by `process.exit`, which drops what its output has not taken yet: the end of a long answer
+#: that is read slowly, or all of a quick one after a long prompt, which it repeats.
+_BLOCKING = "--import=data:text/javascript,process.stdout._handle?.setBlocking?.(true)"
 #: Longest of a line that repeats the prompt: a character may become `\u001b` there.
 _ESCAPED = 6
 #: What the command asks another model for, or whichever it likes.
@@ -184,6 +187,7 @@ def launch(
         "GEMINI_CLI_HOME": str(private.parent),
         "GEMINI_SYSTEM_MD": str(folder.write("system.md", prompt.system or PLAIN_SYSTEM)),
         "GEMINI_CLI_NO_RELAUNCH": "true",
+        "NODE_OPTIONS": _BLOCKING,
         # The only place where the reason of an answer's end is told.
         "GEMINI_TELEMETRY_ENABLED": "true",
         "GEMINI_TELEMETRY_TARGET": "local",

@@ -193,6 +193,7 @@ async def test_how_it_is_started_with_a_key(
     assert environment["GEMINI_API_KEY"] == KEY
     assert environment["GOOGLE_GEMINI_BASE_URL"] == "http://127.0.0.1:1/m/ok"
     assert environment["GEMINI_CLI_NO_RELAUNCH"] == "true"
+    assert "setBlocking" in environment["NODE_OPTIONS"]
     assert environment["HOME"] == environment["GEMINI_CLI_HOME"] != str(home)
     assert not {"ANTHROPIC_API_KEY", "GOOGLE_API_KEY"} & environment.keys()
     assert not await trio.Path(environment["HOME"]).exists()

@@ -166,6 +166,20 @@ async def test_an_answer_comes_byte_for_byte(tmp_path: Path) -> None:
     assert len(long.text) == 300_000
 
 
+async def test_nothing_of_an_answer_is_lost_that_is_read_slowly(tmp_path: Path) -> None:
+    """The command ends while most of it is still to be read."""
+    size = 0
+    async with vendors() as server:
+        gemini = provider(server, tmp_path, "big-1000000")
+        with trio.fail_after(PATIENCE):
+            async with gemini.open(asked("x" * 1_000_000)) as answering:
+                await trio.sleep(3)
+                async for chunk in answering.chunks:
+                    size += len(chunk.text)
+                    await trio.sleep(0.001)
+    assert size == 1_000_000
+
+
 @pytest.mark.parametrize(("mode", "reason"), [("truncate", "length"), ("filter", "content_filter")])
 async def test_an_answer_that_was_cut_is_told_from_a_whole_one(
     mode: str, reason: str, tmp_path: Path
