@@ -6,13 +6,16 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import psutil
 import pytest
 from cli_programs import KEY, KEY_VARIABLE, MODEL, PROGRAMS, CliProgram
 from faults import PARTIAL, WHOLE
@@ -95,6 +98,8 @@ class Bench:
     """A program's provider for each case, in a router of their own."""
 
     name: str
+    #: All that it starts has this in its environment.
+    folder: Path
     deps: RouterDeps
     #: None where a recording answers.
     server: VendorServer | None
@@ -111,6 +116,20 @@ class Bench:
             if got.text or seconds > LATE / 2 or (case == "hang" and self._came(case)):
                 return got
             seconds *= 4  # the machine was too busy for it to begin
+
+    def processes(self) -> dict[int, list[str]]:
+        """The arguments of each process that it has started, and that runs."""
+        found = {}
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if any(str(self.folder) in value for value in process.environ().values()):
+                    found[process.pid] = process.cmdline()
+        found.pop(os.getpid(), None)
+        return found
+
+    def left_behind(self) -> list[str]:
+        """What is in its folder for temporary files."""
+        return [path.name for path in (self.folder / "tmp").iterdir()]
 
     def _came(self, case: str) -> bool:
         return self.server is None or bool(self.server.of(case))
@@ -165,7 +184,7 @@ def bench(name: str, real: bool, folder: Path) -> Iterator[Bench]:
         (home / "config.toml").write_text("\n".join(tables))
         stack.enter_context(_environment(folder, program))
         deps = stack.enter_context(RouterDeps(home=home))
-        yield Bench(name, deps, server)
+        yield Bench(name, folder, deps, server)
 
 
 def _nowhere(case: str) -> str:
@@ -176,9 +195,11 @@ def _nowhere(case: str) -> str:
 @contextmanager
 def _environment(folder: Path, program: CliProgram) -> Iterator[None]:
     """A user who has nothing but that program."""
-    (folder / "user").mkdir()
+    for name in ("user", "tmp"):
+        (folder / name).mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", str(folder / "user"))
+        patch.setattr(tempfile, "tempdir", str(folder / "tmp"))
         patch.setenv(KEY_VARIABLE, KEY)
         patch.setenv("PATH", f"{program.path.parent}:/usr/bin:/bin")
         for name in (

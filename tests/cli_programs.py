@@ -26,16 +26,20 @@ class CliProgram(NamedTuple):
     command: str
     #: The keys of its table, from the program's path and the address of the stub.
     settings: Callable[[str, str], Mapping[str, Any]]
+    #: A pattern of what it puts before a prompt.
+    before: str = ""
+    #: One process answers all requests.
+    persistent: bool = False
 
     @property
     def path(self) -> Path:
         """The real one, which `scripts/install-clis` installs."""
         return CLIS / "bin" / self.command
 
-    def table(self, name: str, path: Path, base: str) -> str:
+    def table(self, name: str, path: Path, base: str, **more: Any) -> str:
         """Its table of `config.toml`. What JSON writes of such values is TOML, too."""
         values = {"kind": self.kind, "name": name, "models": [MODEL], "api_key_env": KEY_VARIABLE}
-        values |= self.settings(str(path), base)
+        values |= {**self.settings(str(path), base), **more}
         return "[[providers]]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in values.items())
 
 
@@ -44,5 +48,6 @@ PROGRAMS: Mapping[str, CliProgram] = {
         "gemini_cli",
         "gemini",
         lambda path, base: {"mode": "cli", "command": path, "base_url": base},
+        before=r"\n?",
     ),
 }

@@ -78,4 +78,5 @@ async def leave(server: VendorServer, case: str, limit: trio.CancelScope) -> Non
     limit.deadline = trio.current_time() + FIRST
 
 
-trio.run(main, sys.argv[1:])
+if __name__ == "__main__":
+    trio.run(main, sys.argv[1:])

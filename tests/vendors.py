@@ -63,8 +63,8 @@ GENERATIONS: tuple[tuple[re.Pattern[str], Dialect], ...] = (
     (re.compile(r"/v1(beta)?/models/[^/]+:(stream)?[gG]enerateContent$"), GenerateContent()),
 )
 _PIECES = (PARTIAL, WHOLE.removeprefix(PARTIAL))
-#: Characters that `big-N` says at a time.
-_BIG_PIECE = 4096
+#: Characters of a long answer that are streamed at a time.
+_PIECE = 4096
 _JSON_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
 
 
@@ -73,6 +73,12 @@ class Asked(Seen):
     """A request for an answer; `fault` is the mode."""
 
     dialect: str = ""
+
+    @property
+    def text(self) -> str:
+        """The last text of the user."""
+        (dialect,) = (d for _, d in GENERATIONS if d.name == self.dialect)
+        return dialect.last_text(self.request.json)
 
 
 class VendorServer(ScriptedServer):
@@ -186,7 +192,7 @@ class _Answer:
     # --- the modes that are more than another text ---
 
     async def do_echo(self) -> None:
-        await self._say(Said((self._dialect.last_text(self._request.json),)))
+        await self._say(Said(_cut(self._dialect.last_text(self._request.json))))
 
     async def do_slow(self, milliseconds: int) -> None:
         await self._say(Said(_PIECES), milliseconds / 1000)
@@ -234,6 +240,10 @@ class _Answer:
         await self._call.send(chunk(self._dialect.failed()) + LAST_CHUNK)
 
 
+def _cut(text: str) -> tuple[str, ...]:
+    return tuple(text[i : i + _PIECE] for i in range(0, len(text), _PIECE))
+
+
 def _said(mode: str, numbers: list[str]) -> Said:
     match mode:
         case "ok":
@@ -249,8 +259,7 @@ def _said(mode: str, numbers: list[str]) -> Said:
         case "empty":
             return Said(())
         case "big":
-            size = int(numbers[0])
-            return Said(tuple("x" * min(_BIG_PIECE, size - i) for i in range(0, size, _BIG_PIECE)))
+            return Said(_cut("x" * int(numbers[0])))
     raise ValueError(f"no such mode: {mode}")
 
 

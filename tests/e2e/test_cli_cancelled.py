@@ -1,0 +1,76 @@
+"""Calls that are cancelled leave nothing running, and the key is in nobody's arguments."""
+
+import gc
+import math
+import os
+from collections.abc import Iterator
+from contextlib import aclosing
+from functools import partial
+
+import pytest
+import trio
+from cli_matrix import Bench, bench
+from cli_programs import KEY, MODEL, PROGRAMS
+from cli_real import benches
+from daemons import until
+from faults import PARTIAL
+
+from promptmesh import astream_text
+
+pytestmark = pytest.mark.e2e
+
+#: Calls, and how many at once.
+CALLS, AT_ONCE = 200, 4
+
+
+@pytest.fixture(params=benches())
+def stalls(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Bench]:
+    name, real = request.param
+    with bench(name, real, tmp_path_factory.mktemp(name)) as made:
+        yield made
+
+
+async def test_cancelled_calls_leave_nothing(stalls: Bench) -> None:
+    await _call(stalls, math.inf, {})  # what is made once is there
+    before = _descriptors()
+    arguments: dict[int, list[str]] = {}
+    limit = trio.CapacityLimiter(AT_ONCE)
+
+    async def call(number: int) -> None:
+        async with limit:
+            # Some are cancelled before the program has started, and some while it does.
+            await _call(stalls, math.inf if number % 4 == 0 else number / CALLS * 0.2, arguments)
+
+    async with trio.open_nursery() as nursery:
+        for number in range(CALLS):
+            nursery.start_soon(call, number)
+    kept = _kept(stalls)
+
+    async def gone() -> bool:
+        return len(stalls.processes()) <= kept and len(stalls.left_behind()) <= kept
+
+    await until(gone, "all programs have ended", 20)
+    gc.collect()
+    assert _descriptors() <= before + kept
+    assert arguments
+    assert not [argv for argv in arguments.values() if KEY in " ".join(argv)]
+
+
+async def _call(stalls: Bench, seconds: float, arguments: dict[int, list[str]]) -> None:
+    """Ask, and leave after some time, or when a piece has come."""
+    ask = partial(astream_text, "Tell me a tale.", provider="stall", model_name=MODEL)
+    with trio.move_on_after(seconds):
+        async with aclosing(ask(deps=stalls.deps, use_cache=False)) as pieces:  # type: ignore[type-var] # it is a generator
+            assert await anext(pieces) == PARTIAL
+            arguments.update(await trio.to_thread.run_sync(stalls.processes))
+
+
+def _kept(stalls: Bench) -> int:
+    """Programs that are kept for the next request."""
+    return 1 if PROGRAMS[stalls.name].persistent else 0
+
+
+def _descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))

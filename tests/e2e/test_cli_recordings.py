@@ -1,0 +1,29 @@
+"""The recordings are what the real programs say now."""
+
+from pathlib import Path
+
+import pytest
+from cli_programs import PROGRAMS
+from cli_real import real_programs
+from record_clis import record
+from recordings import load, recordings
+from vendors import vendors
+
+pytestmark = [pytest.mark.e2e, pytest.mark.interop]
+
+
+@pytest.mark.parametrize("name", list(real_programs()))
+async def test_recordings_are_what_is_said_now(name: str, tmp_path: Path) -> None:
+    program = PROGRAMS[name]
+    async with vendors() as server:
+        await record(program, server, tmp_path)
+    kept = recordings(program.command)
+    for path in sorted((tmp_path / "recorded").iterdir()):
+        now, then = load(path.read_text()), kept[path.stem]
+        assert _output(now.lines) == _output(then.lines), path.stem
+        assert (now.argv, now.exit, now.files) == (then.argv, then.exit, then.files), path.stem
+
+
+def _output(lines: tuple[tuple[str, str], ...]) -> list[str]:
+    """What it wrote for programs: its complaints have places in its code."""
+    return [line for stream, line in lines if stream == "out"]
