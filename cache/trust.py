@@ -102,21 +102,27 @@ class Trust:
             expires_at=max((claim.expires_at for claim in counting), default=0),
         )
 
-    def uses(
+    def objection(
         self, source: str, claims: Callable[[], Iterable[Claim]], now: float, *, wanted: int | None
-    ) -> bool:
-        """May an answer that lies here and that `source` computed be given?
+    ) -> str:
+        """Why an answer that lies here and that `source` computed may not be given; "": it may.
 
         `claims` gives the claims to its CID; nothing is looked up where the answer is clear.
         """
         if source == self._own:
-            return True
+            return ""
         enough = max(1, self.min_agreement if wanted is None else wanted)
-        if not self.doubt(source, now) and enough == 1:
-            return True
+        doubt = self.doubt(source, now)
+        if not doubt and enough == 1:
+            return ""
         # Its source may have had it from somebody else, so only claims tell who computed it.
         producers = {claim.peer for claim in claims() if not claim.held}
-        return sum(not self.doubt(peer, now) for peer in producers) >= enough
+        count = sum(not self.doubt(peer, now) for peer in producers)
+        if count >= enough:
+            return ""
+        if enough == 1:
+            return doubt
+        return f"{enough} trusted nodes must have computed it (min_agreement), and {count} did"
 
 
 def _until(when: float) -> str:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from ..providers.base import (
     Asked,
@@ -49,16 +49,11 @@ PAUSE = 0.3
 LONGEST_PAUSE = 1.5
 
 
-@dataclass(frozen=True, slots=True)
-class Attempt:
-    """A candidate that was asked, how that ended, and how long it took (s)."""
-
-    candidate: Candidate
-    error: GenerateError | None
-    seconds: float
-
-    def __str__(self) -> str:
-        return f"{self.candidate}: {self.error or 'answered'}"
+#: As what a candidate is asked: in its turn; once more; as a second one, since the first token is
+#: late; to go on where another one broke off.
+Role = Literal["turn", "again", "hedge", "continue", "restart"]
+#: How it went: `broke` after its first token, `outrun` by another that was asked at the same time.
+Outcome = Literal["answered", "failed", "broke", "outrun"]
 
 
 class Step(NamedTuple):
@@ -69,6 +64,27 @@ class Step(NamedTuple):
     number: int
     pause: float = 0.0
     way: Way = "restart"
+    role: Role = "turn"
+    #: Whose answer it is to go on with, and after how many characters that broke off.
+    after: Candidate | None = None
+    at: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """A candidate that was asked, how that ended, and how long it took (s)."""
+
+    step: Step
+    error: GenerateError | None
+    seconds: float
+    outcome: Outcome
+
+    @property
+    def candidate(self) -> Candidate:
+        return self.step.candidate
+
+    def __str__(self) -> str:
+        return f"{self.candidate}: {self.error or 'answered'}"
 
 
 def retry_budget(now: float) -> Budget:
@@ -109,12 +125,15 @@ class Attempts:
         self._broke: StreamInterrupted | None = None
         #: Whose text that is.
         self._by: list[ModelOffer] = []
+        self._broken: Candidate | None = None
         self._choose = choose
         self._models = models
         self._obstacle = obstacle
         self._budget = budget
         self._hedges = hedges
         self._asked = 0
+        #: Who is being asked, and as what.
+        self._under_way: dict[Candidate, Step] = {}
         self._rng = rng
         self._until = until
         self._for_peer = for_peer
@@ -153,7 +172,7 @@ class Attempts:
             if obstacle is not None:
                 self._held_back.append(held_back(chosen, obstacle))
             elif len(self.tried) < 2 or self._budget.take(now):
-                return self._step(chosen, way=self._way(chosen) or "restart")
+                return self._step(chosen)
             else:
                 self._stopped = "too many requests were tried again lately"
                 break
@@ -164,7 +183,7 @@ class Attempts:
 
     def failed(self, candidate: Candidate, error: GenerateError, seconds: float) -> None:
         """It failed before its first token. Raises the error where nobody else may be asked."""
-        self.tried.append(Attempt(candidate, error, seconds))
+        self._tried(candidate, error, seconds, "failed")
         if isinstance(error, ContextTooLong):
             size = candidate.offer.context_length or 0
             self.left = [c for c in self.left if (c.offer.context_length or 0) > size]
@@ -179,20 +198,21 @@ class Attempts:
 
     def answered(self, candidate: Candidate, seconds: float) -> None:
         """Its first token came."""
-        self.tried.append(Attempt(candidate, None, seconds))
+        self._tried(candidate, None, seconds, "answered")
 
     def broke(self, error: StreamInterrupted, seconds: float, so_far: SoFar) -> None:
         """The one that answered last broke off its answer."""
-        candidate = self.tried.pop().candidate
-        self.tried.append(Attempt(candidate, error, seconds))
-        self._by.append(candidate.offer)
+        answered = self.tried.pop()
+        self.tried.append(replace(answered, error=error, seconds=seconds, outcome="broke"))
+        self._by.append(answered.candidate.offer)
+        self._broken = answered.candidate
         self.so_far = so_far
         self._broke = self._broke or error
 
     def differed(self, error: GenerateError, seconds: float) -> GenerateError:
         """The one that went on gave something else. Returns the error that ends the request."""
-        candidate = self.tried.pop().candidate
-        self.tried.append(Attempt(candidate, error, seconds))
+        answered = self.tried.pop()
+        self.tried.append(replace(answered, error=error, seconds=seconds, outcome="failed"))
         return self._told(error)
 
     def _way(self, candidate: Candidate) -> Way | None:
@@ -201,9 +221,21 @@ class Attempts:
             return "restart"
         return way_on(request, self._by, candidate.offer, self.so_far)
 
-    def _step(self, candidate: Candidate, pause: float = 0.0, way: Way = "restart") -> Step:
+    def _step(self, candidate: Candidate, pause: float = 0.0, role: Role = "turn") -> Step:
         self._asked += 1
-        return Step(candidate, self._asked, pause, way)
+        step = Step(candidate, self._asked, pause, role=role)
+        if self.so_far is not None:
+            way = self._way(candidate) or "restart"
+            at = len(self.so_far.text)
+            step = step._replace(way=way, role=way, after=self._broken, at=at)
+        self._under_way[candidate] = step
+        return step
+
+    def _tried(
+        self, candidate: Candidate, error: GenerateError | None, seconds: float, outcome: Outcome
+    ) -> None:
+        step = self._under_way.pop(candidate, None) or Step(candidate, self._asked)
+        self.tried.append(Attempt(step, error, seconds, outcome))
 
     # --- two at once
 
@@ -220,12 +252,12 @@ class Attempts:
             return None
         chosen = self._choose(left)
         self.left.remove(chosen)
-        return self._step(chosen)
+        return self._step(chosen, role="hedge")
 
     def outrun(self, candidate: Candidate, by: Candidate, seconds: float) -> None:
         """The other one was faster. It has not failed, and may be asked again if need be."""
         error = GenerateError(f"{by} was faster, and it was cancelled")
-        self.tried.append(Attempt(candidate, error, seconds))
+        self._tried(candidate, error, seconds, "outrun")
         self.left.append(candidate)
 
     # --- once more where it failed
@@ -235,20 +267,20 @@ class Attempts:
         if self._repeated or self._for_peer:
             return None
         steps = [
-            (self._pause(a.candidate, a.error), a.candidate, way)
+            (self._pause(a.candidate, a.error), a.candidate)
             for a in self.tried
-            if a.error is not None and _may_pass(a.error) and (way := self._way(a.candidate))
+            if a.error is not None and _may_pass(a.error) and self._way(a.candidate)
         ]
         if not steps:
             return None
-        pause, candidate, way = min(steps, key=lambda step: step[0])
+        pause, candidate = min(steps, key=lambda step: step[0])
         if pause > min(LONGEST_PAUSE, self._until - now):
             return None
         if not self._budget.take(now):
             self._stopped = "too many requests were tried again lately"
             return None
         self._repeated = True
-        return self._step(candidate, pause, way)
+        return self._step(candidate, pause, "again")
 
     def _pause(self, candidate: Candidate, error: GenerateError) -> float:
         """Seconds until it may be asked again, as it said itself and as its breaker says."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..providers.base import Chunk, FinishReason, Policy, Usage
-from .attempts import Attempt
+from .attempts import Attempt, Outcome, Role
 from .policies import Candidate, Decision
 from .ruling_out import RuledOut
 
@@ -25,6 +25,12 @@ class Tried(NamedTuple):
     error: str
     code: str
     seconds: float
+    #: As what it was asked, and how it went.
+    role: Role = "turn"
+    outcome: Outcome = "answered"
+    #: Whose answer it went on with, and after how many characters.
+    after: Candidate | None = None
+    at: int = 0
 
     def __str__(self) -> str:
         return f"{self.candidate}: {self.error or 'answered'}"
@@ -70,4 +76,14 @@ class Route:
 def _told(attempt: Attempt) -> Tried:
     error = attempt.error
     said, code = ("", "") if error is None else (str(error)[:MAX_ERROR], error.code)
-    return Tried(attempt.candidate, said, code, attempt.seconds)
+    step = attempt.step
+    return Tried(
+        step.candidate,
+        said,
+        code,
+        attempt.seconds,
+        step.role,
+        attempt.outcome,
+        step.after,
+        step.at,
+    )

@@ -158,13 +158,14 @@ def _why_not_reused(record: Record, reuse: Reuse, node_of: Callable[[str], str])
     reasons = []
     if record.doubted:
         whose = node_of(record.doubted) or record.doubted
-        reasons.append(f"the answer of {whose} that is stored here does not count (cache.trust)")
+        stored = f"the answer of {whose} that is stored here"
+        reasons.append(f"{stored} does not count ({record.objection})")
     elif record.cache.max_age is not None:
         reasons.append(f"no answer stored here is at most {record.cache.max_age:g} s old")
     else:
         reasons.append("no answer is stored here")
     if record.asked_peers:
-        reasons.append("none that counts came from a peer")
+        reasons.append(record.peers_lack or "none that counts came from a peer")
     elif not record.for_peer:
         what = "the scope" if record.cache.scope == "local" else "privacy"
         reasons.append(f"peers were not asked, as {what} is `local`")
@@ -196,7 +197,14 @@ def _ruled_out(ruled_out: RuledOut) -> dict[str, Any]:
 
 def _tried(tried: Tried) -> dict[str, Any]:
     error = {"message": tried.error, "code": tried.code} if tried.error else None
-    return _who(tried.candidate) | {"seconds": round(tried.seconds, 4), "error": error}
+    return _who(tried.candidate) | {
+        "as": tried.role,
+        "outcome": tried.outcome,
+        "after": _who(tried.after) if tried.after else None,
+        "at_character": tried.at if tried.after else None,
+        "seconds": round(tried.seconds, 4),
+        "error": error,
+    }
 
 
 def _choices(route: Route) -> Iterator[dict[str, Any]]:

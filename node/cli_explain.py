@@ -159,7 +159,18 @@ def _weighed(weighed: _Fields, chosen: _Fields, titles: Sequence[str]) -> Sequen
 
 def _attempt(attempt: _Fields) -> Sequence[str]:
     error = attempt["error"]
-    return (_name(attempt), seconds(attempt["seconds"]), error["message"] if error else "answered")
+    went = error["message"] if error else "answered"
+    asked = _asked_as(attempt)
+    return (_name(attempt), seconds(attempt["seconds"]), f"{asked}: {went}" if asked else went)
+
+
+def _asked_as(attempt: _Fields) -> str:
+    """`continued alpha:vllm from character 120`; "" for one whose turn it was."""
+    role, after = attempt["as"], attempt["after"]
+    if after is None:
+        return {"again": "once more", "hedge": "as well, the first token being late"}.get(role, "")
+    where = f"{_name(after)} from character {attempt['at_character']}"
+    return f"continued {where}" if role == "continue" else f"began anew, for {where}"
 
 
 def _waiting(place: _Fields | None) -> str:

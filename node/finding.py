@@ -7,6 +7,7 @@ where claims are at the homes of their keys, two homes are asked, for a short ti
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import NamedTuple
 
 import trio
@@ -82,15 +83,15 @@ class Finding:
 
     # --- what lies here
 
-    def uses(self, key: bytes, request: ModelRequest, stored: StoredAnswer) -> bool:
-        """May an answer be given that lies here, whoever computed it?"""
+    def objection(self, key: bytes, request: ModelRequest, stored: StoredAnswer) -> str:
+        """Why an answer may not be given that lies here, whoever computed it; "": it may."""
 
         def claims() -> list[Claim]:
             found = self._claims(key, request.cache.namespace)
             return [claim for claim in found if claim.cid == stored.cid.raw]
 
         wanted = request.cache.min_agreement
-        return self._trust.uses(stored.source, claims, self._link.clock(), wanted=wanted)
+        return self._trust.objection(stored.source, claims, self._link.clock(), wanted=wanted)
 
     def claimed(self, key: bytes, namespace: str) -> list[Claimed]:
         """What others claim of a key, and whether that counts."""
@@ -108,20 +109,43 @@ class Finding:
 
     # --- what others have
 
-    async def find(self, key: bytes, request: ModelRequest) -> tuple[StoredAnswer, PeerId] | None:
-        """An answer that enough trusted peers claim, fetched and verified, and who gave it."""
+    async def find(
+        self, key: bytes, request: ModelRequest, tell: Callable[[str], None]
+    ) -> tuple[StoredAnswer, PeerId] | None:
+        """An answer that enough trusted peers claim, fetched and verified, and who gave it.
+
+        `tell` is told why, if there is none.
+        """
         namespace = self._namespaces.of(request.cache.namespace)
         if self._link.network is None or namespace is None:
+            tell("this node is in no mesh")
             return None
         wanted = mesh_key(namespace.secret, key)
         found = self._alternatives(wanted, request)
         if not found and self._link.by_homes() and await self._ask_homes(wanted, request):
             found = self._alternatives(wanted, request)
         if not found:
+            tell(self._why_none(wanted, request))
             return None
+        stored = None
         with trio.move_on_after(FETCH_TIME):
-            return await self._fetch_any(key, request, found)
-        return None
+            stored = await self._fetch_any(key, request, found)
+        if stored is None:
+            tell("what peers claim to have could not be fetched")
+        return stored
+
+    def _why_none(self, wanted: bytes, request: ModelRequest) -> str:
+        """Why no claim that there is counts."""
+        now = self._link.clock()
+        claims = self._index.lookup(wanted, now)
+        if not claims:
+            return "no peer claims to have one"
+        doubts = {self._trust.doubt(claim.peer, now) for claim in claims if not claim.held}
+        if doubts and "" not in doubts:
+            return f"what peers claim does not count: {', '.join(sorted(doubts))}"
+        if self._trust.alternatives(claims, now, wanted=request.cache.min_agreement):
+            return f"what peers have is older than {request.cache.max_age:g} s"
+        return "too few peers computed the same (min_agreement)"
 
     def _alternatives(self, wanted: bytes, request: ModelRequest) -> list[Alternative]:
         now = self._link.clock()

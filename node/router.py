@@ -60,12 +60,20 @@ class Backends(Protocol):
 class SharedAnswers(Protocol):
     """What the other members know (`node.sharing.Sharing`)."""
 
-    async def find(self, key: bytes, request: Asked) -> tuple[StoredAnswer, str] | None:
-        """A stored answer of a peer, fetched and verified, and that peer's id."""
+    async def find(
+        self, key: bytes, request: Asked, tell: Callable[[str], None]
+    ) -> tuple[StoredAnswer, str] | None:
+        """A stored answer of a peer, fetched and verified, and that peer's id.
+
+        `tell` is told why, if there is none.
+        """
         ...
 
-    def uses(self, key: bytes, request: Asked, stored: StoredAnswer) -> bool:
-        """May an answer be given that another node computed and that lies here?"""
+    def objection(self, key: bytes, request: Asked, stored: StoredAnswer) -> str:
+        """Why an answer may not be given that another node computed and that lies here.
+
+        It may if there is nothing to say.
+        """
         ...
 
     def announce(self, key: bytes, request: Asked, stored: StoredAnswer) -> None:
@@ -218,9 +226,11 @@ class Router:
         )
         if stored is None:
             return None
-        if stored.source != self._peer and not self._shared.uses(key, request, stored):
-            record.doubted = stored.source
-            return None
+        if stored.source != self._peer:
+            objection = self._shared.objection(key, request, stored)
+            if objection:
+                record.doubt(stored.source, objection)
+                return None
         return Found(stored, "hit-local", self._peer)
 
     async def look_at_peers(
@@ -230,7 +240,7 @@ class Router:
         if local_only or request.cache.scope == "local" or request.privacy == "local":
             return None
         record.asked_peers = True
-        found = await self._shared.find(key, request)
+        found = await self._shared.find(key, request, record.peers_have_none)
         return None if found is None else Found(found[0], "hit-mesh", found[1])
 
     def _replay(self, found: Found, record: Record) -> Answering:

@@ -542,11 +542,13 @@ class _AsIs:
 class _Alone:
     """No other members: for answers that are nobody else's business."""
 
-    async def find(self, key: bytes, request: Asked) -> tuple[StoredAnswer, str] | None:
+    async def find(
+        self, key: bytes, request: Asked, tell: Callable[[str], None]
+    ) -> tuple[StoredAnswer, str] | None:
         return None
 
-    def uses(self, key: bytes, request: Asked, stored: StoredAnswer) -> bool:
-        return True
+    def objection(self, key: bytes, request: Asked, stored: StoredAnswer) -> str:
+        return ""
 
     def announce(self, key: bytes, request: Asked, stored: StoredAnswer) -> None: ...
 

@@ -78,7 +78,7 @@ class Sharing:
         self.claim_for = self._claiming.claim_for
         # What answers requests, and shows what is known.
         self.announce = self._claiming.announce
-        self.uses = self._finding.uses
+        self.objection = self._finding.objection
         self.claimed = self._finding.claimed
 
     # --- the network, which may come and go
@@ -113,12 +113,17 @@ class Sharing:
 
     # --- what requests ask
 
-    async def find(self, key: bytes, request: ModelRequest) -> tuple[StoredAnswer, PeerId] | None:
+    async def find(
+        self,
+        key: bytes,
+        request: ModelRequest,
+        tell: Callable[[str], None] = lambda why: None,
+    ) -> tuple[StoredAnswer, PeerId] | None:
         """A stored answer of a peer, fetched and verified, and who gave it; None if there is none.
 
-        This node holds it then, and says so while few do.
+        This node holds it then, and says so while few do. `tell` is told why there is none.
         """
-        found = await self._finding.find(key, request)
+        found = await self._finding.find(key, request, tell)
         if found is not None:
             self._claiming.announce(key, request, found[0])
         return found

@@ -58,10 +58,11 @@ class Record:
     model_why = ""
     #: May a stored answer be given?
     reusing = False
-    #: Who computed an answer that lies here and does not count; "": there is none.
-    doubted = ""
-    #: Was the index of the peers' answers looked at?
+    #: Who computed an answer that lies here and does not count ("": there is none), and why not.
+    doubted = objection = ""
+    #: Was the index of the peers' answers looked at, and why did that bring none?
     asked_peers = False
+    peers_lack = ""
     #: Which flight it was in, and was that another request's?
     flight = b""
     joined = False
@@ -83,6 +84,14 @@ class Record:
     def meant(self, why: str) -> None:
         """Why `auto` is the model that it is."""
         self.model_why = why
+
+    def doubt(self, source: str, objection: str) -> None:
+        """An answer lies here that may not be given."""
+        self.doubted, self.objection = source, objection
+
+    def peers_have_none(self, why: str) -> None:
+        """No peer has an answer that may be given."""
+        self.peers_lack = why
 
     def answered(self, origin: Origin) -> None:
         """Who answers."""

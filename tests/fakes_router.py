@@ -88,12 +88,17 @@ class Shared:
     sources: list[str] = field(default_factory=list)
     distrusted: set[str] = field(default_factory=set)
 
-    async def find(self, key: bytes, request: Asked) -> tuple[StoredAnswer, str] | None:
+    async def find(
+        self, key: bytes, request: Asked, tell: Callable[[str], None]
+    ) -> tuple[StoredAnswer, str] | None:
         self.asked += 1
-        return self.by_key.get(key, self.knows)
+        found = self.by_key.get(key, self.knows)
+        if found is None:
+            tell("no peer claims to have one")
+        return found
 
-    def uses(self, key: bytes, request: Asked, stored: StoredAnswer) -> bool:
-        return stored.source not in self.distrusted
+    def objection(self, key: bytes, request: Asked, stored: StoredAnswer) -> str:
+        return "it is distrusted" if stored.source in self.distrusted else ""
 
     def announce(self, key: bytes, request: Asked, stored: StoredAnswer) -> None:
         self.told.append(stored.cid_text)

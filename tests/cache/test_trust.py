@@ -1,5 +1,6 @@
 """Whose claims count, in which order, and how many must agree."""
 
+import functools
 from collections.abc import Iterable, Iterator
 
 import pytest
@@ -93,7 +94,7 @@ def test_who_lost_its_say_counts_for_nothing(conduct: Conduct) -> None:
 def uses(
     trust: Trust, source: str, claims: Iterable[Claim] = (), wanted: int | None = None
 ) -> bool:
-    return trust.uses(source, lambda: claims, NOW, wanted=wanted)
+    return not trust.objection(source, lambda: claims, NOW, wanted=wanted)
 
 
 def test_what_lies_here_is_used_by_the_same_rule(conduct: Conduct) -> None:
@@ -109,13 +110,23 @@ def test_what_lies_here_is_used_by_the_same_rule(conduct: Conduct) -> None:
     assert uses(trust, "p", [claim("q")])
 
 
+def test_why_it_is_not_used(conduct: Conduct) -> None:
+    trust = Trust(conduct, own="me", trusted=("q",))
+    for claims, wanted, why in (
+        ([], None, "it is not among the trusted peers (cache.trust)"),
+        ([claim("q")], 2, "2 trusted nodes must have computed it (min_agreement), and 1 did"),
+        ([claim("q")], 1, ""),
+    ):
+        assert trust.objection("p", functools.partial(list, claims), NOW, wanted=wanted) == why
+
+
 def test_nothing_is_looked_up_where_it_is_clear(conduct: Conduct) -> None:
     def never() -> Iterable[Claim]:
         raise AssertionError("it was looked up")
 
     trust = Trust(conduct, own="me")
-    assert trust.uses("p", never, NOW, wanted=None)
-    assert trust.uses("me", never, NOW, wanted=5)
+    assert not trust.objection("p", never, NOW, wanted=None)
+    assert not trust.objection("me", never, NOW, wanted=5)
 
 
 def test_who_may_not_share_counts_for_nothing_and_gives_nothing(conduct: Conduct) -> None:
@@ -124,4 +135,4 @@ def test_who_may_not_share_counts_for_nothing_and_gives_nothing(conduct: Conduct
     (found,) = trust.alternatives(claims, NOW)
     assert (found.producers, found.sources) == (("q",), ("q",))
     assert "may not share" in trust.doubt("p", NOW)
-    assert not trust.uses("p", lambda: (), NOW, wanted=None)
+    assert "may not share" in trust.objection("p", lambda: (), NOW, wanted=None)

@@ -208,6 +208,18 @@ def test_it_is_not_asked_again_after(error: GenerateError) -> None:
         way.next(0.0)
 
 
+def test_as_what_each_was_asked_is_kept() -> None:
+    way = attempts(A, B)
+    way.failed(ask(way), SERVER, 0.1)
+    way.failed(ask(way), SERVER, 0.1)
+    way.answered(way.next(0.0).candidate, 0.1)
+    assert [(a.candidate, a.step.role, a.outcome) for a in way.tried] == [
+        (A, "turn", "failed"),
+        (B, "turn", "failed"),
+        (A, "again", "answered"),
+    ]
+
+
 def test_a_peers_request_is_not_tried_again() -> None:
     way = attempts(A, for_peer=True)
     way.failed(ask(way), SERVER, 0.1)

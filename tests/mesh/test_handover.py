@@ -1,6 +1,6 @@
 """An answer whose backend breaks off is gone on with by another one, or ends in an error."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from random import Random
@@ -17,8 +17,10 @@ from promptmesh.mesh.asking import Deadlines
 from promptmesh.mesh.backend_id import BackendId, Measured
 from promptmesh.mesh.backends import BackendManager
 from promptmesh.mesh.peers import PeerTable
+from promptmesh.mesh.route import Route
 from promptmesh.providers.base import (
     Answering,
+    Asked,
     Chunk,
     Completion,
     ContentFiltered,
@@ -81,7 +83,11 @@ class Scripted(FakeProvider):
             yield chunk
 
 
-def manager_of(*providers: FakeProvider, deadlines: Deadlines | None = None) -> BackendManager:
+def manager_of(
+    *providers: FakeProvider,
+    deadlines: Deadlines | None = None,
+    on_route: Callable[[Asked, bool, Route], None] = lambda request, local_only, route: None,
+) -> BackendManager:
     """The first provider is asked first."""
     backends = [p.backend() for p in providers]
     manager = BackendManager(
@@ -92,6 +98,7 @@ def manager_of(*providers: FakeProvider, deadlines: Deadlines | None = None) -> 
         node="mine",
         rng=Random(1),
         deadlines=deadlines,
+        on_route=on_route,
     )
     for number, provider in enumerate(providers):
         provider.slots = 100 - number * 10
@@ -187,6 +194,21 @@ async def test_it_goes_on_from_one_to_the_next(autojump_clock: Clock) -> None:
     origin = chunks[-1].origin
     assert origin is not None
     assert origin.begun_by == "mine:number 0"
+
+
+async def test_who_went_on_for_whom_and_where_is_told(autojump_clock: Clock) -> None:
+    providers = [
+        Continuing(f"number {n}", (CONTINUES,), TEXT, fail_after=(2, GONE)) for n in range(2)
+    ]
+    last = Continuing("last", (CONTINUES,), TEXT)
+    routes: list[Route] = []
+    manager = manager_of(*providers, last, on_route=lambda r, local, route: routes.append(route))
+    await stream_of(manager, asking())
+    assert [(t.role, t.outcome, t.after and t.after.provider, t.at) for t in routes[0].tried] == [
+        ("turn", "broke", None, 0),
+        ("continue", "broke", "number 0", 2),
+        ("continue", "answered", "number 1", 4),
+    ]
 
 
 async def test_one_that_cannot_begin_the_rest_is_passed_over(autojump_clock: Clock) -> None:

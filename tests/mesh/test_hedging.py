@@ -89,6 +89,10 @@ async def test_the_first_token_that_comes_is_taken_and_the_other_cancelled(
     slow, taken = s.routes[-1].tried
     assert "mine:second was faster" in slow.error
     assert not taken.error
+    assert [(t.role, t.outcome) for t in (slow, taken)] == [
+        ("turn", "outrun"),
+        ("hedge", "answered"),
+    ]
 
 
 async def test_who_was_outrun_was_slow_and_has_not_failed(autojump_clock: Clock) -> None:

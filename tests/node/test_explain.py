@@ -27,7 +27,7 @@ from promptmesh.node.names import Names
 from promptmesh.node.router import Reuse
 from promptmesh.node.routes import Routes
 from promptmesh.node.trace import Trace
-from promptmesh.providers.base import ModelOffer, ProviderUnavailable, Sampling
+from promptmesh.providers.base import ModelOffer, ProviderUnavailable, Sampling, StreamInterrupted
 
 ID = "x-promptmesh-request-id"
 URL = "/v1/chat/completions"
@@ -98,7 +98,7 @@ async def test_a_computed_answer_and_its_second_time() -> None:
         "status": "miss",
         "key": why["cache"]["key"],
         "cid": first.headers["x-promptmesh-cid"],
-        "why": "no answer is stored here, and none that counts came from a peer",
+        "why": "no answer is stored here, and no peer claims to have one",
         "with": None,
     }
     assert f'key="{why["cache"]["key"]}"' in first.headers["cache-status"]
@@ -164,6 +164,19 @@ async def test_why_auto_is_that_model() -> None:
     assert why["model_why"] == "free, on this node; the only model"
 
 
+async def test_who_went_on_for_whom_is_told() -> None:
+    offers = (ModelOffer(id="m", can_continue=True),)
+    broken = StreamInterrupted("it fell over")
+    providers = [FakeProvider(n, offers=offers, fail_after=(1, broken)) for n in ("a", "b")]
+    async with world(*providers) as w:
+        why = await w.why(await w.ask(stream=True))
+    first, second = why["attempts"]
+    assert (first["as"], first["outcome"], first["after"]) == ("turn", "broke", None)
+    assert (second["as"], second["outcome"]) == ("continue", "broke")
+    assert second["after"]["provider"] == first["provider"]
+    assert second["at_character"] == len("one ")
+
+
 async def test_what_could_not_be_read_or_is_not_there() -> None:
     async with world() as w:
         unread = await w.ask(temperature="warm")
@@ -206,7 +219,8 @@ async def test_an_answer_here_that_does_not_count_is_named() -> None:
         w.setup.shared.distrusted = {HERE}
         w.setup.router._peer = "somebody else"
         why = await w.why(await w.ask())
-    assert why["cache"]["why"].startswith("the answer of here that is stored here does not count")
+    doubt = "the answer of here that is stored here does not count (it is distrusted)"
+    assert why["cache"]["why"] == f"{doubt}, and no peer claims to have one"
 
 
 async def test_who_shares_a_computation_is_led_to_the_one_that_made_it() -> None:
@@ -317,6 +331,25 @@ def test_explain_says_what_it_cannot(tmp_path: Path) -> None:
 def test_where_a_peer_answered_the_way_to_its_part_is_said(tmp_path: Path) -> None:
     there = {"peer": "12D3KooWThere", "node": "there"}
     candidate = {**there, "provider": "x", "own": False}
+
+    def tried(role: str, outcome: str, *, after: Any = None, error: str = "") -> dict[str, Any]:
+        return {
+            **candidate,
+            "as": role,
+            "outcome": outcome,
+            "after": after,
+            "at_character": 120 if after else None,
+            "seconds": 2.0,
+            "error": {"message": error, "code": "c"} if error else None,
+        }
+
+    attempts = [
+        tried("turn", "broke", error="there:x broke off its answer: gone"),
+        tried("hedge", "outrun", error="there:x was faster, and it was cancelled"),
+        tried("again", "failed", error="no"),
+        tried("restart", "failed", after=candidate, error="its text differs"),
+        tried("continue", "answered", after=candidate),
+    ]
     why = {
         "id": "req-1", "at": 0, "state": "failed", "error": {"message": "cut", "code": "c"},
         "asker": {"peer": "12D3KooWAsker", "node": ""}, "task": "generate",
@@ -326,7 +359,7 @@ def test_where_a_peer_answered_the_way_to_its_part_is_said(tmp_path: Path) -> No
         "cache": {"status": None, "key": None, "cid": None, "why": "", "with": None},
         "policy": "least_loaded", "candidates": [candidate], "ruled_out": [],
         "choices": [{"chosen": candidate, "weighed": [{**candidate, "load": 1.5, "turns": None}]}],
-        "attempts": [{**candidate, "seconds": 2.0, "error": None}], "answered_by": None,
+        "attempts": attempts, "answered_by": None,
         "first_token_s": None, "total_s": 61.5, "usage": None, "finish_reason": None,
         "waiting": {"place": 2, "of": 3, "wait_s": 12.34}, "explained_on": there,
     }  # fmt: skip
@@ -339,6 +372,13 @@ def test_where_a_peer_answered_the_way_to_its_part_is_said(tmp_path: Path) -> No
     assert "Choice (least_loaded: the fewest requests for each slot)" in lines
     assert "waiting number 2 of 3 for a slot, about 12.34 s more" in lines
     assert "* there:x 1.5" in lines
-    assert "there:x 2.00 s answered" in lines
+    for line in (
+        "there:x broke off its answer: gone",
+        "as well, the first token being late: there:x was faster, and it was cancelled",
+        "once more: no",
+        "began anew, for there:x from character 120: its text differs",
+        "continued there:x from character 120: answered",
+    ):
+        assert f"there:x 2.00 s {line}" in lines
     assert "error cut" in lines
     assert "explain req-1` on there." in ran.err

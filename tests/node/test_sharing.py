@@ -414,8 +414,10 @@ async def test_so_many_must_agree(autojump_clock: trio.testing.MockClock) -> Non
         found = await d.sharing.find(request_key(asking()), asking(min_agreement=2))
         assert found is not None
         assert found[0].completion.text == "usual"
-        assert d.sharing.uses(request_key(asking()), asking(min_agreement=2), found[0])
-        assert not d.sharing.uses(request_key(asking()), asking(min_agreement=3), found[0])
+        key = request_key(asking())
+        assert not d.sharing.objection(key, asking(min_agreement=2), found[0])
+        objection = d.sharing.objection(key, asking(min_agreement=3), found[0])
+        assert objection == "3 trusted nodes must have computed it (min_agreement), and 2 did"
         assert (await find(d, asking(min_agreement=1))) is not None
 
 

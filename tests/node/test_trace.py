@@ -8,7 +8,7 @@ import pytest
 import trio
 from fakes_mesh import asking
 
-from promptmesh.mesh.attempts import Attempt
+from promptmesh.mesh.attempts import Attempt, Step
 from promptmesh.mesh.policies import Candidate
 from promptmesh.mesh.route import MAX_ERROR, Route
 from promptmesh.mesh.ruling_out import RuledOut
@@ -130,7 +130,10 @@ async def test_names_are_cut_and_what_has_no_id_is_not_remembered() -> None:
 async def test_attempts_are_counted_also_for_who_shared_the_computation() -> None:
     trace = Trace()
     candidate = Candidate(peer="p", node="n", provider="x", offer=ModelOffer(id="m"))
-    tried = [Attempt(candidate, ProviderUnavailable("no"), 0.1), Attempt(candidate, None, 0.2)]
+    tried = [
+        Attempt(Step(candidate, 1), ProviderUnavailable("no"), 0.1, "failed"),
+        Attempt(Step(candidate, 2), None, 0.2, "answered"),
+    ]
     with trace.begin(request("leads")) as leads, trace.begin(request("follows")) as follows:
         leads.flight = follows.flight = b"same"
         follows.joined = True
