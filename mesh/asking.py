@@ -40,6 +40,11 @@ from .transport import TransportError
 logger = logging.getLogger(__name__)
 
 
+#: Seconds to the first token that one has who is tried again: so many times what is usual there,
+#: but no less than that; where nothing was measured; the wait for a slot comes in addition.
+TRIAL_TIMES, TRIAL_LEAST, TRIAL = 4.0, 3.0, 10.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Deadlines:
     """Time limits in seconds. `whole` None: what the request says, else none."""
@@ -59,6 +64,19 @@ class Deadlines:
             told = msgspec.structs.asdict(each) if each else {}
             said |= {name: seconds for name, seconds in told.items() if seconds is not None}
         return replace(self, **said) if said else self
+
+    def on_trial(self, candidate: Candidate) -> Deadlines:
+        """The same for one that has just failed, and is tried while another could be asked.
+
+        It was silent, maybe: its caller is not to wait for that as long as for the first time.
+        """
+        if candidate.offer.loaded is False:
+            return self
+        speed = candidate.speed
+        usual = (speed.late or speed.ttft if speed else None) or candidate.said_ttft
+        seconds = TRIAL if usual is None else max(TRIAL_LEAST, TRIAL_TIMES * usual)
+        seconds += candidate.busy.wait or 0.0
+        return replace(self, first_token=min(self.first_token, seconds))
 
 
 class Asking:

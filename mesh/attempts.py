@@ -163,6 +163,11 @@ class Attempts:
         """Those left that can give the answer, or go on from what there is of it."""
         return [c for c in self.left if self._way(c)]
 
+    @property
+    def may_go_elsewhere(self) -> bool:
+        """Is there another one that can be asked at once?"""
+        return any(self._obstacle(c) is None for c in self.may_be_asked)
+
     def next(self, now: float) -> Step:
         """Whom to ask now. Raises the error that ends the request if there is nobody."""
         while left := self.may_be_asked:

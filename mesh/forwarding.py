@@ -77,6 +77,8 @@ class Forwarding:
         """The candidate of that step, ready to be asked. The request came at `started`."""
         candidate, request = step.candidate, attempts.request
         deadlines = self._deadlines.with_limits(self._limits(candidate), request.limits)
+        if self._experience.on_trial(candidate.measured) and attempts.may_go_elsewhere:
+            deadlines = deadlines.on_trial(candidate)
         forwarded = self._forwarded(candidate, request, started, deadlines)
         whole = True
         if step.way == "continue" and isinstance(forwarded, GenerateRequest):

@@ -12,7 +12,7 @@ from enum import Enum, auto
 from typing import NamedTuple
 
 from .backend_id import BackendId, Measured
-from .breakers import Breakers, Pause, Refusals
+from .breakers import Breaker, Breakers, Pause, Refusals
 from .loads import Loads
 from .transport import PeerId
 
@@ -247,6 +247,10 @@ class Experience:
         if (refused := self.refusals.refusal(what, now)) is not None:
             return HeldBack(*refused, refused=True)
         return None
+
+    def on_trial(self, what: Measured) -> bool:
+        """Did it fail, so that a request which it gets now is to show whether it is back?"""
+        return any(isinstance(pause, Breaker) and pause.tripped for pause in self._pauses(what))
 
     def health(self, backend: BackendId, ready: bool) -> None:
         """What its node says of a provider. One that is ready again may have been mended."""

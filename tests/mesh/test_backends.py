@@ -1,6 +1,7 @@
 """The backend manager with providers of its own node: choice, failures, breakers, clean ends."""
 
 import gc
+import math
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -13,10 +14,12 @@ import trio
 import trio.testing
 from fakes_mesh import FakeProvider, asking
 
-from promptmesh.mesh.asking import Deadlines
+from promptmesh.mesh.asking import TRIAL, TRIAL_LEAST, TRIAL_TIMES, Deadlines
 from promptmesh.mesh.backend_id import BackendId, Measured
 from promptmesh.mesh.backends import BackendManager
+from promptmesh.mesh.breakers import FIRST_PAUSE, LONGEST_PAUSE
 from promptmesh.mesh.candidates import LocalBackend
+from promptmesh.mesh.loads import Busy
 from promptmesh.mesh.peers import PeerTable
 from promptmesh.mesh.policies import Candidate
 from promptmesh.mesh.route import Route
@@ -257,6 +260,55 @@ async def test_half_open_lets_one_through(autojump_clock: Clock, nursery: trio.N
     assert "left alone" in (await error_of(manager)).message
     await trio.sleep(3.0)
     assert (await ask(manager))[0] == "one two three"
+
+
+async def test_a_silent_one_costs_callers_little_when_it_is_tried_again(
+    autojump_clock: Clock,
+) -> None:
+    silent, healthy = FakeProvider("silent", delay=math.inf), FakeProvider("healthy", delay=0.5)
+    manager = manager_of(silent, healthy, policy="least_loaded")
+    healthy.running = 1  # so that the other one would always be asked first
+    started = trio.current_time()
+    assert (await ask(manager))[1].provider == "healthy"
+    assert trio.current_time() - started == pytest.approx(120.5)  # the first time
+    waits = []
+    for _ in range(200):
+        started = trio.current_time()
+        assert (await ask(manager))[1].provider == "healthy"
+        waits.append(trio.current_time() - started)
+    assert max(waits) == pytest.approx(TRIAL + 0.5)
+    assert len(silent.requests) < 20
+    silent.delay = 0.5
+    await trio.sleep(LONGEST_PAUSE)
+    assert (await ask(manager))[1].provider == "silent"
+    assert (await ask(manager))[1].provider == "silent"
+
+
+async def test_a_trial_takes_its_time_where_nobody_else_could_be_asked(
+    autojump_clock: Clock,
+) -> None:
+    slow = FakeProvider("slow", delay=math.inf)
+    manager = manager_of(slow)
+    assert isinstance(await error_of(manager), DeadlineExceeded)
+    await trio.sleep(FIRST_PAUSE)
+    slow.delay = 4 * TRIAL
+    assert (await ask(manager))[1].provider == "slow"
+
+
+@pytest.mark.parametrize(
+    ("fields", "seconds"),
+    [
+        ({}, TRIAL),
+        ({"said_ttft": 0.1}, TRIAL_LEAST),
+        ({"said_ttft": 5.0}, TRIAL_TIMES * 5.0),
+        ({"said_ttft": 60.0}, 120.0),
+        ({"said_ttft": 0.1, "busy": Busy(told=3, wait=7.0)}, TRIAL_LEAST + 7.0),
+        ({"offer": ModelOffer(id="m", loaded=False)}, 120.0),
+    ],
+)
+def test_how_long_a_trial_may_take(fields: dict[str, Any], seconds: float) -> None:
+    known: dict[str, Any] = {"peer": "p", "node": "n", "provider": "x", "offer": ModelOffer(id="m")}
+    assert Deadlines().on_trial(Candidate(**(known | fields))).first_token == seconds
 
 
 async def test_a_probe_that_is_cancelled_says_nothing(autojump_clock: Clock) -> None:
