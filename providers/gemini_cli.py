@@ -29,9 +29,8 @@ from .gemini_settings import BASE_URL, KEYS, GeminiSettings
 from .openai_errors import ErrorReader
 from .registry import read_options
 
-#: The model where none is configured: the command's own of that size. Names that change what they
-#: mean are no use with a login, for which Google has a service of its own.
-MODEL = "gemini-3.5-flash"
+#: The model where none is configured: the command's own. For many newer names it asks others.
+MODEL = "gemini-2.5-pro"
 _HINT = "log in again: start `gemini` and type `/auth`; or check the key"
 #: Google's variables that only say what is said here otherwise.
 _TAKEN = (*KEYS, "GOOGLE_GEMINI_BASE_URL")

@@ -36,8 +36,8 @@ _MAX_LOGIN = 64 * 1024
 #: What it would put the names or contents of files for: there are none but its own, whose names
 #: begin with a dot, or stand above the empty folder that it works in.
 AT_FILE = re.compile(r'(?<!\\)@"?(?:(?:\\.|[^\s\\"])*/)?\.')
-#: It ends by `process.exit`, which drops what its output has not taken yet: the end of a long answer
-#: that is read slowly, or all of a quick one after a long prompt, which it repeats.
+#: It ends by `process.exit`, which drops what its output has not taken yet: the end of a long
+#: answer that is read slowly, or all of a quick one after a long prompt, which it repeats.
 _BLOCKING = "--import=data:text/javascript,process.stdout._handle?.setBlocking?.(true)"
 #: Longest of a line that repeats the prompt: a character may become `\u001b` there.
 _ESCAPED = 6
@@ -56,6 +56,7 @@ _SETTINGS: dict[str, Any] = {
         "checkpointing": {"enabled": False},
     },
     "privacy": {"usageStatisticsEnabled": False},
+    "billing": {"overageStrategy": "never"},  # a login has credits, which are money
     # It counts what a model repeats, takes it for a loop, and cuts the answer; it sums up a long
     # chat by another request.
     "model": {

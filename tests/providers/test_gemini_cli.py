@@ -410,7 +410,7 @@ def test_the_version_is_read_from_its_package(tmp_path: Path) -> None:
 
 
 def test_models(tmp_path: Path, home: Path) -> None:
-    assert provider(tmp_path, home).models() == (ModelOffer(id="gemini-3.5-flash", egress=True),)
+    assert provider(tmp_path, home).models() == (ModelOffer(id="gemini-2.5-pro", egress=True),)
     found = provider(tmp_path, home, models=("a", "b")).models()
     assert [offer.id for offer in found] == ["a", "b"]
 

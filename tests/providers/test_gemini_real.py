@@ -12,6 +12,7 @@ import psutil
 import pytest
 import trio
 from daemons import ROOT
+from fakes_google import google
 from faults import PARTIAL, WHOLE
 from vendors import VendorServer, vendors
 
@@ -19,6 +20,7 @@ from promptmesh.providers.base import (
     Completion,
     GenerateRequest,
     Message,
+    ProviderUnavailable,
     Sampling,
     StreamInterrupted,
     Text,
@@ -164,6 +166,40 @@ async def test_an_answer_comes_byte_for_byte(tmp_path: Path) -> None:
     # Of what steers a terminal only the control characters are taken away.
     assert found.text.replace("\x1b[31m", "") == text.replace("\x1b[31m", "")
     assert len(long.text) == 300_000
+
+
+async def test_a_login(tmp_path: Path) -> None:
+    """Its copy does, the token that a run fetches serves the next, and the user's file stays."""
+    folder = tmp_path / ".gemini"
+    folder.mkdir()
+    login = {"access_token": "too old", "refresh_token": "refresh", "expiry_date": 1000}
+    (folder / "oauth_creds.json").write_text(json.dumps(login))
+    (folder / "google_accounts.json").write_text('{"active": "somebody@example.org", "old": []}')
+    path = f"{PROGRAM.parent}:{os.environ['PATH']}"
+    async with google(tmp_path) as server:
+        environment = {"PATH": path, "HOME": str(tmp_path), **server.environment()}
+        gemini = GeminiCli(GeminiSettings(command=str(PROGRAM), environment=environment))
+        for _ in range(2):
+            found = await ask(gemini, asked("hi", model="gemini-2.5-pro"))
+            assert (found.text, found.finish_reason) == ("hello", "stop")
+            assert server.model == "gemini-2.5-pro"
+    assert json.loads((folder / "oauth_creds.json").read_text()) == login
+    assert sorted(os.listdir(folder)) == ["google_accounts.json", "oauth_creds.json"]
+    assert server.asked.count("token") == 1
+    assert server.asked.count("streamGenerateContent") == 2
+    known = {"token", "tokeninfo", "loadCodeAssist", "listExperiments", "retrieveUserQuota"}
+    assert {*server.asked} - {"streamGenerateContent"} <= known
+
+
+async def test_a_login_that_google_does_not_take(tmp_path: Path) -> None:
+    (tmp_path / ".gemini").mkdir()
+    (tmp_path / ".gemini" / "oauth_creds.json").write_text('{"refresh_token": "r"}')
+    path = f"{PROGRAM.parent}:{os.environ['PATH']}"
+    # No proxy is there, which is as good as a refusal.
+    environment = {"PATH": path, "HOME": str(tmp_path), "HTTPS_PROXY": "http://127.0.0.1:9"}
+    gemini = GeminiCli(GeminiSettings(command=str(PROGRAM), environment=environment))
+    with pytest.raises(ProviderUnavailable, match="not logged in: start `gemini`"):
+        await ask(gemini, asked("hi"))
 
 
 async def test_nothing_of_an_answer_is_lost_that_is_read_slowly(tmp_path: Path) -> None:
