@@ -38,7 +38,7 @@ from promptmesh.providers.openai_errors import TOO_OFTEN
 Way = Literal["whole", "streamed"]
 WAYS: tuple[Way, ...] = ("whole", "streamed")
 #: Seconds for an answer that never comes, and for all others.
-SOON, LATE = 2.0, 60.0
+SOON, LATE = 1.0, 60.0
 #: Cases in which it never comes.
 ENDLESS = ("hang", "stall")
 #: Cells that are asked at once: two cores, and programs of 0.3 GB.

@@ -1,0 +1,82 @@
+"""A node that has a vendor's program: HTTP in, the program's answer out, also over the mesh."""
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager
+from pathlib import Path
+
+import pytest
+from cli_programs import KEY, KEY_VARIABLE, MODEL, PROGRAMS
+from cli_real import benches
+from daemons import Daemon, mesh
+from faults import PARTIAL, WHOLE
+from recordings import playing_program
+from vendors import vendors_in_a_thread
+
+pytestmark = pytest.mark.e2e
+
+#: Modes of the vendors' stub, by which their providers are called, too.
+MODES = ("ok", "truncate", "e401", "e429-7", "drop")
+
+
+@pytest.fixture(params=benches())
+def tables(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
+    """The configuration of the node that has the program."""
+    name, real = request.param
+    program = PROGRAMS[name]
+    (tmp_path / "user").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "user"))
+    monkeypatch.setenv("PATH", f"{program.path.parent}:/usr/bin:/bin")
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
+    with ExitStack() as stack:
+        origin, path = "http://127.0.0.1:1", program.path
+        if real:
+            origin = stack.enter_context(vendors_in_a_thread()).origin
+        else:
+            path = playing_program(tmp_path, program.command, program.command)
+        yield "\n".join(
+            program.table(mode, path, f"{origin}/m/{mode}", share=True) for mode in MODES
+        )
+
+
+@asynccontextmanager
+async def two_nodes(tmp_path: Path, tables: str) -> AsyncIterator[tuple[Daemon, Daemon]]:
+    """One that has the program, and another member."""
+    async with mesh(tmp_path, {"has": tables, "asks": ""}) as (has, asks):
+        await has.wait_for_model(MODEL)
+        await asks.wait_for_model(MODEL)
+        yield has, asks
+
+
+async def test_over_http_and_over_the_mesh(tables: str, tmp_path: Path) -> None:
+    async with two_nodes(tmp_path, tables) as (has, asks):
+        for node in (has, asks):
+            await _answers(node)
+        await _failures(asks)
+        for node in (has, asks):
+            assert KEY not in node.log.read_text()
+            assert KEY not in await node.cli("providers", check=False)
+
+
+async def _answers(node: Daemon) -> None:
+    for mode, text, reason in (("ok", WHOLE, "stop"), ("truncate", PARTIAL, "length")):
+        reply = await node.chat("Tell me a tale.", f"{mode}/{MODEL}")
+        assert reply.status_code == 200, reply.text
+        (choice,) = reply.json()["choices"]
+        assert (choice["message"]["content"], choice["finish_reason"]) == (text, reason)
+        async with node.stream("Tell me another tale.", f"{mode}/{MODEL}") as events:
+            deltas = [choice async for event in events for choice in event["choices"]]
+        assert "".join(choice["delta"].get("content") or "" for choice in deltas) == text
+        assert deltas[-1]["finish_reason"] == reason
+
+
+async def _failures(node: Daemon) -> None:
+    refused = await node.chat("Tell me a tale.", "e401/" + MODEL)
+    assert (refused.status_code, KEY in refused.text) == (502, False)
+    often = await node.chat("Tell me a tale.", "e429-7/" + MODEL)
+    assert (often.status_code, "retry-after" in often.headers) == (503, True)
+    cut = await node.chat("Tell me a tale.", "drop/" + MODEL)
+    assert (cut.status_code, cut.json()["error"]["partial"]) == (502, PARTIAL)
+    async with node.stream("Tell me a tale.", "drop/" + MODEL) as events:
+        assert "error" in (await events.until_error())[-1]
