@@ -7,6 +7,7 @@ compared with it, piece by piece, and left out. Nothing that was sent is ever se
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
@@ -21,12 +22,10 @@ from ..providers.base import (
     ToolCallDelta,
     Usage,
 )
+from ..providers.tokens import text_tokens
 
 _UNSTORED = CacheControl(mode="bypass")
 Way = Literal["continue", "restart"]
-
-#: Characters of a token, where nobody has counted the tokens of a text.
-CHARACTERS_A_TOKEN = 4
 
 
 class Mismatch(GenerateError):
@@ -97,8 +96,7 @@ class SoFar:
         """Its tokens: counted where there are log probabilities of them, else an estimate."""
         if self._logprobs:
             return len(self._logprobs)
-        characters = sum(map(len, self._text)) + sum(map(len, self._reasoning))
-        return max(self._pieces, -(-characters // CHARACTERS_A_TOKEN))
+        return max(self._pieces, math.ceil(text_tokens(self.text) + text_tokens(self.reasoning)))
 
 
 def way_of(request: GenerateRequest, by: Sequence[ModelOffer], offer: ModelOffer) -> Way | None:

@@ -12,14 +12,9 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
-import msgspec
-
-from ..providers.base import Asked, GenerateRequest, Image, Prefer, Price
+from ..providers.base import Asked, GenerateRequest, Prefer, Price
+from ..providers.tokens import prompt_tokens
 from .policies import Candidate
-
-#: What an estimate reckons with: bytes of UTF-8 in a token, tokens of an image, and those that a
-#: message takes beside its text.
-BYTES_A_TOKEN, IMAGE_TOKENS, MESSAGE_TOKENS = 4, 1000, 4
 
 
 class Refused(NamedTuple):
@@ -54,24 +49,6 @@ class Bill:
             return prompt_tokens(request), 0.0
         most = request.sampling.max_tokens
         return prompt_tokens(request), self._usual() if most is None else most
-
-
-def prompt_tokens(request: Asked) -> float:
-    """An estimate of what the prompt has."""
-    if not isinstance(request, GenerateRequest):
-        return sum(_text(i) if isinstance(i, str) else len(i) for i in request.inputs)
-    tokens = _text(request.prefix)
-    for message in request.messages:
-        tokens += MESSAGE_TOKENS + _text(message.text) + _text(message.reasoning or "")
-        tokens += sum(IMAGE_TOKENS for part in message.content if isinstance(part, Image))
-        tokens += sum(_text(call.name + call.arguments) for call in message.tool_calls)
-    if request.tools:
-        tokens += len(msgspec.json.encode(request.tools)) / BYTES_A_TOKEN
-    return tokens
-
-
-def _text(text: str) -> float:
-    return len(text.encode("utf-8", "surrogatepass")) / BYTES_A_TOKEN
 
 
 def is_paid(price: Price | None, paid: bool) -> bool:

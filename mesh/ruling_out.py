@@ -6,20 +6,16 @@ from typing import NamedTuple
 
 from ..providers.base import (
     Asked,
-    EmbedRequest,
     GenerateRequest,
     Image,
-    Input,
     ModelOffer,
     ModelRequest,
     Task,
 )
+from ..providers.tokens import least_tokens
 from .ladder import refusal
 from .policies import Candidate
 
-#: No tokenizer makes fewer tokens of a text than one for so many characters, near enough; a prompt
-#: is ruled out by its length only where that is certain, else the provider says it.
-MOST_CHARACTERS_A_TOKEN = 8
 #: What to say of a model that is not for the task.
 _NOT_FOR: dict[Task, str] = {
     "generate": "it is not for chats: it makes embeddings",
@@ -112,23 +108,11 @@ def _lacks(offer: ModelOffer, request: ModelRequest) -> str:
 
 
 def _too_short(offer: ModelOffer, request: ModelRequest) -> str:
-    if offer.context_length is None or _least_tokens(request) <= offer.context_length:
+    # Only where that is certain; else the provider says it.
+    if offer.context_length is None or least_tokens(request) <= offer.context_length:
         return ""
     return f"the prompt does not fit into its {offer.context_length} tokens"
 
 
 def _has_images(request: GenerateRequest) -> bool:
     return any(isinstance(part, Image) for m in request.messages for part in m.content)
-
-
-def _least_tokens(request: ModelRequest) -> int:
-    if isinstance(request, EmbedRequest):
-        return max(_least_tokens_of(given) for given in request.inputs)
-    if not isinstance(request, GenerateRequest):
-        return 0
-    characters = sum(len(m.text) for m in request.messages) + len(request.prefix)
-    return characters // MOST_CHARACTERS_A_TOKEN
-
-
-def _least_tokens_of(given: Input) -> int:
-    return len(given) // MOST_CHARACTERS_A_TOKEN if isinstance(given, str) else len(given)

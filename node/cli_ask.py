@@ -202,6 +202,7 @@ class _Show:
 def _summary(answer: Mapping[str, Any], seconds: float) -> str:
     """Who answered, and what it took."""
     usage = answer.get("usage") or {}
+    about = "about " if usage.get("estimated") else ""
     tokens = f"{usage.get('prompt_tokens', 0)} + {usage.get('completion_tokens', 0)} tokens"
     reason = answer.get("finish_reason")
     parts = [
@@ -210,7 +211,7 @@ def _summary(answer: Mapping[str, Any], seconds: float) -> str:
         answer.get("model"),
         answer.get("cache"),
         answer.get("cid"),
-        tokens if usage else "",
+        about + tokens if usage else "",
         f"{seconds:.1f} s",
         "" if reason == "stop" else f"ended by {reason}",
     ]

@@ -109,6 +109,7 @@ def _summary(request: _Fields) -> Sequence[tuple[str, str]]:
         pins.append(f"privacy {asked['privacy']}")
     error = request["error"]
     tokens = f"{usage['prompt_tokens']} + {usage['completion_tokens']}" if usage else ""
+    tokens += " (estimated)" if usage and usage.get("estimated") else ""
     reason = request["finish_reason"]
     return (
         ("asked by", _name(request["asker"]) if request["asker"] else ""),

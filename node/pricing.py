@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager, contextmanager
 
 import msgspec
 
-from ..mesh.ladder import BYTES_A_TOKEN, Bill, dollars, prompt_tokens
+from ..mesh.ladder import Bill, dollars
 from ..mesh.policies import Allowance
 from ..mesh.transport import PeerId
 from ..providers.base import (
@@ -31,6 +31,7 @@ from ..providers.base import (
     Usage,
     total_usage,
 )
+from ..providers.tokens import TokenCount, count_tokens, estimated_usage
 from .ledger import DAY, Counts, Ledger
 from .replays import cost
 
@@ -136,6 +137,9 @@ class Priced:
     async def check(self) -> Health:
         return await self._provider.check()
 
+    async def count_tokens(self, request: GenerateRequest) -> TokenCount:
+        return await count_tokens(self._provider, request)
+
     @asynccontextmanager
     async def open(self, request: GenerateRequest) -> AsyncIterator[Answering]:
         """As the provider. Raises `Declined` where too little money is left today."""
@@ -163,29 +167,24 @@ class Priced:
     ) -> AsyncGenerator[Chunk, None]:
         """The same chunks. What they cost is noted also where nobody waits for the last one."""
         usage: Usage | None = None
-        length = 0
+        texts: list[str] = []
         try:
             async for chunk in chunks:
-                length += len(chunk.text.encode("utf-8", "surrogatepass")) + len(chunk.reasoning)
+                texts += (chunk.text, chunk.reasoning)
                 usage = chunk.usage or usage
                 if chunk.finish_reason is not None:
-                    self._end(request, usage, length)
-                    length, usage = 0, None
+                    self._end(request, usage, texts)
+                    texts, usage = [], None
                 yield chunk
         finally:
-            if length or usage:
-                self._end(request, usage, length)
+            if any(texts) or usage:
+                self._end(request, usage, texts)
             if isinstance(chunks, AsyncGenerator):
                 await chunks.aclose()
 
-    def _end(self, request: GenerateRequest, usage: Usage | None, length: int) -> None:
+    def _end(self, request: GenerateRequest, usage: Usage | None, texts: Sequence[str]) -> None:
         """Note what it cost: by its usage, or where that never came by an estimate."""
-        if usage is None:
-            usage = Usage(
-                prompt_tokens=round(prompt_tokens(request)),
-                completion_tokens=round(length / BYTES_A_TOKEN),
-            )
-        self._spend(request, usage)
+        self._spend(request, usage or estimated_usage(request, "".join(texts)))
 
     def _spend(self, request: Asked, usage: Usage) -> None:
         money = cost(self._of(request.model), usage)

@@ -27,6 +27,7 @@ from .seed_providers import BackendManagerHandle, LLMProvider, Plan, Planner, Un
 from .seed_trace import GenerationTrace, begin_trace
 
 if TYPE_CHECKING:
+    from ..providers.tokens import TokenCount
     from .loop_thread import Job
     from .seed_engine import Engine
 
@@ -115,6 +116,44 @@ def astream_text(
     """`stream_text` for a task of trio or asyncio. Who leaves early closes it
     (`contextlib.aclosing`)."""
     return _async_pieces(_call(prompt, model_name, provider, provider_instance, deps, kwargs))
+
+
+def count_tokens(
+    prompt: str,
+    *,
+    model_name: str | None = None,
+    provider: str | None = None,
+    provider_instance: object = None,
+    deps: RouterDeps | None = None,
+    **kwargs: Any,
+) -> TokenCount:
+    """How many tokens the prompt has for the provider that would answer it, without asking it to.
+
+    `(tokens, exact)`: `exact` where the model's own tokenizer counted, else it is an estimate.
+    Takes and raises what `generate_text` does.
+    """
+    call = _call(prompt, model_name, provider, provider_instance, deps, kwargs)
+    job = call.count()
+    from .loop_thread import wait
+
+    return wait(job, job.future)
+
+
+async def acount_tokens(
+    prompt: str,
+    *,
+    model_name: str | None = None,
+    provider: str | None = None,
+    provider_instance: object = None,
+    deps: RouterDeps | None = None,
+    **kwargs: Any,
+) -> TokenCount:
+    """`count_tokens` for a task of trio or asyncio."""
+    call = _call(prompt, model_name, provider, provider_instance, deps, kwargs)
+    job = call.count()
+    from .loop_thread import wait_async
+
+    return await wait_async(job, job.future)
 
 
 def _pieces(call: _Call) -> Iterator[str]:
@@ -295,6 +334,14 @@ class _Call:
             if trace.key and trace.cid:
                 self.deps.set_cached(RESPONSE + trace.key, trace.cid)
             return text
+
+        return self.deps.thread().submit(work)
+
+    def count(self) -> Job[TokenCount]:
+        """Count its tokens in the background."""
+
+        async def work(engine: Engine) -> TokenCount:
+            return await engine.count(self.ask)
 
         return self.deps.thread().submit(work)
 

@@ -49,6 +49,7 @@ from ..providers.base import (
 )
 from ..providers.plain import MAX_THREADS, PlainProvider, is_provider
 from ..providers.registry import Runs, options_fault
+from ..providers.tokens import TokenCount, count_tokens
 from .config import CacheConfig, Config, child_environment
 from .home import Home, HomeError
 from .parts import Parts, open_parts
@@ -271,6 +272,25 @@ class Engine:
         completion = builder.completion()
         ask.trace.ended(completion, closing)
         return _text(completion)
+
+    async def count(self, ask: Ask) -> TokenCount:
+        """The tokens of the prompt, as the first that can be asked counts them.
+
+        Raises what `generate_text` does.
+        """
+        with trio.move_on_after(ask.options.timeout):
+            plans = self._plans(ask)
+            if not plans:
+                raise ProviderUnavailable(f"no provider can be used: {_listed(ask.trace.skipped)}")
+            plan = plans[0]
+            built = await self._get(ask, plan)
+            with self._used(built):
+                if not plan.model:
+                    plan = await self._with_model(built)
+                if plan.kind != "backend_manager":
+                    await self._ready(built)
+                return await count_tokens(built.provider, _request(ask, plan))
+        raise DeadlineExceeded(self._late(ask))
 
     # --- a cache of the program's own
 

@@ -28,6 +28,7 @@ from .base import (
     ProviderBusy,
     Value,
 )
+from .tokens import TokenCount, count_tokens
 from .waiting import Line, Place, Times, average
 
 #: Seconds. What one that is refused is told before anything was measured, and at least; at most.
@@ -92,6 +93,9 @@ class Admission:
 
     async def check(self) -> Health:
         return await self.provider.check()
+
+    async def count_tokens(self, request: GenerateRequest) -> TokenCount:
+        return await count_tokens(self.provider, request)
 
     def open(self, request: GenerateRequest) -> _Admitted:
         return _Admitted(self, request)

@@ -14,8 +14,8 @@ import trio
 
 from .base import Answering, Chunk, GenerateError, Origin, ProviderUnavailable
 from .child import MAX_LINE, Child, ChildError, Folder, open_child, private_folder
-from .cli_prompt import estimated_usage
 from .stop_strings import StopScanner
+from .tokens import estimated_usage
 
 #: A file that a program leaves behind is read so far, in bytes.
 MAX_REPORT = 1 << 20
@@ -170,8 +170,7 @@ class _Chunks:
             chunk = Chunk(finish_reason="stop")
         if chunk.finish_reason is not None:
             self._over = True
-            guess = estimated_usage(len(self._launch.text), len(self._decoder.text))
-            usage = chunk.usage or guess
+            usage = chunk.usage or estimated_usage(self._launch.text.decode(), self._decoder.text)
             self._ready.append(msgspec.structs.replace(chunk, text="", usage=usage))
 
 

@@ -17,13 +17,10 @@ from .base import (
     Message,
     ProviderUnavailable,
     RequestRejected,
-    Usage,
 )
 
 #: Who says what stands above the others' turns.
 _ABOVE = ("system", "developer")
-#: Characters of a token, about.
-_TOKEN = 4
 
 
 class CliPrompt(NamedTuple):
@@ -112,8 +109,3 @@ def check_text(
         )
     if most_bytes is not None and size > most_bytes:
         raise ContextTooLong(f"the prompt has {size} bytes, and {name} takes at most {most_bytes}")
-
-
-def estimated_usage(prompt: int, answer: int) -> Usage:
-    """Tokens of so many characters, where nobody counts them."""
-    return Usage(prompt_tokens=prompt // _TOKEN, completion_tokens=answer // _TOKEN, exact=False)

@@ -18,7 +18,41 @@ from .base import (
     ToolCallDelta,
     Usage,
 )
-from .hf_frames import Begun, Failed, Finished, Piece, Vectors
+from .hf_frames import Begun, Counted, Failed, Finished, Piece, Vectors
+
+#: What a worker tells of one request.
+Told = Begun | Piece | Vectors | Finished | Failed | Counted
+
+
+class CountCall:
+    """The number of a prompt's tokens, as the node waits for it."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self._tokens = 0
+        self._over = trio.Event()
+        self._error: GenerateError | None = None
+
+    def take(self, event: Told) -> None:
+        """An event about this request."""
+        match event:
+            case Counted(tokens=tokens):
+                self._tokens = tokens
+                self._over.set()
+            case Failed():
+                self.fail(failure_of(event))
+
+    def fail(self, error: GenerateError) -> None:
+        """It will not be counted."""
+        self._error = error
+        self._over.set()
+
+    async def tokens(self) -> int:
+        """How many. Raises the worker's `GenerateError`."""
+        await self._over.wait()
+        if self._error is not None:
+            raise self._error
+        return self._tokens
 
 
 class EmbedCall:
@@ -30,7 +64,7 @@ class EmbedCall:
         self._over = trio.Event()
         self._error: GenerateError | None = None
 
-    def take(self, event: Begun | Piece | Vectors | Finished | Failed) -> None:
+    def take(self, event: Told) -> None:
         """An event about this request."""
         match event:
             case Vectors():
@@ -80,7 +114,7 @@ class Call:
 
     # --- what comes -----------------------------------------------------------------------------
 
-    def take(self, event: Begun | Piece | Vectors | Finished | Failed) -> None:
+    def take(self, event: Told) -> None:
         """An event about this answer."""
         match event:
             case Begun():

@@ -63,13 +63,20 @@ class Embed(Frame, frozen=True, kw_only=True, tag="embed"):
     request: EmbedRequest
 
 
+class Count(Frame, frozen=True, kw_only=True, tag="count"):
+    """How many tokens has the prompt of this request? It is answered by `Counted` or `Failed`."""
+
+    call: int
+    request: GenerateRequest
+
+
 class Cancel(Frame, frozen=True, kw_only=True, tag="cancel"):
     """Nobody wants that answer any more."""
 
     call: int
 
 
-Order = Load | Generate | Embed | Cancel
+Order = Load | Generate | Embed | Count | Cancel
 
 
 # --- from the worker ----------------------------------------------------------------------------
@@ -137,6 +144,13 @@ class Failed(Frame, frozen=True, kw_only=True, tag="failed"):
     retry_after: float | None = None
 
 
+class Counted(Frame, frozen=True, kw_only=True, tag="counted"):
+    """The tokens of a prompt."""
+
+    call: int
+    tokens: int
+
+
 class Counters(Frame, frozen=True, kw_only=True, tag="counters"):
     """What the worker has done since it started.
 
@@ -151,7 +165,9 @@ class Counters(Frame, frozen=True, kw_only=True, tag="counters"):
     tokens: int = 0
 
 
-Event = Loading | Loaded | LoadFailed | Begun | Piece | Vectors | Finished | Failed | Counters
+Event = (
+    Loading | Loaded | LoadFailed | Begun | Piece | Vectors | Finished | Failed | Counted | Counters
+)
 
 
 # --- bytes --------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from .base import (
 from .http_client import BrokenReply, HttpFailure, HttpReply, TimedOut
 from .openai_errors import ErrorReader
 from .stream_decoder import StreamDecoder
+from .tokens import estimated_usage
 
 #: A body that explains an error is read so far, in bytes and seconds.
 MAX_ERROR_BODY = 64 * 1024
@@ -135,14 +136,10 @@ class _Chunks:
         return chunk
 
     def _estimate(self) -> Usage:
-        """For a server that counts nothing: a token is a piece of a stream, or 4 characters."""
+        """For a server that counts nothing."""
         decoder = self._decoder
-        prompt = sum(len(message.text) for message in self._request.messages)
-        return Usage(
-            prompt_tokens=prompt // 4,
-            completion_tokens=decoder.pieces if decoder.streamed else len(decoder.text) // 4,
-            exact=False,
-        )
+        pieces = decoder.pieces if decoder.streamed else 0
+        return estimated_usage(self._request, decoder.text, pieces=pieces)
 
     async def finish(self) -> None:
         """Let the server end its reply, so that the connection can be used again."""

@@ -27,10 +27,12 @@ from .base import (
     ProviderUnavailable,
     RequestRejected,
 )
-from .hf_call import Call, EmbedCall
+from .hf_call import Call, CountCall, EmbedCall
 from .hf_frames import (
     Begun,
     Cancel,
+    Count,
+    Counted,
     Counters,
     Embed,
     Event,
@@ -48,6 +50,7 @@ from .hf_frames import (
 )
 from .hf_process import COMMAND, WorkerProcess, open_worker, worker_environment
 from .hf_settings import LocalHFSettings
+from .tokens import TokenCount
 
 __all__ = ["LocalHF", "LocalHFSettings"]
 
@@ -79,7 +82,7 @@ class LocalHF:
         self._bar = ""
         self._changed = trio.Event()
         self._numbers = itertools.count(1)
-        self._calls: dict[int, Call | EmbedCall] = {}
+        self._calls: dict[int, Call | EmbedCall | CountCall] = {}
         self._counters = Counters()
         self._past = Counters()
         self._restarts = 0
@@ -119,8 +122,16 @@ class LocalHF:
         async with self._asked(call, request):
             return await call.embeddings()
 
+    async def count_tokens(self, request: GenerateRequest) -> TokenCount:
+        """Those of the prompt as the model reads it, by its own tokenizer and template."""
+        call = CountCall(next(self._numbers))
+        async with self._asked(call, request):
+            return TokenCount(await call.tokens(), True)
+
     @asynccontextmanager
-    async def _asked(self, call: Call | EmbedCall, request: Asked) -> AsyncIterator[None]:
+    async def _asked(
+        self, call: Call | EmbedCall | CountCall, request: Asked
+    ) -> AsyncIterator[None]:
         """Pass a request on to the worker; leaving before its end cancels it."""
         if request.model != self._model_id or request.task != self._settings.task:
             raise ModelNotFound(f"{self.name} has {self._model_id}, not {request.model}")
@@ -128,7 +139,7 @@ class LocalHF:
         if len(self._calls) >= self._settings.max_batch + self._settings.max_waiting:
             raise ProviderUnavailable(f"{self.name} has too many requests", retry_after=1.0)
         try:
-            worker.send(_order_of(call.number, request))
+            worker.send(_order_of(call, request))
         except FrameError as error:
             raise RequestRejected(f"the request cannot be passed on: {error}") from error
         self._calls[call.number] = call
@@ -321,7 +332,7 @@ class LocalHF:
                 # Nobody there: it was cancelled, and the worker does not know yet.
                 if (call := self._calls.get(number)) is not None:
                     call.take(event)
-            case Finished(call=number) | Failed(call=number):
+            case Finished(call=number) | Failed(call=number) | Counted(call=number):
                 if (call := self._calls.pop(number, None)) is not None:
                     call.take(event)
             case Counters():
@@ -343,7 +354,8 @@ class LocalHF:
         return trio.current_time() - self._since
 
 
-def _order_of(number: int, request: Asked) -> Order:
+def _order_of(call: Call | EmbedCall | CountCall, request: Asked) -> Order:
     if isinstance(request, EmbedRequest):
-        return Embed(call=number, request=request)
-    return Generate(call=number, request=request)
+        return Embed(call=call.number, request=request)
+    kind = Count if isinstance(call, CountCall) else Generate
+    return kind(call=call.number, request=request)

@@ -23,6 +23,8 @@ from .base import GenerateError, ProviderUnavailable
 from .hf_frames import (
     Begun,
     Cancel,
+    Count,
+    Counted,
     Counters,
     Embed,
     Event,
@@ -53,7 +55,7 @@ class Worker:
 
     def __init__(self, out: int) -> None:
         self._lock = threading.Lock()
-        self._orders: queue.SimpleQueue[Load | Generate | Embed] = queue.SimpleQueue()
+        self._orders: queue.SimpleQueue[Load | Generate | Embed | Count] = queue.SimpleQueue()
         #: Calls that were read and are not prepared yet, and answers under way.
         self._expected: set[int] = set()
         self._answers: dict[int, Answer] = {}
@@ -122,6 +124,8 @@ class Worker:
             order = self._orders.get()
             if isinstance(order, Generate):
                 self._generate(order, model, engine)
+            elif isinstance(order, Count):
+                self._count(order, model)
 
     def _tell(self, stage: str) -> None:
         self.outbox.put(Loading(stage=stage))
@@ -157,6 +161,21 @@ class Worker:
             # The asker sees it; other requests may well be fine.
             logger.exception("a request could not be begun")
             self._refuse(order.call, ProviderUnavailable(f"{type(error).__name__}: {error}"))
+
+    def _count(self, order: Count, model: LoadedModel) -> None:
+        from .hf_prompt import refuse_unsupported, tokenize
+
+        try:
+            refuse_unsupported(order.request, model)
+            prompt, _ = tokenize(order.request, model)
+            self.outbox.put(Counted(call=order.call, tokens=len(prompt)))
+        except GenerateError as error:
+            self.outbox.put(_failed(order.call, error))
+        except Exception as error:
+            # The asker sees it; other requests may well be fine.
+            logger.exception("a prompt's tokens could not be counted")
+            unavailable = ProviderUnavailable(f"{type(error).__name__}: {error}")
+            self.outbox.put(_failed(order.call, unavailable))
 
     def _serve_embeddings(self, order: Load) -> NoReturn:
         from .hf_embed import start_embedder
@@ -205,15 +224,7 @@ class Worker:
             self._expected.discard(call)
             self._answers.pop(call, None)
             self._counts["failed"] += 1
-        self.outbox.put(
-            Failed(
-                call=call,
-                code=error.code,
-                message=error.message,
-                field=error.field,
-                retry_after=error.retry_after,
-            )
-        )
+        self.outbox.put(_failed(call, error))
 
     # --- the engine's thread --------------------------------------------------------------------
 
@@ -223,6 +234,16 @@ class Worker:
                 return  # cancelled at the same moment
             self._counts["finished" if isinstance(event, Finished) else "failed"] += 1
         self.outbox.put(event)
+
+
+def _failed(call: int, error: GenerateError) -> Failed:
+    return Failed(
+        call=call,
+        code=error.code,
+        message=error.message,
+        field=error.field,
+        retry_after=error.retry_after,
+    )
 
 
 def take_streams() -> tuple[int, int]:

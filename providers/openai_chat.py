@@ -39,7 +39,7 @@ def encode_request(
     body: dict[str, Any] = dict(request.extra) if request.dialect == "openai" else {}
     body.pop("n", None)  # One answer, ever.
     body["model"] = request.model
-    body["messages"] = [_message(m) for m in request.messages]
+    body["messages"] = encode_messages(request)
     body["stream"] = True
     if not quirks.no_stream_options:
         body["stream_options"] = {"include_usage": True}
@@ -47,15 +47,21 @@ def encode_request(
     _add_tools(body, request)
     if request.response_format is not None:
         body["response_format"] = _response_format(request)
-    if request.prefix:
-        body["messages"].append({"role": "assistant", "content": request.prefix})
-        if continuation == "continue_final_message":
-            body["continue_final_message"] = True
-            body["add_generation_prompt"] = False
+    if request.prefix and continuation == "continue_final_message":
+        body["continue_final_message"] = True
+        body["add_generation_prompt"] = False
     try:
         return msgspec.json.encode(body)
     except (ValueError, TypeError, RecursionError) as error:
         raise RequestRejected(f"the request cannot be written as JSON: {error}") from None
+
+
+def encode_messages(request: GenerateRequest) -> list[dict[str, Any]]:
+    """Its messages, and as the last one the answer that is to be continued."""
+    messages = [_message(m) for m in request.messages]
+    if request.prefix:
+        messages.append({"role": "assistant", "content": request.prefix})
+    return messages
 
 
 def _message(message: Message) -> dict[str, Any]:
@@ -116,20 +122,25 @@ def _add_sampling(body: dict[str, Any], request: GenerateRequest, quirks: Quirks
     body.update((name, value) for name, value in fields.items() if value is not None)
 
 
+def encode_tools(request: GenerateRequest) -> list[dict[str, Any]]:
+    """Its tools."""
+    return [
+        {
+            "type": "function",
+            "function": _present(
+                name=tool.name,
+                description=tool.description,
+                parameters=tool.parameters,
+                strict=tool.strict,
+            ),
+        }
+        for tool in request.tools
+    ]
+
+
 def _add_tools(body: dict[str, Any], request: GenerateRequest) -> None:
     if request.tools:
-        body["tools"] = [
-            {
-                "type": "function",
-                "function": _present(
-                    name=tool.name,
-                    description=tool.description,
-                    parameters=tool.parameters,
-                    strict=tool.strict,
-                ),
-            }
-            for tool in request.tools
-        ]
+        body["tools"] = encode_tools(request)
     choice = request.tool_choice
     if choice is not None:
         named = {"type": "function", "function": {"name": choice.name}}

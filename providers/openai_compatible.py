@@ -12,6 +12,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import Annotated
 
 import msgspec
+import trio
 
 from .base import (
     Embedding,
@@ -31,6 +32,8 @@ from .openai_embeddings import encode_embed, longest_reply, read_embeddings, ref
 from .openai_errors import ErrorReader
 from .openai_models import ListedModel, read_models
 from .openai_stream import AnswerDecoder
+from .server_tokens import ServerTokens
+from .tokens import TokenCount, estimate
 
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=86400)]
 
@@ -83,6 +86,7 @@ class OpenAICompatible:
             connect_timeout=settings.connect_timeout,
             read_timeout=settings.read_timeout,
         )
+        self._tokens = ServerTokens(settings.base_url, headers) if address.private else None
         secrets = [*settings.headers.values(), settings.api_key or ""]
         self.errors = ErrorReader(settings.name, secrets)
         self._quirks = Quirks()
@@ -131,12 +135,22 @@ class OpenAICompatible:
     async def check(self) -> Health:
         return await self._list.check()
 
+    async def count_tokens(self, request: GenerateRequest) -> TokenCount:
+        """As the server counts them, where it is one of this network that can."""
+        return await self._tokens.count(request) if self._tokens else estimate(request)
+
     async def run(self) -> None:
         """Ask for the models now and then, until cancelled."""
-        await self._list.run()
+        try:
+            await self._list.run()
+        finally:
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + 1.0):
+                await self.aclose()
 
     async def aclose(self) -> None:
         """Close the idle connections."""
+        if self._tokens is not None:
+            await self._tokens.aclose()
         await self._client.aclose()
 
     # What a call asks of its provider.

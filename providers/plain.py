@@ -29,7 +29,8 @@ from .base import (
     ProviderUnavailable,
     RequestRejected,
 )
-from .cli_prompt import estimated_usage, turns_text
+from .cli_prompt import turns_text
+from .tokens import estimated_usage
 
 #: A thread cannot be cancelled; it is left to finish. (The type stubs know the older name only.)
 _LEAVE_BEHIND: dict[str, Any] = {"abandon_on_cancel": True}
@@ -89,10 +90,10 @@ class PlainProvider:
         stream = getattr(self._target, "stream", None)
         if callable(stream):
             pieces = iter(await self._thread(partial(stream, prompt, **ask)))
-            yield Answering(origin, self._streamed(pieces, prompt))
+            yield Answering(origin, self._streamed(pieces, request))
         else:
             text = await self._thread(partial(self._target.generate, prompt, **ask))
-            yield Answering(origin, self._whole(text, prompt))
+            yield Answering(origin, self._whole(text, request))
 
     async def embed(self, request: EmbedRequest) -> Sequence[Embedding]:
         raise ProviderUnavailable(f"{self.name} makes no embeddings")
@@ -129,21 +130,22 @@ class PlainProvider:
             raise ProviderUnavailable(f"{self.name} gave a {type(value).__name__} and no text")
         return value
 
-    async def _whole(self, value: object, prompt: str) -> AsyncIterator[Chunk]:
+    async def _whole(self, value: object, request: GenerateRequest) -> AsyncIterator[Chunk]:
         text = self._text(value)
         yield Chunk(text=text)
-        yield Chunk(finish_reason="stop", usage=estimated_usage(len(prompt), len(text)))
+        yield Chunk(finish_reason="stop", usage=estimated_usage(request, text))
 
-    async def _streamed(self, pieces: Iterator[Any], prompt: str) -> AsyncIterator[Chunk]:
-        size = 0
+    async def _streamed(
+        self, pieces: Iterator[Any], request: GenerateRequest
+    ) -> AsyncIterator[Chunk]:
+        texts = []
         while True:
             piece = await self._thread(partial(next, pieces, None))
             if piece is None:
                 break
-            text = self._text(piece)
-            size += len(text)
-            yield Chunk(text=text)
-        yield Chunk(finish_reason="stop", usage=estimated_usage(len(prompt), size))
+            texts.append(self._text(piece))
+            yield Chunk(text=texts[-1])
+        yield Chunk(finish_reason="stop", usage=estimated_usage(request, "".join(texts)))
 
 
 def prompt_of(request: GenerateRequest) -> str:

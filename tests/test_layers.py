@@ -11,7 +11,7 @@ FOLDERS = ("cache", "mesh", "node", "providers")
 #: What a folder may import of the others: a folder, or one module of it.
 MAY_IMPORT: dict[str, set[str]] = {
     "cache": {"providers.base"},
-    "mesh": {"providers.base"},
+    "mesh": {"providers.base", "providers.tokens"},
     "providers": set(),
     "node": {"cache", "mesh", "providers"},
 }

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from promptmesh.node.python_api import (
+        acount_tokens,
         agenerate_text,
         astream_text,
         clear_llm_router_caches,
+        count_tokens,
         generate_text,
         get_backend_manager,
         get_llm_provider,
@@ -29,9 +31,11 @@ if TYPE_CHECKING:
 __all__ = [
     "LLMProvider",
     "RouterDeps",
+    "acount_tokens",
     "agenerate_text",
     "astream_text",
     "clear_llm_router_caches",
+    "count_tokens",
     "generate_text",
     "get_backend_manager",
     "get_default_router_deps",

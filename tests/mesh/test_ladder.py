@@ -5,11 +5,10 @@ from typing import Any
 import pytest
 from fakes_mesh import asking
 
-from promptmesh.mesh.ladder import Bill, dollars, is_paid, prompt_tokens, refusal, rung
+from promptmesh.mesh.ladder import Bill, dollars, is_paid, refusal, rung
 from promptmesh.mesh.loads import Busy
 from promptmesh.mesh.policies import Allowance, Candidate
 from promptmesh.providers.base import (
-    Asked,
     EmbedRequest,
     GenerateRequest,
     Image,
@@ -19,9 +18,8 @@ from promptmesh.providers.base import (
     Price,
     Sampling,
     Text,
-    Tool,
-    ToolCall,
 )
+from promptmesh.providers.tokens import prompt_tokens
 
 
 def candidate(name: str, **fields: Any) -> Candidate:
@@ -34,36 +32,15 @@ def of(*content: Text | Image, **fields: Any) -> GenerateRequest:
 
 # --- the bill -------------------------------------------------------------------------------------
 
-
-@pytest.mark.parametrize(
-    ("request_", "tokens"),
-    [
-        (of(Text(text="x" * 400)), 104),
-        (of(Text(text="語" * 400)), 304),
-        (of(Text(text="x" * 400), Image(url="data:")), 1104),
-        (of(prefix="x" * 40), 14),
-        (EmbedRequest(model="m", inputs=("x" * 40, (1, 2, 3))), 13),
-    ],
-)
-def test_an_estimate_of_the_prompt(request_: Asked, tokens: float) -> None:
-    assert prompt_tokens(request_) == tokens
-
-
-def test_tools_and_calls_are_prompt_too() -> None:
-    assert prompt_tokens(of(tools=(Tool(name="t", description="x" * 4000),))) > 1000
-    call = ToolCall(id="1", name="f", arguments="x" * 400)
-    with_call = Message(role="assistant", tool_calls=(call,), reasoning="y" * 400)
-    assert prompt_tokens(GenerateRequest(model="m", messages=(with_call,))) > 200
-
-
 PRICE = Price(prompt=1_000_000, completion=10_000_000)  # 1 and 10 dollars a token
 
 
 def test_the_answer_is_as_long_as_it_may_be_or_as_usual() -> None:
-    prompt = of(Text(text="x" * 24))
-    assert Bill(prompt, lambda: 7.0).at(PRICE, paid=True) == 10 + 70
-    bounded = of(Text(text="x" * 24), sampling=Sampling(max_tokens=3))
-    assert Bill(bounded, lambda: 7.0).at(PRICE, paid=True) == 10 + 30
+    prompt = of(Text(text="some words"))
+    tokens = prompt_tokens(prompt)
+    assert Bill(prompt, lambda: 7.0).at(PRICE, paid=True) == tokens + 70
+    bounded = of(Text(text="some words"), sampling=Sampling(max_tokens=3))
+    assert Bill(bounded, lambda: 7.0).at(PRICE, paid=True) == tokens + 30
     embedded = EmbedRequest(model="m", inputs=((1, 2),))
     assert Bill(embedded, lambda: 7.0).at(PRICE, paid=True) == 2
 

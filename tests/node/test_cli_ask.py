@@ -42,7 +42,7 @@ ORIGIN = {
     "attempts": 1,
     "policy": "round_robin",
 }
-USAGE = {"prompt_tokens": 12, "completion_tokens": 3, "total_tokens": 15}
+USAGE: dict[str, Any] = {"prompt_tokens": 12, "completion_tokens": 3, "total_tokens": 15}
 
 
 def event(value: Any) -> bytes:
@@ -73,6 +73,15 @@ def test_the_answer_goes_to_stdout_and_who_gave_it_to_stderr(tmp_path: Path) -> 
     assert (ran.code, ran.out) == (0, "The capital is Paris.\n")
     assert ran.err.startswith("alpha · local_hf · smol · miss · bafyanswer · 12 + 3 tokens · ")
     assert ran.err.endswith(" s\n")
+
+
+def test_tokens_that_nobody_counted_are_about_so_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(USAGE, "estimated", True)
+    with node("Hi").running(made(tmp_path)):
+        ran = run(tmp_path, "ask", "Hello")
+    assert " · about 12 + 3 tokens · " in ran.err
 
 
 def test_it_understands_what_a_node_really_sends(tmp_path: Path) -> None:

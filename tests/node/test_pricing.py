@@ -76,7 +76,7 @@ async def test_a_whole_answer_costs_what_it_has_whoever_asked(ledger: Ledger) ->
 
 
 async def test_who_leaves_has_spent_what_came(ledger: Ledger) -> None:
-    provider = priced(ledger, FakeProvider(words=["x" * 40, "never read"]))
+    provider = priced(ledger, FakeProvider(words=["word " * 10, "never read"]))
     async with provider.open(asking()) as answering:
         await anext(aiter(answering.chunks))
     assert ledger.spent().all > 100  # of the ten tokens alone

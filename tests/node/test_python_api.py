@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -313,6 +314,16 @@ def test_the_next_is_asked_and_the_trace_says_so(
     openrouter.status = 400
     with pytest.raises(RuntimeError, match="400"):
         generate_text("hello again")
+
+
+def test_the_tokens_of_a_prompt(deps: RouterDeps, openrouter: Vendor) -> None:
+    counted = promptmesh.count_tokens("one two three", provider="echo")
+    assert counted == (8, False)
+    assert promptmesh.count_tokens("one two three") == counted, "nobody is asked"
+    assert not openrouter.bodies
+    assert trio.run(partial(promptmesh.acount_tokens, "one two three", provider="echo")) == counted
+    with pytest.raises(ValueError, match="nobody"):
+        promptmesh.count_tokens("one", provider="nobody")
 
 
 def test_an_option_goes_to_whom_takes_it(

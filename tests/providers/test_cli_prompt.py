@@ -22,7 +22,7 @@ from promptmesh.providers.base import (
     Tool,
     ToolCall,
 )
-from promptmesh.providers.cli_prompt import check_text, cli_prompt, estimated_usage
+from promptmesh.providers.cli_prompt import check_text, cli_prompt
 
 
 def said(role: str, text: str) -> Message:
@@ -120,8 +120,3 @@ def test_what_would_not_arrive_is_refused(text: str, kind: type[GenerateError], 
 def test_ten_megabytes_are_refused_at_once() -> None:
     with pytest.raises(ContextTooLong, match="10485760"):
         cli_prompt(request(said("user", "x" * (10 << 20))), "p", most_characters=1 << 20)
-
-
-def test_an_estimate_says_that_it_is_one() -> None:
-    usage = estimated_usage(100, 9)
-    assert (usage.prompt_tokens, usage.completion_tokens, usage.exact) == (25, 2, False)

@@ -33,11 +33,14 @@ from promptmesh.providers.base import (
     CompletionBuilder,
     ContextTooLong,
     GenerateError,
+    GenerateRequest,
     Health,
+    Message,
     ProviderUnavailable,
     RequestRejected,
     ResponseFormat,
     StreamInterrupted,
+    Text,
 )
 from promptmesh.providers.hf_load import LoadError
 from promptmesh.providers.local_hf import LocalHF, LocalHFSettings
@@ -118,6 +121,21 @@ def test_the_pieces_are_the_whole_and_the_usage_is_true(host: Hosted) -> None:
     longer = greedy(host, "Hello!!!", max_tokens=1)
     assert longer.usage.prompt_tokens == completion.usage.prompt_tokens + 3
     assert completion.usage.exact
+
+
+def test_a_prompt_is_counted_as_its_answer_counts_it(host: Hosted) -> None:
+    before = settled_stats(host)
+    for text in ("Hello", "Hello!!!", "once upon a time, naïve 🌍"):
+        request = chat("tiny", text, max_tokens=1)
+        counted = host.run(host.provider.count_tokens, request)
+        assert counted == (host.read(request)[1].completion().usage.prompt_tokens, True)
+    assert settled_stats(host)["requests"] == before["requests"] + 3, "to count is no request"
+    with pytest.raises(ContextTooLong):
+        host.run(host.provider.count_tokens, chat("tiny", "x" * 10**6))
+    message = Message(role="tool", content=(Text(text="x"),), tool_call_id="1")
+    refused = GenerateRequest(model="tiny", messages=(message,))
+    with pytest.raises(RequestRejected, match="no tools here"):
+        host.run(host.provider.count_tokens, refused)
 
 
 def test_an_end_token_is_the_true_end(host: Hosted) -> None:

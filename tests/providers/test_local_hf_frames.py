@@ -14,6 +14,8 @@ from promptmesh.providers.hf_frames import (
     MAX_FRAME,
     Begun,
     Cancel,
+    Count,
+    Counted,
     Counters,
     Event,
     Failed,
@@ -43,6 +45,7 @@ REQUEST = GenerateRequest(
 ORDERS: list[Order] = [
     Load(model="m", device="auto", dtype="auto", threads=2, max_batch=4, memory=0.5),
     Generate(call=1, request=REQUEST),
+    Count(call=2, request=REQUEST),
     Cancel(call=1),
 ]
 EVENTS: list[Event] = [
@@ -53,6 +56,7 @@ EVENTS: list[Event] = [
     Piece(call=1, text="é", logprobs=({"token": "é", "logprob": -0.5, "bytes": None},)),
     Finished(call=1, reason="stop", prompt_tokens=3, completion_tokens=4),
     Failed(call=2, code="context_too_long", message="no", field="messages"),
+    Counted(call=3, tokens=12),
     Counters(requests=2, tokens=9),
 ]
 

@@ -16,6 +16,7 @@ from fakes_hf import Hosted, chat, hosted, read, worker_environment_for_tests
 
 from promptmesh.providers.base import Completion, ContextTooLong, StreamInterrupted
 from promptmesh.providers.local_hf import LocalHF, LocalHFSettings
+from promptmesh.providers.tokens import estimate
 
 pytestmark = pytest.mark.model
 
@@ -45,6 +46,13 @@ def test_it_knows_the_capital_of_france(host: Hosted) -> None:
     assert (completion.usage.prompt_tokens, completion.usage.completion_tokens) == (37, 8)
     assert "".join(pieces) == completion.text
     assert pieces[:2] == ["The", " capital"]
+
+
+def test_it_counts_the_tokens_of_a_prompt(host: Hosted) -> None:
+    request = chat(NAME, "What is the capital of France?")
+    assert host.run(host.provider.count_tokens, request) == (37, True)
+    # The template adds a system message and its marks, of which the estimate knows nothing.
+    assert 10 <= estimate(request).tokens <= 20
 
 
 def test_it_goes_on_from_a_prefix(host: Hosted) -> None:

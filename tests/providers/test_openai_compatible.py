@@ -168,14 +168,15 @@ async def test_usage_is_estimated_where_the_server_counts_nothing() -> None:
     body = event(delta("a")) + event(delta("b")) + event(delta(finish="stop")) + DONE
     async with served(always(streamed(body))) as (_, provider):
         usage = (await ask(provider)).usage
-    assert usage == Usage(prompt_tokens=2, completion_tokens=2, exact=False)
+    assert (usage.completion_tokens, usage.exact) == (2, False)
+    assert usage.prompt_tokens > 0
 
 
 async def test_usage_is_estimated_for_a_whole_answer() -> None:
-    whole = {"choices": [{"message": {"content": "a" * 40}, "finish_reason": "stop"}]}
+    whole = {"choices": [{"message": {"content": "word " * 20}, "finish_reason": "stop"}]}
     async with served(always(json_reply(200, whole))) as (_, provider):
         usage = (await ask(provider)).usage
-    assert usage == Usage(prompt_tokens=2, completion_tokens=10, exact=False)
+    assert (usage.completion_tokens, usage.exact) == (21, False)
 
 
 # --- the connection ------------------------------------------------------------------------------
