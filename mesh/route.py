@@ -6,7 +6,7 @@ here keeps a prompt or an answer alive, which the errors of failed attempts woul
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from ..providers.base import Chunk, FinishReason, Policy, Usage
@@ -57,6 +57,8 @@ class Route:
         self.usage: Usage | None = None
         self.finish_reason: FinishReason | None = None
         self.attempts = attempts
+        #: Is told when nothing is added any more.
+        self.on_settled: Callable[[Route], None] | None = None
         self._tried: Sequence[Tried] | None = None
 
     @property
@@ -71,6 +73,8 @@ class Route:
     def settle(self) -> None:
         """The request has ended: nothing is added any more."""
         self._tried, self.attempts = self.tried, ()
+        if self.on_settled is not None:
+            self.on_settled(self)
 
 
 def _told(attempt: Attempt) -> Tried:

@@ -27,6 +27,7 @@ from .api_embeddings import EmbeddingsApi
 from .api_ipfs import IpfsApi
 from .api_kubo_commands import kubo_api
 from .api_mesh import MeshApi
+from .api_metrics import MetricsApi
 from .api_openai import OpenAIApi
 from .api_requests import RequestsApi
 from .api_rights import RightsApi
@@ -272,6 +273,7 @@ class Node:
         ).add_to(routes)
         ShareApi(parts).add_to(routes)
         UsageApi(parts.ledger, parts.node_of).add_to(routes)
+        MetricsApi(parts).add_to(routes)
         RightsApi(
             parts.rights,
             peer=parts.peer,

@@ -31,6 +31,7 @@ from ..providers.registry import options_fault
 from .config import Config
 from .home import Home
 from .ledger import Ledger
+from .metrics import Metrics
 from .names import Names
 from .node_database import NodeDatabase
 from .own_providers import OwnProviders, build_providers
@@ -77,6 +78,7 @@ class Parts:
     trust: Trust
     sharing: Sharing
     trace: Trace
+    metrics: Metrics
 
     def router(self, config: Config, nursery: trio.Nursery) -> Router:
         """A router over them; the computations that requests share run in the nursery."""
@@ -159,7 +161,8 @@ def open_parts(config: Config, home: Home, environment: Mapping[str, str]) -> It
             peer=peer,
             rng=Random(),
         )
-        trace = Trace()
+        metrics = Metrics(peer)
+        trace = Trace(metrics)
         backends = BackendManager(
             local=providers.backends,
             peers=peers,
@@ -204,6 +207,7 @@ def open_parts(config: Config, home: Home, environment: Mapping[str, str]) -> It
             trust=trust,
             sharing=sharing,
             trace=trace,
+            metrics=metrics,
         )
     finally:
         database.close()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Literal
+from typing import Literal, Protocol
 
 import trio
 
@@ -33,6 +33,22 @@ MAX_NAMED = 16_384
 MAX_NAME = 200
 
 State = Literal["running", "answered", "failed", "left"]
+
+
+class Counting(Protocol):
+    """Who adds up what is told of each request."""
+
+    def begun(self, record: Record) -> None:
+        """A request came."""
+
+    def ended(self, record: Record) -> None:
+        """One that has begun ended."""
+
+    def refused(self, record: Record) -> None:
+        """One failed before it had begun."""
+
+    def settled(self, route: Route) -> None:
+        """All candidates that are asked for a request were asked."""
 
 
 class Record:
@@ -73,8 +89,15 @@ class Record:
     told_usage: Usage | None = None
     told_reason: FinishReason | None = None
 
-    def __init__(self, request_id: str, for_peer: bool = False, asker: str = "") -> None:
+    def __init__(
+        self,
+        request_id: str,
+        for_peer: bool = False,
+        asker: str = "",
+        counting: Counting | None = None,
+    ) -> None:
         self.id = request_id
+        self._counting = counting
         #: Was it a peer that asked, and which?
         self.for_peer, self.asker = for_peer, asker
         self.started = trio.current_time()
@@ -144,19 +167,24 @@ class Record:
             self.failed(error)
         else:
             self.ended, self.state = trio.current_time(), "answered"
+        if self._counting is not None:
+            self._counting.ended(self)
 
 
 class Trace:
     """The last requests of this node, and the last that its peers had it answer."""
 
-    def __init__(self) -> None:
+    def __init__(self, counting: Counting | None = None) -> None:
+        self._counting = counting
         self._own: OrderedDict[str, Record] = OrderedDict()
         self._of_peers: OrderedDict[str, Record] = OrderedDict()
         self._named = 0
 
     def begin(self, request: Asked, for_peer: bool = False) -> Record:
         """A request of a program of this machine, or of a peer."""
-        record = Record(request.id, for_peer, request.asker)
+        record = Record(request.id, for_peer, request.asker, self._counting)
+        if self._counting is not None:
+            self._counting.begun(record)
         record.task, record.asked = request.task, request.model[:MAX_NAME]
         record.policy, record.privacy, record.cache = request.policy, request.privacy, request.cache
         if len(request.cache.namespace) > MAX_NAME:
@@ -174,9 +202,13 @@ class Trace:
             record = Record(request_id)
             record.failed(error)
             self._add(record)
+            if self._counting is not None:
+                self._counting.refused(record)
 
     def route(self, request: Asked, local_only: bool, route: Route) -> None:
         """How a request that is remembered goes among its candidates."""
+        if self._counting is not None:
+            route.on_settled = self._counting.settled
         record = (self._of_peers if local_only else self._own).get(request.id)
         if record is None:
             return
