@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -18,7 +19,7 @@ from .base import (
 )
 from .child import Folder
 from .cli_answer import CliAnswer, Launch
-from .cli_found import find
+from .cli_found import LIFETIME, find
 from .cli_prompt import CliPrompt, cli_prompt
 from .gemini_found import NOT_INSTALLED, login_file, look
 from .gemini_home import ALIASES, AT_FILE, MAX_PROMPT, SUBSTITUTED, Login, launch
@@ -47,6 +48,8 @@ class GeminiCli:
         place = {"GOOGLE_GEMINI_BASE_URL": url} if url != BASE_URL else {}
         self._keys = {"GEMINI_API_KEY": key, **place} if key else {}
         self._errors = ErrorReader(settings.name, [key], key=_HINT)
+        #: Why Google did not take the login, as it was then, and until when that counts.
+        self._refusal: tuple[str, Login.State, float] | None = None
         models = settings.models or (MODEL,)
         self._offers = tuple(ModelOffer(id=model, egress=True) for model in models)
 
@@ -63,7 +66,7 @@ class GeminiCli:
         return CliAnswer(
             Origin(provider=self.name, model=request.model),
             partial(self._prepare, request),
-            GeminiOutput(self._errors, request.model),
+            GeminiOutput(self._errors, request.model, self._refused),
             stop=stop if len(stop) > MAX_STOP else (),
         )
 
@@ -104,8 +107,18 @@ class GeminiCli:
         raise ProviderUnavailable(f"{self.name} makes no embeddings without a key")
 
     async def check(self) -> Health:
-        """As far as files tell: it starts nothing."""
+        """As far as files tell, and the last answer: it starts nothing."""
+        return await trio.to_thread.run_sync(self._look)
+
+    def _look(self) -> Health:
         settings = self._settings
-        return await trio.to_thread.run_sync(
-            partial(look, settings.environment, settings.command, keyed=bool(self._keys))
-        )
+        found = look(settings.environment, settings.command, keyed=bool(self._keys))
+        if found.state == "ready" and self._refusal is not None:
+            reason, state, until = self._refusal
+            if time.monotonic() < until and state == self._login.state():
+                return Health(state="unavailable", reason=reason, hint=_HINT)
+        return found
+
+    def _refused(self, reason: str) -> None:
+        """Ask no more with this login, or this key, for a while."""
+        self._refusal = (reason, self._login.state(), time.monotonic() + LIFETIME)

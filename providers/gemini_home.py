@@ -77,12 +77,22 @@ _SETTINGS: dict[str, Any] = {
 class Login:
     """The user's login with Google."""
 
+    State = tuple[int, int] | None
+
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._file = login_file(environment)
         self._account = home(environment) / "google_accounts.json"
         #: The user's file as it was, and what a run made of its copy.
         self._seen = ""
         self._fresh = ""
+
+    def state(self) -> State:
+        """Another one after each login of the user."""
+        try:
+            found = self._file.stat()
+        except OSError:
+            return None
+        return found.st_mtime_ns, found.st_size
 
     def copy_to(self, private: Path) -> None:
         """Raises `ProviderUnavailable` if there is none."""

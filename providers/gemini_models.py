@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 import msgspec
 
+#: Parts of the names of models that speak, draw or listen: the list does not tell them from those
+#: that write.
+_NOT_TEXT = re.compile(r"(^|-)(image|tts|audio|live)(-|$)")
 #: The list comes in pages of so many at most; Google has fewer than 100 models.
 PAGE = 1000
 _MAX_CONTEXT = 2**53
@@ -48,11 +52,11 @@ def read_models(body: bytes) -> dict[str, GeminiModel]:
 
 def _read(model: _Model) -> GeminiModel:
     methods = model.supported_generation_methods
-    limit = model.input_token_limit
+    limit, name = model.input_token_limit, model.name.removeprefix("models/")
     return GeminiModel(
-        id=model.name.removeprefix("models/"),
+        id=name,
         context=limit if limit is not None and 0 < limit < _MAX_CONTEXT else None,
         # A server that does not say what a model is for, is asked for text.
-        generates=methods is None or "generateContent" in methods,
+        generates=(methods is None or "generateContent" in methods) and not _NOT_TEXT.search(name),
         embeds=methods is not None and "embedContent" in methods,
     )

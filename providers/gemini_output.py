@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -23,7 +23,7 @@ from .base import (
     Usage,
 )
 from .gemini_found import NOT_LOGGED_IN
-from .openai_errors import ErrorReader, ServerError
+from .openai_errors import ErrorReader, ServerError, blames_key
 from .stream_decoder import StreamDecoder
 
 #: The exit code of one that is not logged in.
@@ -70,8 +70,15 @@ _decode_line = msgspec.json.Decoder(_Line).decode
 class GeminiOutput(StreamDecoder):
     """The decoder of one run for an answer of `model`."""
 
-    def __init__(self, errors: ErrorReader, model: str) -> None:
+    def __init__(
+        self,
+        errors: ErrorReader,
+        model: str,
+        refused: Callable[[str], None] = lambda reason: None,
+    ) -> None:
+        """`refused` is told where Google does not take the key or the login."""
         super().__init__(errors)
+        self._refused = refused
         self._model = model
         self._result: _Line | None = None
         self._complaint = ""
@@ -132,12 +139,15 @@ class GeminiOutput(StreamDecoder):
             return self.broken(_last_line(errors) or f"it ended without a result ({code})")
         said = self._said(told)
         failure = self._errors.reply(status, {}, said, 0.0) if status else self.broken(said.message)
+        if blames_key(status, said):
+            self._refused(failure.message)
         if self.pieces and not isinstance(failure, RequestRejected | StreamInterrupted):
             failure = StreamInterrupted(failure.message, retry_after=failure.retry_after)
         failure.partial = self.text
         return failure
 
     def _auth(self) -> GenerateError:
+        self._refused(NOT_LOGGED_IN.reason)
         text = f"{self._errors.name}: {NOT_LOGGED_IN.reason}: {NOT_LOGGED_IN.hint}"
         return ProviderUnavailable(text)
 

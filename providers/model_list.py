@@ -87,8 +87,7 @@ class ModelList:
                     self._take(await read_body(reply, MAX_MODEL_LIST))
             except HttpFailure as error:
                 reason = self._errors.redact(str(error))
-                hint = f"start the server at {self._where}, or correct base_url"
-                return Health(state="unavailable", reason=reason, hint=hint)
+                return Health(state="unavailable", reason=reason, hint=self._not_reached())
             if not self._private:
                 self._ask_again = trio.current_time() + PUBLIC_REFRESH
             return Health()
@@ -97,6 +96,11 @@ class ModelList:
             reason=f"{self._where} did not list its models within 2 s",
             hint="look at the server: it is overloaded, or hangs",
         )
+
+    def _not_reached(self) -> str:
+        if self._private:
+            return f"start the server at {self._where}, or correct base_url"
+        return "is this machine online? otherwise wait, or correct base_url"
 
     def _take(self, body: bytes) -> None:
         try:

@@ -398,6 +398,20 @@ async def test_check(tmp_path: Path, home: Path) -> None:
     assert (await gemini.check()).state == "unavailable"
 
 
+async def test_a_login_that_was_refused_is_asked_no_more_until_it_changes(
+    tmp_path: Path, home: Path
+) -> None:
+    gemini = player(tmp_path, home, "e401")
+    assert (await gemini.check()).state == "ready"
+    with pytest.raises(ProviderRefused):
+        await ask(gemini)
+    found = await gemini.check()
+    assert (found.state, "Incorrect API key" in found.reason) == ("unavailable", True)
+    assert "log in again" in found.hint
+    (home / ".gemini" / "oauth_creds.json").write_text('{"refresh_token": "another"}')
+    assert (await gemini.check()).state == "ready"
+
+
 def test_the_version_is_read_from_its_package(tmp_path: Path) -> None:
     bin = install(tmp_path / "old", "0.9.2")
     assert installed_version(str(bin / "gemini")) == (0, 9, 2)

@@ -265,6 +265,11 @@ LIST = {
             "inputTokenLimit": 2048,
             "supportedGenerationMethods": ["embedContent"],
         },
+        {
+            "name": "models/gemini-2.5-flash-image",
+            "supportedGenerationMethods": ["generateContent"],
+        },
+        {"name": "models/gemini-tts", "supportedGenerationMethods": ["generateContent"]},
         {"name": "models/imagen-9", "supportedGenerationMethods": ["predict"]},
         {"name": "models/old", "inputTokenLimit": -1},
         {

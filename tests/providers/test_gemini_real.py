@@ -8,7 +8,6 @@ import random
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import trio
 from daemons import ROOT
@@ -32,8 +31,6 @@ PROGRAM = ROOT / "build" / "clis" / "bin" / "gemini"
 KEY = "AIza-nobody-may-see-this"
 #: Seconds for one run on a machine that has other things to do.
 PATIENCE = 60
-#: At once, as many as a node runs.
-SLOTS = 2
 
 pytestmark = pytest.mark.interop
 
@@ -230,34 +227,3 @@ async def test_another_model_is_never_taken_for_the_one_that_was_asked(tmp_path:
         request = asked("hi", model="gemini-3-pro-preview")
         with pytest.raises(StreamInterrupted, match="instead of 'gemini-3-pro-preview'"):
             await ask(provider(server, tmp_path, "ok"), request)
-
-
-async def test_200_answers_that_nobody_waits_for_leave_nothing(
-    tmp_path: Path, temporary: Path
-) -> None:
-    """Each is left at another time: before the command has started, while it asks, in between."""
-    before = _descriptors()
-    rng = random.Random(1)
-    async with vendors() as server:
-        gemini = provider(server, tmp_path, "stall")
-        limit = trio.CapacityLimiter(SLOTS)
-
-        async def leave_early(seconds: float) -> None:
-            async with limit:
-                with trio.move_on_after(seconds):
-                    async with gemini.open(asked("hi")) as answering:
-                        async for _ in answering.chunks:
-                            pass
-
-        async with trio.open_nursery() as nursery:
-            for number in range(200):
-                seconds = 4.0 if number % 20 == 0 else rng.choice([0.0, 0.01, 0.1, 0.5, 1.0])
-                nursery.start_soon(leave_early, seconds)
-        assert len(server.of("stall")) > 5
-        assert not psutil.Process().children(recursive=True)
-    assert not os.listdir(temporary)
-    assert _descriptors() <= before
-
-
-def _descriptors() -> int:
-    return psutil.Process().num_fds()
