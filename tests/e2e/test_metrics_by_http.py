@@ -1,4 +1,4 @@
-"""`/metrics` of two nodes: an answer, errors, a hit, a hop; docs/metrics.md has all that is told."""
+"""`/metrics` of two nodes: an answer, errors, a hit, a hop; docs/metrics.md names all of them."""
 
 import re
 from pathlib import Path
