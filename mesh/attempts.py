@@ -34,6 +34,7 @@ from ..providers.base import (
 from .budget import Budget
 from .continuing import SoFar, Way, way_of, way_on
 from .hedging import may_be_second, patience_with
+from .ladder import spent_at, too_much
 from .policies import Candidate
 from .ruling_out import Obstacle, RuledOut, held_back
 
@@ -126,6 +127,10 @@ class Attempts:
         #: Whose text that is.
         self._by: list[ModelOffer] = []
         self._broken: Candidate | None = None
+        #: What attempts that came to nothing have cost (US dollars).
+        self._spent = 0.0
+        #: Tokens of what the caller has that are in there.
+        self._paid_for = 0
         self._choose = choose
         self._models = models
         self._obstacle = obstacle
@@ -174,7 +179,9 @@ class Attempts:
             chosen = self._choose(left)
             self.left.remove(chosen)
             obstacle = self._obstacle(chosen)
-            if obstacle is not None:
+            if dear := too_much(chosen, self.request, self._spent):
+                self._held_back.append(RuledOut(chosen, dear, too_dear=True))
+            elif obstacle is not None:
                 self._held_back.append(held_back(chosen, obstacle))
             elif len(self.tried) < 2 or self._budget.take(now):
                 return self._step(chosen)
@@ -189,6 +196,8 @@ class Attempts:
     def failed(self, candidate: Candidate, error: GenerateError, seconds: float) -> None:
         """It failed before its first token. Raises the error where nobody else may be asked."""
         self._tried(candidate, error, seconds, "failed")
+        if isinstance(error, DeadlineExceeded):  # it read the prompt, as far as anybody knows
+            self._spent += spent_at(candidate, self.request, 0)
         if isinstance(error, ContextTooLong):
             size = candidate.offer.context_length or 0
             self.left = [c for c in self.left if (c.offer.context_length or 0) > size]
@@ -210,6 +219,9 @@ class Attempts:
         answered = self.tried.pop()
         self.tried.append(replace(answered, error=error, seconds=seconds, outcome="broke"))
         self._by.append(answered.candidate.offer)
+        tokens = so_far.tokens - self._paid_for
+        self._spent += spent_at(answered.candidate, self.request, max(tokens, 0))
+        self._paid_for = so_far.tokens
         self._broken = answered.candidate
         self.so_far = so_far
         self._broke = self._broke or error
@@ -274,7 +286,10 @@ class Attempts:
         steps = [
             (self._pause(a.candidate, a.error), a.candidate)
             for a in self.tried
-            if a.error is not None and _may_pass(a.error) and self._way(a.candidate)
+            if a.error is not None
+            and _may_pass(a.error)
+            and self._way(a.candidate)
+            and not too_much(a.candidate, self.request, self._spent)
         ]
         if not steps:
             return None

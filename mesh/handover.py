@@ -222,4 +222,6 @@ class Handover:
         origin = joined.origin or running.origin
         if self._begun_by:  # the rest is asked for past all caches; the whole is an answer like any
             origin = msgspec.structs.replace(origin, begun_by=self._begun_by, cache="miss")
+        if self._attempts.request.cache.mode == "bypass":
+            origin = msgspec.structs.replace(origin, cache="bypass")
         return msgspec.structs.replace(joined, origin=origin)

@@ -71,6 +71,23 @@ def refusal(candidate: Candidate, request: Asked) -> Refused | None:
     return None
 
 
+def spent_at(candidate: Candidate, request: Asked, tokens: float) -> float:
+    """What an attempt that broke cost there, after so many tokens of the answer (US dollars)."""
+    price = candidate.offer.price
+    if price is None:
+        return 0.0
+    return (prompt_tokens(request) * price.prompt + tokens * price.completion) / 1_000_000
+
+
+def too_much(candidate: Candidate, request: Asked, spent: float) -> str:
+    """Why the request may not cost that much more, after what was `spent`; "": it may."""
+    most, cost = request.max_cost, candidate.cost
+    if most is None or not spent or not candidate.paid or spent + (cost or 0.0) <= most:
+        return ""
+    says = f"the request is expected to cost {dollars(cost or 0.0)} there"
+    return f"{says}, and of {dollars(most)} that it may cost {dollars(spent)} are spent"
+
+
 def rung(candidates: Sequence[Candidate], prefer: Prefer) -> Sequence[Candidate]:
     """Those among whom the policy chooses now; `candidates` are all that are left, in any order.
 

@@ -294,8 +294,19 @@ class Router:
             cache=self._cache_at_peers(request.cache),
         )
         async with self._backends.open(forwarded, local_only=local_only, key=key) as answering:
-            answering.origin = _seen_from_here(answering.origin, request, self._peer)
+            answering.origin = self.seen_from_here(answering.origin, request)
             yield answering, started
+
+    def seen_from_here(self, origin: Origin, request: Asked) -> Origin:
+        """What a backend says of the cache, as this node's callers are to see it."""
+        cache = origin.cache
+        if request.cache.mode == "bypass":
+            cache = "bypass"
+        elif cache == "bypass":  # an answer that may not stay at the peer is asked for so
+            cache = "miss"
+        elif origin.peer != self._peer and cache == "hit-local":
+            cache = "hit-mesh"
+        return origin if cache == origin.cache else msgspec.structs.replace(origin, cache=cache)
 
     def _cache_at_peers(self, cache: CacheControl) -> CacheControl:
         if cache.scope == "local":
@@ -376,15 +387,6 @@ def _least(*seconds: float | None) -> float | None:
     return min((s for s in seconds if s is not None), default=None)
 
 
-def _seen_from_here(origin: Origin, request: Asked, peer: str) -> Origin:
-    """A peer's own stored answer is a hit of the mesh to this node."""
-    if request.cache.mode == "bypass":
-        return msgspec.structs.replace(origin, cache="bypass")
-    if origin.peer != peer and origin.cache == "hit-local":
-        return msgspec.structs.replace(origin, cache="hit-mesh")
-    return origin
-
-
 class _Given:
     """What an answer has given so far."""
 
@@ -431,6 +433,9 @@ class _Recording:
         self._builder.add(chunk)
         if chunk.finish_reason is None:
             return chunk
+        if chunk.origin is not None:  # another backend ended it
+            origin = self._router.seen_from_here(chunk.origin, self._request)
+            chunk = msgspec.structs.replace(chunk, origin=origin)
         origin = chunk.origin or self._answering.origin
         seconds = trio.current_time() - self._started
         whole = self._builder.completion()

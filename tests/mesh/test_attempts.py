@@ -17,10 +17,12 @@ from promptmesh.mesh.attempts import (
     retry_budget,
 )
 from promptmesh.mesh.budget import Budget
+from promptmesh.mesh.continuing import SoFar
 from promptmesh.mesh.policies import Candidate
 from promptmesh.mesh.ruling_out import Obstacle, RuledOut, rule_out
 from promptmesh.providers.base import (
     CacheOnlyMiss,
+    Chunk,
     ContentFiltered,
     ContextTooLong,
     DeadlineExceeded,
@@ -31,6 +33,7 @@ from promptmesh.providers.base import (
     Message,
     ModelNotFound,
     ModelOffer,
+    Price,
     ProviderBusy,
     ProviderUnavailable,
     RequestRejected,
@@ -416,3 +419,39 @@ def test_what_costs_too_much_is_ruled_out() -> None:
     assert ruled_out is not None
     assert ruled_out.too_dear
     assert rule_out(dear, asking(max_cost=0.5), None) is None
+
+
+def test_what_broken_attempts_cost_counts_against_the_limit() -> None:
+    offer = ModelOffer(id="m", can_continue=True, price=Price(completion=1_000_000))  # $1 a token
+    first, second = (
+        Candidate(peer=n, node=n, provider="x", offer=offer, paid=True, cost=4.0) for n in "ab"
+    )
+    free = candidate("free", can_continue=True)
+    for most, goes_on in ((9.0, second), (6.0, free)):
+        way = attempts(first, second, free, max_cost=most)
+        way.answered(ask(way), 0.1)
+        so_far = SoFar()
+        for word in ("one ", "two ", "three"):
+            so_far.add(Chunk(text=word))
+        way.broke(StreamInterrupted("gone", partial=so_far.text), 0.2, so_far)
+        assert ask(way) is goes_on
+    way = attempts(first, second, max_cost=6.0)
+    way.answered(ask(way), 0.1)
+    way.broke(StreamInterrupted("gone", partial=so_far.text), 0.2, so_far)
+    with pytest.raises(StreamInterrupted, match=r"\$4.00 there, and of \$6.00 .* \$4.00 are spent"):
+        way.next(0.0)
+
+
+def test_a_prompt_that_was_read_in_vain_counts_too() -> None:
+    offer = ModelOffer(id="m", price=Price(prompt=1_000_000))
+    first, second = (
+        Candidate(peer=n, node=n, provider="x", offer=offer, paid=True, cost=1.0) for n in "ab"
+    )
+    for error, kind in ((SERVER, None), (DeadlineExceeded("silent"), DeadlineExceeded)):
+        way = attempts(first, second, max_cost=1.5)
+        way.failed(ask(way), error, 0.1)
+        if kind is None:  # an error costs nothing
+            assert ask(way) is second
+        else:
+            with pytest.raises(kind, match="are spent"):
+                way.next(0.0)

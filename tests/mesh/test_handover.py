@@ -21,6 +21,7 @@ from promptmesh.mesh.route import Route
 from promptmesh.providers.base import (
     Answering,
     Asked,
+    CacheControl,
     Chunk,
     Completion,
     ContentFiltered,
@@ -196,6 +197,17 @@ async def test_it_goes_on_from_one_to_the_next(autojump_clock: Clock) -> None:
     origin = chunks[-1].origin
     assert origin is not None
     assert origin.begun_by == "mine:number 0"
+
+
+@pytest.mark.parametrize("offer", [CONTINUES, SAME])
+async def test_a_bypass_is_one_to_the_end(autojump_clock: Clock, offer: ModelOffer) -> None:
+    breaks = Continuing("breaks", (offer,), TEXT, fail_after=(2, GONE))
+    goes_on = Continuing("goes on", (offer,), TEXT)
+    cache = CacheControl(mode="bypass")
+    request = asking(cache=cache, sampling=GREEDY)
+    last = (await stream_of(manager_of(breaks, goes_on), request))[-1]
+    assert last.origin is not None
+    assert last.origin.cache == "bypass"
 
 
 async def test_who_went_on_for_whom_and_where_is_told(autojump_clock: Clock) -> None:

@@ -148,6 +148,13 @@ async def test_a_private_answer_is_kept_and_not_told(private: dict[str, Any]) ->
         assert (await ask(s, asking(**private)))[1] == "hit-local"
 
 
+async def test_an_answer_that_may_not_stay_at_a_peer_is_a_miss_here() -> None:
+    async with setup(Backends(peer=THERE, origin={"cache": "bypass"})) as s:
+        assert (await ask(s, asking(cache=CacheControl(scope="local"))))[1] == "miss"
+        bypass = CacheControl(mode="bypass", scope="local")
+        assert (await ask(s, asking(cache=bypass)))[1] == "bypass"
+
+
 async def test_an_answer_of_scope_local_is_not_kept_by_the_peer_that_makes_it() -> None:
     async with setup(Backends(peer=THERE)) as s:
         await ask(s, asking(cache=CacheControl(scope="local")))
