@@ -138,7 +138,7 @@ class Attempts:
         self._hedges = hedges
         self._asked = 0
         #: Who is being asked, and as what.
-        self._under_way: dict[Candidate, Step] = {}
+        self.under_way: dict[Candidate, Step] = {}
         self._rng = rng
         self._until = until
         self._for_peer = for_peer
@@ -245,13 +245,13 @@ class Attempts:
             way = self._way(candidate) or "restart"
             at = len(self.so_far.text)
             step = step._replace(way=way, role=way, after=self._broken, at=at)
-        self._under_way[candidate] = step
+        self.under_way[candidate] = step
         return step
 
     def _tried(
         self, candidate: Candidate, error: GenerateError | None, seconds: float, outcome: Outcome
     ) -> None:
-        step = self._under_way.pop(candidate, None) or Step(candidate, self._asked)
+        step = self.under_way.pop(candidate, None) or Step(candidate, self._asked)
         self.tried.append(Attempt(step, error, seconds, outcome))
 
     # --- two at once

@@ -36,14 +36,14 @@ from .backend_id import BackendId
 from .budget import Budget
 from .candidates import Candidates, LocalBackend, Source
 from .forwarding import Forwarding, PeerNetwork
-from .frames import Load
+from .frames import Load, Place
 from .handover import Handover, tasks
 from .hedging import hedge_budget
 from .ladder import rung
 from .measure import Experience
 from .peers import PeerTable
 from .policies import Candidate, Choice, Turns, Work
-from .probing import Probes, worth_probing
+from .probing import Probes, place_of, worth_probing
 from .route import Route
 from .transport import PeerId
 
@@ -165,6 +165,16 @@ class BackendManager:
         """How busy the providers are that peers may use."""
         return self._candidates.loads()
 
+    def peers_busy(self) -> bool:
+        """Might a request have to wait at a peer?"""
+        return self._forwarding.network is not None and self.experience.loads.any_full()
+
+    async def place_at_peer(self, request_id: str, route: Route) -> Place | None:
+        """Where a request stands that waits for a slot of a peer. None: it does not, it seems."""
+        network = self._forwarding.network
+        asked = tuple(route.under_way)
+        return await place_of(request_id, asked, network.probe) if network else None
+
     # --- answering
 
     def open(
@@ -192,7 +202,12 @@ class BackendManager:
         started = trio.current_time()
         attempts, choice, prompt = self._attempts(request, policy, local_only, key)
         route = Route(
-            policy, tuple(attempts.left), attempts.ruled_out, choice.decisions, attempts.tried
+            policy,
+            tuple(attempts.left),
+            attempts.ruled_out,
+            choice.decisions,
+            attempts.tried,
+            attempts.under_way,
         )
         self._on_route(request, local_only, route)
 

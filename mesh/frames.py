@@ -110,11 +110,13 @@ class AskTable(Value, frozen=True, kw_only=True, tag_field="kind", tag="table"):
 class AskLoads(Value, frozen=True, kw_only=True, tag_field="kind", tag="probe"):
     """How busy are your providers? I am about to choose who answers with that model.
 
-    `within` is the seconds until I shall have chosen.
+    `within` is the seconds until I shall have chosen. With a `request` I do not choose: where does
+    my request of that id stand, which waits there?
     """
 
     model: str = ""
     within: float = 0.0
+    request: Annotated[str, msgspec.Meta(max_length=MAX_NAME)] = ""
 
 
 class Head(Value, frozen=True, kw_only=True, tag_field="kind", tag="head"):
@@ -168,14 +170,30 @@ class End(Value, frozen=True, kw_only=True, tag_field="kind", tag="end"):
     """There are no more items; or what was put is taken."""
 
 
+_Number = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
+
+
+class Place(Value, frozen=True, kw_only=True):
+    """A request that waits for a slot: it is number `place` of `of`, and begins in `wait` seconds.
+
+    None: that cannot be told.
+    """
+
+    place: _Number
+    of: _Number
+    wait: Annotated[float, msgspec.Meta(ge=0, le=1e9)] | None = None
+
+
 class PresentLoads(Value, frozen=True, kw_only=True, tag_field="kind", tag="loads"):
     """How busy the providers are that the asker may use.
 
     `rivals` is how many others have asked this for the same model and may not have chosen yet.
+    `place` is that of the asker's request, if it waits.
     """
 
     loads: dict[str, Load] = msgspec.field(default_factory=dict)
     rivals: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 0
+    place: Place | None = None
 
 
 Request = Generate | Embed | AskBlock | AskClaims | PutClaims | FindClaims | AskTable | AskLoads

@@ -108,6 +108,14 @@ class Loads:
             seen.others, seen.in_flight, seen.slots, seen.told, seen.wait, seen.rivals, seen.at
         )
 
+    def any_full(self) -> bool:
+        """Does any of those that said how busy they are have no free slot?"""
+        return any(
+            seen.others + seen.in_flight >= seen.slots
+            for seen in self._seen.values()
+            if seen.at is not None
+        )
+
     def forget(self, peer: PeerId) -> None:
         """The peer is gone: what it said holds no more."""
         for backend in [b for b in self._seen if b.peer == peer]:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import trio
 
 from .backend_id import BackendId
-from .frames import AskLoads, PresentLoads, RemoteProtocolError
+from .frames import AskLoads, Place, PresentLoads, RemoteProtocolError
 from .loads import Loads
 from .policies import Candidate, Work, expected_times
 from .transport import PeerId, TransportError
@@ -113,3 +113,18 @@ class Probes:
 
     def _in_flight(self, peer: PeerId, provider: str) -> int:
         return self._loads.in_flight(BackendId(peer, provider))
+
+
+async def place_of(request_id: str, candidates: Iterable[Candidate], probe: Prober) -> Place | None:
+    """Where a request stands that waits at one of these. None: it does not, or nobody says."""
+    for candidate in candidates:
+        if candidate.own:
+            continue
+        try:
+            said = await probe(candidate.peer, AskLoads(request=request_id), limit=PATIENCE_MOST)
+        except (TransportError, RemoteProtocolError) as error:
+            logger.debug("peer %s did not say where a request stands: %s", candidate.peer, error)
+        else:
+            if said.place is not None:
+                return said.place
+    return None

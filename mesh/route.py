@@ -6,11 +6,12 @@ here keeps a prompt or an answer alive, which the errors of failed attempts woul
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 from ..providers.base import Chunk, FinishReason, Policy, Usage
-from .attempts import Attempt, Outcome, Role
+from .attempts import Attempt, Outcome, Role, Step
 from .policies import Candidate, Decision
 from .ruling_out import RuledOut
 
@@ -46,8 +47,12 @@ class Route:
         ruled_out: Sequence[RuledOut],
         decisions: Sequence[Decision],
         attempts: Sequence[Attempt],
+        under_way: Mapping[Candidate, Step] = MappingProxyType({}),
     ) -> None:
-        """The decisions and attempts are added to while the request goes on."""
+        """The decisions and attempts are added to while the request goes on.
+
+        `under_way`: who is being asked, and has not begun to answer.
+        """
         self.policy = policy
         self.candidates = candidates
         self.ruled_out = ruled_out
@@ -57,6 +62,7 @@ class Route:
         self.usage: Usage | None = None
         self.finish_reason: FinishReason | None = None
         self.attempts = attempts
+        self.under_way = under_way
         #: Is told when nothing is added any more.
         self.on_settled: Callable[[Route], None] | None = None
         self._tried: Sequence[Tried] | None = None
@@ -72,7 +78,7 @@ class Route:
 
     def settle(self) -> None:
         """The request has ended: nothing is added any more."""
-        self._tried, self.attempts = self.tried, ()
+        self._tried, self.attempts, self.under_way = self.tried, (), {}
         if self.on_settled is not None:
             self.on_settled(self)
 

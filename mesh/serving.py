@@ -42,6 +42,7 @@ from .frames import (
     Known,
     Load,
     Piece,
+    Place,
     PresentLoads,
     PutClaims,
     RemoteProtocolError,
@@ -79,6 +80,8 @@ class Services:
     loads: Callable[[], dict[str, Load]]
     #: The signed claim for an answer of this node, by the CID's text.
     claim_for: Callable[[str], bytes | None]
+    #: Where the request of that id stands, if it is that peer's and waits here.
+    place: Callable[[str, PeerId], Place | None] = lambda id, peer: None
     #: May that peer use this node's providers?
     may_serve: Callable[[PeerId], bool] = lambda peer: True
 
@@ -225,6 +228,10 @@ class _Conversation:
         asker = self._stream.peer
         if not self._services.may_serve(asker):
             self._put(PresentLoads())
+            return
+        if request.request:
+            place = self._services.place(request.request, asker)
+            self._put(PresentLoads(loads=self._services.loads(), place=place))
             return
         rivals = self._choosing.enter(asker, request.model, request.within, trio.current_time())
         self._put(PresentLoads(loads=self._services.loads(), rivals=rivals))

@@ -7,7 +7,7 @@ with a request is that peer's to tell: the id is the same there.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -38,10 +38,10 @@ class RequestsApi:
         *,
         reuse: Reuse,
         node_of: Callable[[str], str],
-        waiting: Callable[[str], Waiting | None],
+        waiting: Callable[[str], Awaitable[Waiting | None]],
     ) -> None:
         """`key_text` writes the key of a question, `node_of` names a peer's node, `waiting` says
-        where a request stands that waits for a slot here."""
+        where a request stands that waits for a slot, here or at a peer."""
         self._trace = trace
         self._key_text = key_text
         self._reuse = reuse
@@ -54,7 +54,10 @@ class RequestsApi:
         if not (text.isascii() and text.isdigit() and 0 < int(text[:9]) <= MAX_REQUESTS):
             await send_problem(responder, 400, f"limit: a number from 1 to {MAX_REQUESTS}")
             return
-        body = msgspec.json.encode([self._show(r) for r in self._trace.last(int(text))])
+        records = self._trace.last(int(text))
+        places = await self._places(records)
+        shown = [self._show(record, places.get(record.id)) for record in records]
+        body = msgspec.json.encode(shown)
         await responder.send(200, body, content_type=JSON)
 
     async def one(self, request: Request, responder: Responder, request_id: str) -> None:
@@ -64,9 +67,26 @@ class RequestsApi:
             message = f"no request {request_id[:100]} is remembered: the last {MAX_REQUESTS} are"
             await send_problem(responder, 404, message)
             return
-        await responder.send(200, msgspec.json.encode(self._show(record)), content_type=JSON)
+        place = (await self._places([record])).get(record.id)
+        body = msgspec.json.encode(self._show(record, place))
+        await responder.send(200, body, content_type=JSON)
 
-    def _show(self, record: Record) -> dict[str, Any]:
+    async def _places(self, records: Iterable[Record]) -> Mapping[str, Waiting]:
+        """Where those stand that wait for a slot, by id."""
+        places: dict[str, Waiting] = {}
+
+        async def look(request_id: str) -> None:
+            waiting = await self._waiting(request_id)
+            if waiting is not None:
+                places[request_id] = waiting
+
+        async with trio.open_nursery() as nursery:
+            for record in records:
+                if record.state == "running":
+                    nursery.start_soon(look, record.id)
+        return places
+
+    def _show(self, record: Record, place: Waiting | None) -> dict[str, Any]:
         route, now = record.route, trio.current_time()
         ended = now if record.ended is None else record.ended
         leader = self._trace.leader(record) if record.joined else None
@@ -99,7 +119,7 @@ class RequestsApi:
             "total_s": _seconds(record.started, ended),
             "usage": usage_fields(record.usage) if record.usage else None,
             "finish_reason": record.finish_reason,
-            "waiting": self._place(record),
+            "waiting": place and {"place": place.place, "of": place.of, "wait_s": place.wait},
             "explained_on": self._elsewhere(record),
         }
 
@@ -128,12 +148,6 @@ class RequestsApi:
             who = f" ({leader.id})" if leader else ""
             return f"an equal request was being answered{who}, and this one shared that"
         return _why_not_reused(record, self._reuse, self._node_of)
-
-    def _place(self, record: Record) -> dict[str, Any] | None:
-        waiting = self._waiting(record.id) if record.state == "running" else None
-        if waiting is None:
-            return None
-        return {"place": waiting.place, "of": waiting.of, "wait_s": waiting.wait}
 
     # --- names
 

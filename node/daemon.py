@@ -17,6 +17,7 @@ import trio
 from ..cache.keys import key_text
 from ..cache.layers import PublicStore
 from ..mesh.adverts import Advert
+from ..mesh.frames import Place
 from ..mesh.serving import Services
 from ..mesh.transport import TransportError
 from ..providers.admission import Waiting
@@ -200,6 +201,7 @@ class Node:
             find_claims=self._sharing.find_claims,
             loads=self._parts.backends.loads,
             claim_for=self._sharing.claim_for,
+            place=self._place_of_peers,
             may_serve=self._parts.rights.may_serve,
         )
 
@@ -217,7 +219,7 @@ class Node:
         parts = self._parts
         cache = self._config.cache
         written = functools.partial(key_text, form=cache.key, base=cache.cid_base)
-        notes = WaitingNotes(self._nursery, waiting=self._where_it_waits, busy=parts.providers.busy)
+        notes = WaitingNotes(self._nursery, waiting=self._where_it_waits, busy=self._busy)
         openai = OpenAIApi(self._router, parts.names, notes, written)
         embeddings = EmbeddingsApi(self._embed_router, written)
         ipfs = IpfsApi(parts.reading)
@@ -285,9 +287,28 @@ class Node:
         kubo.add_to(routes)
         return routes
 
-    def _where_it_waits(self, request_id: str) -> Waiting | None:
-        """Where a request stands, or the one whose computation it shares."""
-        return self._parts.providers.waiting(self._parts.trace.worker(request_id))
+    async def _where_it_waits(self, request_id: str) -> Waiting | None:
+        """Where a request stands, or the one whose computation it shares, here or at a peer."""
+        parts, worker = self._parts, self._parts.trace.worker(request_id)
+        waiting, record = parts.providers.waiting(worker), parts.trace.find(worker)
+        if waiting is not None or record is None or record.route is None:
+            return waiting
+        place = await parts.backends.place_at_peer(worker, record.route)
+        return None if place is None else Waiting(place=place.place, of=place.of, wait=place.wait)
+
+    def _place_of_peers(self, request_id: str, peer: str) -> Place | None:
+        """Where a peer's request stands here."""
+        parts = self._parts
+        if not parts.trace.is_of(request_id, peer):
+            return None
+        waiting = parts.providers.waiting(parts.trace.worker(request_id))
+        if waiting is None:
+            return None
+        return Place(place=waiting.place, of=waiting.of, wait=waiting.wait)
+
+    def _busy(self) -> bool:
+        """Might a request that comes now have to wait for a slot?"""
+        return self._parts.providers.busy() or self._parts.backends.peers_busy()
 
     def _say_hello(self, address: str) -> None:
         logger.info("%s is up: http://%s/v1 (peer %s)", self._parts.node, address, self._parts.peer)

@@ -224,6 +224,11 @@ class Trace:
         """A request of this node, else of a peer (which cannot hide one of ours by its id)."""
         return self._own.get(request_id) or self._of_peers.get(request_id)
 
+    def is_of(self, request_id: str, peer: str) -> bool:
+        """Is the request of that id one of that peer?"""
+        record = self._of_peers.get(request_id)
+        return record is not None and record.asker == peer
+
     def last(self, count: int) -> list[Record]:
         """The last requests of this node, the newest first."""
         newest: Iterator[Record] = reversed(self._own.values())

@@ -28,7 +28,7 @@ class WaitingNotes:
         self,
         nursery: trio.Nursery,
         *,
-        waiting: Callable[[str], Waiting | None],
+        waiting: Callable[[str], Awaitable[Waiting | None]],
         busy: Callable[[], bool],
     ) -> None:
         self._nursery = nursery
@@ -62,7 +62,10 @@ class _Note:
     """The comments of one stream."""
 
     def __init__(
-        self, responder: Responder, request_id: str, waiting: Callable[[str], Waiting | None]
+        self,
+        responder: Responder,
+        request_id: str,
+        waiting: Callable[[str], Awaitable[Waiting | None]],
     ) -> None:
         self._responder = responder
         self._id = request_id
@@ -75,8 +78,9 @@ class _Note:
         with self._scope:
             while True:
                 await trio.sleep(EVERY)
+                waiting = await self._waiting(self._id)
                 async with self._writing:
-                    await self._tell()
+                    await self._tell(waiting)
 
     async def stop(self) -> None:
         """Let one that is being written come to its end, and write no more."""
@@ -86,8 +90,7 @@ class _Note:
         finally:
             self._scope.cancel()
 
-    async def _tell(self) -> None:
-        waiting = self._waiting(self._id)
+    async def _tell(self, waiting: Waiting | None) -> None:
         if not self._responder.started:
             if waiting is None:
                 return

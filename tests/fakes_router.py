@@ -105,6 +105,10 @@ class Shared:
         self.sources.append(stored.source)
 
 
+async def nowhere(request_id: str) -> None:
+    """No request waits."""
+
+
 class AsIs:
     def resolve(self, request: Request, tell: Callable[[str], None] = lambda why: None) -> Request:
         return request
@@ -150,7 +154,7 @@ async def setup(
             min_agreement=min_agreement,
             trace=trace,
         )
-        notes = WaitingNotes(nursery, waiting=lambda id: None, busy=lambda: False)
+        notes = WaitingNotes(nursery, waiting=nowhere, busy=lambda: False)
         asked = backends if isinstance(backends, Backends) else fakes
         yield Setup(router, asked, shared, answers, ledger, notes)
         nursery.cancel_scope.cancel()

@@ -7,7 +7,7 @@ from pathlib import Path
 import openai
 import pytest
 import trio
-from daemons import Daemon, until
+from daemons import Daemon, mesh, until
 
 pytestmark = pytest.mark.e2e
 
@@ -118,3 +118,19 @@ async def test_who_waits_long_is_told_so_and_the_openai_client_reads_on(node: Da
         places = [request["waiting"] and request["waiting"]["place"] for request in requests]
         assert places == [2, 2, 1, None]
     assert "".join(got) == "after all"
+
+
+async def test_where_a_request_stands_that_waits_at_a_peer(tmp_path: Path) -> None:
+    async with mesh(tmp_path, {"a": "", "b": ONE_SLOT + "share = true\n"}) as (a, b):
+        await a.wait_for_model("echo")
+        async with trio.open_nursery() as nursery, busy(b):
+            nursery.start_soon(a.chat, "guest", "echo")
+            await load(b, 1, 1)
+
+            async def told() -> bool:
+                (why,) = await a.json("/mesh/v1/requests?limit=1")
+                waiting = why["waiting"]
+                return waiting is not None and (waiting["place"], waiting["of"]) == (1, 1)
+
+            await until(told, "its place is told")
+            nursery.cancel_scope.cancel()

@@ -54,6 +54,18 @@ def test_a_peer_that_is_gone_is_forgotten_but_not_what_is_in_flight() -> None:
     assert loads.get(other, Load()).in_flight == 0
 
 
+def test_whether_any_is_full() -> None:
+    loads = Loads()
+    loads.begin(B)  # nobody has said how many it takes
+    assert not loads.any_full()
+    loads.report(B, Load(running=2, slots=2), 1.0)
+    assert loads.any_full()
+    loads.report(B, Load(running=1, slots=2), 1.0)
+    assert not loads.any_full()
+    loads.begin(B)
+    assert loads.any_full()
+
+
 # --- others who choose
 
 

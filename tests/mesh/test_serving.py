@@ -29,6 +29,7 @@ from promptmesh.mesh.frames import (
     Items,
     Load,
     Piece,
+    Place,
     PresentLoads,
     PutClaims,
     Request,
@@ -62,6 +63,7 @@ class World:
         self.table: list[bytes] = []
         self.block: bytes | Exception | None = None
         self.allowed = True
+        self.places: dict[str, Place] = {}
         self.put: list[tuple[str, tuple[bytes, ...]]] = []
         self.writes: list[int] = []
         self.askers: dict[str, MemoryTransport] = {}
@@ -77,6 +79,7 @@ class World:
             find_claims=lambda keys: [b"claim of " + key for key in keys],
             loads=lambda: {"fake": self.provider.load()},
             claim_for=lambda cid: f"claim for {cid}".encode(),
+            place=lambda id, peer: self.places.get(id),
             may_serve=lambda peer: self.allowed,
         )
 
@@ -404,3 +407,19 @@ def test_random_bytes_end_the_stream_and_nothing_else(pieces: list[bytes]) -> No
             nursery.cancel_scope.cancel()
 
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+async def test_an_asker_learns_where_its_request_stands(
+    autojump_clock: Clock, world: World
+) -> None:
+    line, other = await world.open(), await world.open("other")
+    world.places["req-1"] = Place(place=2, of=3, wait=7.5)
+    (said,) = await line.ask(AskLoads(request="req-1"))
+    assert said.place == Place(place=2, of=3, wait=7.5)
+    (said,) = await line.ask(AskLoads(request="req-2"))
+    assert said.place is None
+    (said,) = await other.ask(AskLoads(model="", within=0.1))
+    assert said.rivals == 0  # who asks for a place is about to choose nobody
+    world.allowed = False
+    (said,) = await line.ask(AskLoads(request="req-1"))
+    assert said.place is None

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 import trio
-from fakes_router import HERE, THERE, AsIs, Shared
+from fakes_router import HERE, THERE, AsIs, Shared, nowhere
 from serving import serving
 
 from promptmesh.cache.answer_rows import StoredAnswer
@@ -168,7 +168,7 @@ async def world(
         )
         routes = Routes()
         names: Any = None  # only `GET /v1/models` needs them
-        notes = WaitingNotes(nursery, waiting=lambda id: None, busy=lambda: False)
+        notes = WaitingNotes(nursery, waiting=nowhere, busy=lambda: False)
         openai = OpenAIApi(router, names, notes, written)
         routes.add("POST", URL, openai.chat_completions)
         async with serving(routes) as client:

@@ -15,7 +15,7 @@ import pytest
 import trio
 from fakes_cli import FakeNode, Problem, made, run
 from fakes_mesh import FakeProvider, asking
-from fakes_router import HERE, THERE, Setup, setup
+from fakes_router import HERE, THERE, Setup, nowhere, setup
 from serving import serving
 
 from promptmesh.cache.keys import key_text
@@ -78,7 +78,7 @@ async def world(*providers: FakeProvider, reuse: Reuse = "deterministic") -> Asy
             written,
             reuse=reuse,
             node_of=lambda p: names.get(p, ""),
-            waiting=lambda id: None,
+            waiting=nowhere,
         )
         routes = Routes()
         routes.add("POST", URL, openai.chat_completions)

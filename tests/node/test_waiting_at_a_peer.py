@@ -63,6 +63,7 @@ class RoutingNode(Node):
         self, network: MemoryNetwork, nursery: trio.Nursery, name: str, *providers: Slotted
     ) -> None:
         super().__init__(network, name, *providers)
+        self._slotted = providers
         self.database = Database(None)
         self.router = Router(
             backends=self.manager,
@@ -77,7 +78,14 @@ class RoutingNode(Node):
         )
 
     def _services(self) -> Services:
-        return dataclasses.replace(super()._services(), answer=self._answer)
+        return dataclasses.replace(super()._services(), answer=self._answer, place=self._place)
+
+    def _place(self, request_id: str, peer: str) -> frames.Place | None:
+        found = (p.admission.waiting(request_id) for p in self._slotted)
+        waiting = next((w for w in found if w is not None), None)
+        if waiting is None:
+            return None
+        return frames.Place(place=waiting.place, of=waiting.of, wait=waiting.wait)
 
     def _answer(self, request: Asked, peer: str) -> AbstractAsyncContextManager[Answering]:
         assert isinstance(request, GenerateRequest)
@@ -181,3 +189,30 @@ async def test_a_full_queue_of_the_peer_is_told_and_own_requests_still_go_first(
         "guest 1",
     ]
     assert provider.admission.load().running == 0
+
+
+async def test_the_peer_says_where_a_request_stands(
+    autojump_clock: Clock, pair: tuple[RoutingNode, RoutingNode, Slotted]
+) -> None:
+    asker, server, provider = pair
+
+    async def ask(number: int) -> None:
+        await asker.text(asking(text=f"{number}", id=f"req-{number}"))
+
+    async def place(number: int) -> frames.Place | None:
+        route = asker.routes[f"req-{number}"]
+        return await asker.manager.place_at_peer(f"req-{number}", route)
+
+    async with trio.open_nursery() as nursery, busy(server, provider):
+        assert not asker.manager.peers_busy()
+        for number in (1, 2):
+            nursery.start_soon(ask, number)
+            await trio.sleep(0.1)
+        assert provider.admission.load().waiting == 2
+        for number in (1, 2):
+            told = await place(number)
+            assert told is not None
+            assert (told.place, told.of) == (number, 2)
+        assert asker.manager.peers_busy()
+        nursery.cancel_scope.cancel()
+    assert await place(1) is None  # it is asked nowhere any more

@@ -38,11 +38,15 @@ class World:
         """Answer by that router."""
         names: Any = None  # only `GET /v1/models` needs them
         notes = WaitingNotes(
-            self.nursery, waiting=self.admission.waiting, busy=lambda: not self.admission.free
+            self.nursery, waiting=self._waiting, busy=lambda: not self.admission.free
         )
         routes = Routes()
         routes.add("POST", "/", OpenAIApi(router, names, notes).chat_completions)
         self.server = HttpServer(routes)
+
+    async def _waiting(self, request_id: str) -> Waiting | None:
+        await trio.lowlevel.checkpoint()
+        return self.admission.waiting(request_id)
 
     def open(
         self, request: Asked, *, local_only: bool = False, key: bytes = b""
