@@ -6,7 +6,7 @@ import pytest
 from fakes_mesh import asking
 from prometheus_client.parser import text_string_to_metric_families as parse
 
-from promptmesh.mesh.attempts import Attempt
+from promptmesh.mesh.attempts import Attempt, Step
 from promptmesh.mesh.policies import Candidate
 from promptmesh.mesh.route import Route
 from promptmesh.node.api_metrics import FAMILIES, exposition
@@ -102,9 +102,9 @@ async def test_what_fails_is_counted_by_its_code_and_runs_no_longer(metrics: Met
 
 async def test_each_candidate_that_was_asked_is_counted_once(metrics: Metrics) -> None:
     attempts = [
-        Attempt(candidate("me", "gpu"), ProviderBusy("full"), 0.1),
-        Attempt(candidate("another", "theirs"), ProviderUnavailable("gone"), 0.1),
-        Attempt(candidate("me", "echo"), None, 0.2),
+        Attempt(Step(candidate("me", "gpu"), 1), ProviderBusy("full"), 0.1, "failed"),
+        Attempt(Step(candidate("another", "x"), 2), ProviderUnavailable("gone"), 0.1, "failed"),
+        Attempt(Step(candidate("me", "echo"), 3), None, 0.2, "answered"),
     ]
     route = Route("round_robin", [], [], [], attempts)
     trace = Trace(metrics)
