@@ -50,7 +50,7 @@ class Tried(NamedTuple):
     """The labels of a candidate's being asked."""
 
     provider: str
-    #: `answered`: its first token came; or the code of the error.
+    #: `answered`: its first token came; `outrun`; or the code of the error.
     outcome: str
 
 
@@ -120,7 +120,7 @@ class Metrics:
         for tried in route.tried:
             candidate = tried.candidate
             provider = self._provider(candidate.peer, candidate.provider)
-            labels = Tried(provider, tried.code or "answered")
+            labels = Tried(provider, tried.code or tried.outcome)
             if labels not in self.tried and len(self.tried) >= MAX_SERIES:
                 labels = labels._replace(provider=OTHERS)
             self.tried[labels] = self.tried.get(labels, 0) + 1
