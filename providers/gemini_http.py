@@ -22,7 +22,7 @@ from .base import (
     RequestRejected,
 )
 from .gemini_embed import MAX_BATCH, encode_embed, read_embeddings
-from .gemini_messages import Quirks, Signatures, encode_request
+from .gemini_messages import Quirks, Signatures, encode_count, encode_request, read_count
 from .gemini_models import PAGE, GeminiModel, read_models
 from .gemini_options import GeminiOptions
 from .gemini_settings import KEYS, NO_KEY, GeminiSettings
@@ -32,9 +32,11 @@ from .http_client import HttpFailure, HttpReply, open_client
 from .model_list import ModelList
 from .openai_errors import ErrorReader
 from .registry import read_options
+from .tokens import TokenCount
 
-#: Bytes of a number in a reply, and of a whole reply with `MAX_BATCH` vectors.
+#: Bytes of a number in a reply; of a whole reply with a count, and with `MAX_BATCH` vectors.
 _NUMBER = 28
+_MAX_COUNT = 64 * 1024
 _MAX_EMBEDDINGS = MAX_BATCH * MAX_DIMENSIONS * _NUMBER
 #: Stands first in the list: Google gives this name to its present model of that size.
 DEFAULT = "gemini-flash-latest"
@@ -90,15 +92,28 @@ class GeminiHttp:
             inputs = request.inputs[start : start + MAX_BATCH]
             body = encode_embed(request, inputs)
             path = _path(request.model, "batchEmbedContents")
-            try:
-                async with self._client.request("POST", path, body) as reply:
-                    if failure := await failure_of(reply, self.errors):
-                        raise failure
-                    told = await read_body(reply, _MAX_EMBEDDINGS)
-            except HttpFailure as error:
-                raise unavailable(error, self.name) from None
+            told = await self._ask(path, body, _MAX_EMBEDDINGS)
             found += read_embeddings(told, inputs, self.errors)
         return found
+
+    async def count_tokens(self, request: GenerateRequest) -> TokenCount:
+        """As Google counts them, with what its template adds."""
+        body = encode_count(self._body(request), request.model)
+        told = await self._ask(_path(request.model, "countTokens"), body, _MAX_COUNT)
+        try:
+            return TokenCount(read_count(told), True)
+        except ValueError as error:
+            raise ProviderUnavailable(f"{self.name} counted no tokens: {error}") from None
+
+    async def _ask(self, path: str, body: bytes, limit: int) -> bytes:
+        """A reply of so many bytes at most. Raises a `GenerateError`."""
+        try:
+            async with self._client.request("POST", path, body) as reply:
+                if failure := await failure_of(reply, self.errors):
+                    raise failure
+                return await read_body(reply, limit)
+        except HttpFailure as error:
+            raise unavailable(error, self.name) from None
 
     async def check(self) -> Health:
         """Ask for the models, and remember them."""
@@ -117,10 +132,12 @@ class GeminiHttp:
     def send(self, request: GenerateRequest) -> AbstractAsyncContextManager[HttpReply]:
         if request.prefix:
             raise ProviderUnavailable(f"{self.name} cannot continue an answer")
-        options = read_options(GeminiOptions, request.extra)
-        body = encode_request(request, options, self._signatures, self._quirks)
         path = _path(request.model, "streamGenerateContent")
-        return self._client.request("POST", f"{path}?alt=sse", body)
+        return self._client.request("POST", f"{path}?alt=sse", self._body(request))
+
+    def _body(self, request: GenerateRequest) -> bytes:
+        options = read_options(GeminiOptions, request.extra)
+        return encode_request(request, options, self._signatures, self._quirks)
 
     def learn(self, request: GenerateRequest, failure: GenerateError) -> bool:
         refused = type(failure) is RequestRejected

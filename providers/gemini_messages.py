@@ -13,7 +13,7 @@ import mimetypes
 import re
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import unquote_to_bytes, urlsplit
 
 import msgspec
@@ -101,10 +101,22 @@ def encode_request(
         raise RequestRejected(f"the request cannot be written as JSON: {error}") from None
 
 
-def count_body(body: bytes, model: str) -> bytes:
-    """The body of `:countTokens` for the same request."""
-    request = msgspec.json.decode(body)
-    return msgspec.json.encode({"generateContentRequest": {"model": f"models/{model}", **request}})
+def encode_count(body: bytes, model: str) -> bytes:
+    """The body of `:countTokens` for a request with such a body."""
+    name = msgspec.json.encode(f"models/{model}")
+    return b'{"generateContentRequest":{"model":%s,%s}' % (name, body[1:])
+
+
+class _Count(msgspec.Struct, rename="camel"):
+    total_tokens: Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
+
+
+_decode_count = msgspec.json.Decoder(_Count).decode
+
+
+def read_count(body: bytes) -> int:
+    """The tokens of a prompt. Raises `ValueError`."""
+    return _decode_count(body).total_tokens
 
 
 # --- the conversation ---------------------------------------------------------------------------

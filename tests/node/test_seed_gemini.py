@@ -15,6 +15,7 @@ from vendors import VendorServer, vendors_in_a_thread
 
 from promptmesh import (
     RouterDeps,
+    count_tokens,
     generate_text,
     get_last_generation_trace,
     set_default_router_deps,
@@ -76,6 +77,7 @@ def test_by_http(server: VendorServer, monkeypatch: pytest.MonkeyPatch) -> None:
         "maxOutputTokens": 256,
         "thinkingConfig": {"thinkingBudget": 0},
     }
+    assert count_tokens("two", provider="gemini") == (11, True)
     with pytest.raises(TypeError, match="did you mean 'thinking_budget'"):
         generate_text("three", provider="gemini_cli", thinking_budge=0)
 

@@ -48,6 +48,7 @@ from promptmesh.providers.gemini_http import GeminiHttp
 from promptmesh.providers.gemini_messages import NO_SIGNATURE
 from promptmesh.providers.gemini_settings import GeminiSettings
 from promptmesh.providers.registry import Runs
+from promptmesh.providers.tokens import CountsTokens, TokenCount
 
 KEY = "AIza-abcdef0123456789"
 REQUEST = GenerateRequest(
@@ -313,6 +314,31 @@ async def test_a_server_that_is_not_there() -> None:
         found = await provider.check()
         assert (found.state, "refused" in found.reason) == ("unavailable", True)
         assert isinstance(provider, Runs)
+
+
+# --- tokens --------------------------------------------------------------------------------------
+
+
+async def test_tokens_are_counted_for_nothing() -> None:
+    async with vendors() as server, gemini(server.base()) as provider:
+        assert isinstance(provider, CountsTokens)
+        assert await provider.count_tokens(REQUEST) == TokenCount(11, True)
+        (sent,) = server.requests
+        assert not server.seen
+    assert sent.path == "/m/ok/v1beta/models/stub-model:countTokens"
+    assert sent.json == {
+        "generateContentRequest": {
+            "model": "models/stub-model",
+            "contents": [{"role": "user", "parts": [{"text": "hi there"}]}],
+        }
+    }
+
+
+@pytest.mark.parametrize("body", [b"{}", b"no", b'{"totalTokens": -1}', b'{"totalTokens": "9"}'])
+async def test_a_count_that_is_none(body: bytes) -> None:
+    async with served(always(http_reply(200, body))) as (_, provider):
+        with pytest.raises(ProviderUnavailable, match="counted no tokens"):
+            await provider.count_tokens(REQUEST)
 
 
 # --- embeddings ----------------------------------------------------------------------------------
