@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import psutil
 import pytest
-from cli_programs import KEY, KEY_VARIABLE, MODEL, PROGRAMS, CliProgram
+from cli_programs import CLIS, KEY, KEY_VARIABLE, MODEL, PROGRAMS
 from faults import PARTIAL, WHOLE
 from recordings import playing_program, recordings
 from vendors import VendorServer, vendors_in_a_thread
@@ -55,6 +55,13 @@ class Gives(NamedTuple):
     retry_after: float | None = None
     #: How often the vendor's server is asked: more than once would be a try that nobody sees.
     requests: int = 1
+
+    def words(self) -> str:
+        """It for people."""
+        if self.error is None:
+            return str(self.finish)
+        wait = "" if self.retry_after is None else f", after {self.retry_after:g} s"
+        return self.error.__name__ + (", partial" if self.text else "") + wait
 
 
 #: Case, a mode of the vendors' stub -> what it gives.
@@ -165,7 +172,7 @@ class Bench:
         """The cases that can be asked here."""
         if self.server is not None:
             return list(MATRIX)
-        return [case for case in MATRIX if case in recordings(PROGRAMS[self.name].command)]
+        return [case for case in MATRIX if case in recordings(self.name)]
 
 
 @contextmanager
@@ -174,7 +181,7 @@ def bench(name: str, real: bool, folder: Path) -> Iterator[Bench]:
     program = PROGRAMS[name]
     with ExitStack() as stack:
         server = stack.enter_context(vendors_in_a_thread()) if real else None
-        path = program.path if real else playing_program(folder, program.command, program.command)
+        path = program.path if real else playing_program(folder, name, program.path.name)
         home = folder / "home"
         home.mkdir()
         tables = [
@@ -182,7 +189,7 @@ def bench(name: str, real: bool, folder: Path) -> Iterator[Bench]:
             for case in (*MATRIX, "echo")
         ]
         (home / "config.toml").write_text("\n".join(tables))
-        stack.enter_context(_environment(folder, program))
+        stack.enter_context(_environment(folder))
         deps = stack.enter_context(RouterDeps(home=home))
         yield Bench(name, folder, deps, server)
 
@@ -193,15 +200,15 @@ def _nowhere(case: str) -> str:
 
 
 @contextmanager
-def _environment(folder: Path, program: CliProgram) -> Iterator[None]:
-    """A user who has nothing but that program."""
+def _environment(folder: Path) -> Iterator[None]:
+    """A user who has nothing but those programs."""
     for name in ("user", "tmp"):
         (folder / name).mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", str(folder / "user"))
         patch.setattr(tempfile, "tempdir", str(folder / "tmp"))
         patch.setenv(KEY_VARIABLE, KEY)
-        patch.setenv("PATH", f"{program.path.parent}:/usr/bin:/bin")
+        patch.setenv("PATH", f"{CLIS}/bin:/usr/bin:/bin")
         for name in (
             "PROMPTMESH_HOME",
             "PROMPTMESH_LLM_PROVIDER",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 CLIS = Path(__file__).parent.parent / "build" / "clis"
 #: Holds the key of all of them, which must be seen nowhere.
@@ -22,19 +22,22 @@ class CliProgram(NamedTuple):
     """One of them."""
 
     kind: str
-    #: The command, which is also the name of its recordings.
-    command: str
+    #: The real one, below the folder in which `scripts/install-clis` installs them.
+    installed: str
     #: The keys of its table, from the program's path and the address of the stub.
     settings: Callable[[str, str], Mapping[str, Any]]
     #: A pattern of what it puts before a prompt.
     before: str = ""
     #: One process answers all requests.
     persistent: bool = False
+    #: When it runs: `always` for real; by its recordings, and with `--interop` for real
+    #: (`recorded`); only with that (`interop`).
+    tier: Literal["always", "recorded", "interop"] = "recorded"
 
     @property
     def path(self) -> Path:
-        """The real one, which `scripts/install-clis` installs."""
-        return CLIS / "bin" / self.command
+        """The real one."""
+        return CLIS / self.installed
 
     def table(self, name: str, path: Path, base: str, **more: Any) -> str:
         """Its table of `config.toml`. What JSON writes of such values is TOML, too."""
@@ -46,7 +49,7 @@ class CliProgram(NamedTuple):
 PROGRAMS: Mapping[str, CliProgram] = {
     "gemini": CliProgram(
         "gemini_cli",
-        "gemini",
+        "bin/gemini",
         lambda path, base: {"mode": "cli", "command": path, "base_url": base},
         before=r"\n?",
     ),

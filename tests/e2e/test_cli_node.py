@@ -5,7 +5,7 @@ from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
-from cli_programs import KEY, KEY_VARIABLE, MODEL, PROGRAMS
+from cli_programs import CLIS, KEY, KEY_VARIABLE, MODEL, PROGRAMS
 from cli_real import benches
 from daemons import Daemon, mesh
 from faults import PARTIAL, WHOLE
@@ -27,14 +27,14 @@ def tables(
     program = PROGRAMS[name]
     (tmp_path / "user").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "user"))
-    monkeypatch.setenv("PATH", f"{program.path.parent}:/usr/bin:/bin")
+    monkeypatch.setenv("PATH", f"{CLIS}/bin:/usr/bin:/bin")
     monkeypatch.setenv(KEY_VARIABLE, KEY)
     with ExitStack() as stack:
         origin, path = "http://127.0.0.1:1", program.path
         if real:
             origin = stack.enter_context(vendors_in_a_thread()).origin
         else:
-            path = playing_program(tmp_path, program.command, program.command)
+            path = playing_program(tmp_path, name, program.path.name)
         yield "\n".join(
             program.table(mode, path, f"{origin}/m/{mode}", share=True) for mode in MODES
         )
