@@ -1,8 +1,8 @@
 """Writes what a run of `scripts/test --interop` showed, as `docs/interop.md`.
 
 The page is the same for the same results: no times, no places of a machine, tests in the order of
-their names. A test adds a line of its own with `record_property("interop", "...")`, and what a vendor's
-program gave in a case with `record_property("cell", (case, program, "..."))`.
+their names. A test adds a line of its own with `record_property("interop", "...")`, and what a
+vendor's program gave in a case with `record_property("cell", (case, program, "..."))`.
 """
 
 from __future__ import annotations
