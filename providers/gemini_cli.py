@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -95,6 +96,8 @@ class GeminiCli:
         if request.model in ALIASES:
             text = f"{request.model!r} is whichever model the `gemini` command likes: name one"
             raise ProviderUnavailable(f"{self.name}: {text}")
+        if not re.fullmatch(r"\w[\w./:@-]*", request.model, re.ASCII):
+            raise ProviderUnavailable(f"{self.name}: {request.model!r} is no name of a model")
         for word in SUBSTITUTED:
             if word in prompt.system:
                 raise ProviderUnavailable(f"{self.name} would put something else for {word}")

@@ -22,7 +22,7 @@ from .cli_answer import Launch
 from .cli_prompt import CliPrompt
 from .gemini_found import NOT_LOGGED_IN, home, login_file
 from .gemini_messages import MAX_STOP, sampling_fields
-from .gemini_options import GeminiOptions, safety_settings, thinking_config
+from .gemini_options import GeminiOptions, least_thoughts, safety_settings, thinking_config
 
 #: The command reads no more than 8 MiB and drops the rest without a word; above the context window
 #: of 1,048,576 tokens, which is less, it asks nobody, and ends as if all were well.
@@ -39,6 +39,17 @@ AT_FILE = re.compile(r'(?<!\\)@"?(?:(?:\\.|[^\s\\"])*/)?\.')
 #: It ends by `process.exit`, which drops what its output has not taken yet: the end of a long
 #: answer that is read slowly, or all of a quick one after a long prompt, which it repeats.
 _BLOCKING = "--import=data:text/javascript,process.stdout._handle?.setBlocking?.(true)"
+_VARIABLES = {
+    "GEMINI_CLI_NO_RELAUNCH": "true",
+    "NODE_OPTIONS": _BLOCKING,
+    # The only place where the reason of an answer's end is told.
+    "GEMINI_TELEMETRY_ENABLED": "true",
+    "GEMINI_TELEMETRY_TARGET": "local",
+    "GEMINI_TELEMETRY_LOG_PROMPTS": "false",
+    "NO_COLOR": "1",
+    "TERM": "xterm-256color",
+    "COLORTERM": "truecolor",
+}
 #: Longest of a line that repeats the prompt: a character may become `\u001b` there.
 _ESCAPED = 6
 #: What the command asks another model for, or whichever it likes.
@@ -136,7 +147,7 @@ def _write(path: Path, text: str) -> None:
 
 def settings_of(request: GenerateRequest, options: GeminiOptions, *, keyed: bool) -> dict[str, Any]:
     """The settings of the command for one request; there are no flags for what they say."""
-    thinking = thinking_config(options)
+    thinking = thinking_config(options, least_thoughts(request))
     if thinking:
         # They are merged with the command's own, and a model refuses both a budget and a level.
         thinking = {"thinkingBudget": None, "thinkingLevel": None, **thinking}
@@ -194,19 +205,11 @@ def launch(
     variables = {
         **environment,
         **({} if isinstance(access, Login) else access),
+        **_VARIABLES,
         "HOME": str(private.parent),
         "GEMINI_CLI_HOME": str(private.parent),
         "GEMINI_SYSTEM_MD": str(folder.write("system.md", prompt.system or PLAIN_SYSTEM)),
-        "GEMINI_CLI_NO_RELAUNCH": "true",
-        "NODE_OPTIONS": _BLOCKING,
-        # The only place where the reason of an answer's end is told.
-        "GEMINI_TELEMETRY_ENABLED": "true",
-        "GEMINI_TELEMETRY_TARGET": "local",
         "GEMINI_TELEMETRY_OUTFILE": str(report),
-        "GEMINI_TELEMETRY_LOG_PROMPTS": "false",
-        "NO_COLOR": "1",
-        "TERM": "xterm-256color",
-        "COLORTERM": "truecolor",
     }
     text = prompt_text(prompt.text).encode()
     return Launch(

@@ -154,7 +154,7 @@ class GeminiHttp:
 
 
 def _path(model: str, method: str) -> str:
-    return f"/v1beta/models/{quote(model, safe='')}:{method}"
+    return f"/v1beta/models/{quote(model.removeprefix('models/'), safe='')}:{method}"
 
 
 def _unlisted(model: str) -> GeminiModel:

@@ -29,7 +29,7 @@ from .base import (
     Tool,
     ToolCall,
 )
-from .gemini_options import GeminiOptions, safety_settings, thinking_config
+from .gemini_options import GeminiOptions, least_thoughts, safety_settings, thinking_config
 
 #: Stop sequences of a request.
 MAX_STOP = 5
@@ -69,13 +69,17 @@ class Quirks:
     """What a server turned out to want."""
 
     def __init__(self) -> None:
-        #: Models that refuse a tool call without a signature.
+        #: Models that refuse a tool call without a signature, and those that refuse to think less.
         self.signed: set[str] = set()
+        self.thoughtful: set[str] = set()
 
     def learn(self, model: str, message: str) -> bool:
         """Learn from the refusal of a request; True if another try could go better."""
         if "thought_signature" in message and model not in self.signed:
             self.signed.add(model)
+            return True
+        if re.search("thinking|budget", message, re.IGNORECASE) and model not in self.thoughtful:
+            self.thoughtful.add(model)
             return True
         return False
 
@@ -92,7 +96,8 @@ def encode_request(
     if request.tools:
         body["tools"] = [{"functionDeclarations": [_declaration(tool) for tool in request.tools]}]
         body["toolConfig"] = {"functionCallingConfig": _calling(request)}
-    body["generationConfig"] = _generation(request, options)
+    least = None if request.model in quirks.thoughtful else least_thoughts(request)
+    body["generationConfig"] = _generation(request, thinking_config(options, least))
     if found := safety_settings(options):
         body["safetySettings"] = found
     try:
@@ -253,11 +258,11 @@ def _calling(request: GenerateRequest) -> dict[str, Any]:
     return found
 
 
-def _generation(request: GenerateRequest, options: GeminiOptions) -> dict[str, Any]:
+def _generation(request: GenerateRequest, thinking: dict[str, Any]) -> dict[str, Any]:
     fields = {
         **sampling_fields(request.sampling),
         **_form(request),
-        "thinkingConfig": thinking_config(options) or None,
+        "thinkingConfig": thinking or None,
     }
     return {name: value for name, value in fields.items() if value is not None}
 

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from .base import GenerateRequest
+
 Effort = Literal["none", "minimal", "low", "medium", "high"]
 Level = Literal["minimal", "low", "medium", "high"]
 Safety = Literal[
@@ -21,6 +23,9 @@ _BUDGETS: dict[Effort, int] = {
     "medium": 8192,
     "high": 24576,
 }
+#: Tokens of an answer that leave no room for thoughts, and the fewest tokens of thought of those
+#: models that cannot do without.
+SHORT, LEAST_OF_PRO = 1024, 128
 #: What can be judged in a text.
 _CATEGORIES = ("HARASSMENT", "HATE_SPEECH", "SEXUALLY_EXPLICIT", "DANGEROUS_CONTENT")
 
@@ -45,11 +50,26 @@ class GeminiOptions(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError("thinking_budget, thinking_level and reasoning_effort say the same")
 
 
-def thinking_config(options: GeminiOptions) -> dict[str, Any]:
-    """The field `thinkingConfig`; empty: as the model likes. Models that cannot think refuse it."""
+def least_thoughts(request: GenerateRequest) -> int | None:
+    """The budget where a request says nothing of thoughts and would have no room for them: Gemini
+    takes them off `max_tokens`, thinks for a thousand tokens about anything, and would say nothing.
+    None: there is room."""
+    limit = request.sampling.max_tokens
+    if limit is None or limit >= SHORT:
+        return None
+    return LEAST_OF_PRO if "-pro" in request.model else 0
+
+
+def thinking_config(options: GeminiOptions, least: int | None = None) -> dict[str, Any]:
+    """The field `thinkingConfig`; empty: as the model likes. Models that cannot think refuse it.
+
+    `least` is the budget where the options say nothing.
+    """
     budget = options.thinking_budget
     if options.reasoning_effort is not None:
         budget = _BUDGETS[options.reasoning_effort]
+    if budget is None and options.thinking_level is None and not options.include_thoughts:
+        budget = least
     fields = {
         "thinkingBudget": budget,
         "thinkingLevel": options.thinking_level and options.thinking_level.upper(),

@@ -111,21 +111,23 @@ class GeminiOutput(StreamDecoder):
         if result is None or result.status != "success":
             self.failure = self._failed(code, errors)
             return
-        if not self.pieces:
-            reason = self._complaint or "an empty answer"
-            self.failure = self.broken(reason)
-            return
         told = _Telemetry(report)
-        if told.model and told.model != self._model:
-            self.failure = self.broken(f"it asked {told.model[:80]!r} instead of {self._model!r}")
-            return
         self._finish = _FINISH.get(told.finish)
-        if self._finish is None:
-            how = f"the model ended it by {told.finish[:80]!r}" if told.finish else NO_TELEMETRY
-            self.failure = self.broken(how)
-            return
         self._usage = _usage(result.stats)
+        if fault := self._fault(told):
+            self.failure = self.broken(fault)
+            return
         self._close()
+
+    def _fault(self, told: _Telemetry) -> str:
+        """Why an answer that the command takes for one is none; "": it is one."""
+        if not self.pieces:
+            return self._complaint or "an empty answer"
+        if told.model and told.model != self._model:
+            return f"it asked {told.model[:80]!r} instead of {self._model!r}"
+        if self._finish is None:
+            return f"the model ended it by {told.finish[:80]!r}" if told.finish else NO_TELEMETRY
+        return ""
 
     def _failed(self, code: int | None, errors: str) -> GenerateError:
         if code == _NOT_LOGGED_IN:

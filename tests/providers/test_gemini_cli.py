@@ -338,6 +338,10 @@ def test_any_prompt_and_system_text_arrive_as_they_are(text: str, tmp_path: Path
         (asked(extra={"include_thoughts": True}), ProviderUnavailable, "does not show thoughts"),
         (asked(extra={"thinking_budge": 1}), RequestRejected, "did you mean 'thinking_budget'"),
         (asked(prefix="Once"), ProviderUnavailable, "cannot continue"),
+        *(
+            (msgspec.structs.replace(asked(), model=m), ProviderUnavailable, "no name of a model")
+            for m in ("--yolo", "", "a\0b", "two words", "\u00fc")
+        ),
         (
             msgspec.structs.replace(asked(), model="auto"),
             ProviderUnavailable,

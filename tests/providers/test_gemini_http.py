@@ -37,6 +37,7 @@ from promptmesh.providers.base import (
     ProviderRefused,
     ProviderUnavailable,
     RequestRejected,
+    Sampling,
     StreamInterrupted,
     Text,
     Tool,
@@ -104,6 +105,13 @@ async def test_an_answer() -> None:
     assert sent.headers["x-goog-api-key"] == KEY
     assert KEY not in sent.path
     assert "authorization" not in sent.headers
+
+
+async def test_a_model_by_its_whole_name() -> None:
+    async with vendors() as server, gemini(server.base()) as provider:
+        await ask(provider, asked(model="models/stub-model"))
+        (seen,) = server.of("ok")
+    assert "/v1beta/models/stub-model:" in seen.request.path
 
 
 async def test_the_name_of_a_model_does_not_change_the_place() -> None:
@@ -229,6 +237,23 @@ async def test_a_model_that_wants_signatures_is_asked_again_with_one() -> None:
         await ask(provider, request)
     sent = [r.json["contents"][1]["parts"][0].get("thoughtSignature") for r in server.requests]
     assert sent == [None, NO_SIGNATURE, NO_SIGNATURE]
+
+
+async def test_a_model_that_refuses_to_think_less_is_asked_again_as_it_likes() -> None:
+    text = "Budget 0 is invalid. This model only works in thinking mode."
+
+    async def script(side: Any) -> None:
+        await side.request()
+        await side.send(json_reply(400, error(400, text, "INVALID_ARGUMENT")))
+        while await side.request_or_end():
+            await side.send(streamed(answer("noon")))
+
+    request = asked(sampling=Sampling(max_tokens=9))
+    async with served(script) as (server, provider):
+        assert (await ask(provider, request)).text == "noon"
+        await ask(provider, request)
+    sent = [r.json["generationConfig"].get("thinkingConfig") for r in server.requests]
+    assert sent == [{"thinkingBudget": 0}, None, None]
 
 
 # --- models and health ---------------------------------------------------------------------------

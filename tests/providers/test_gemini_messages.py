@@ -44,9 +44,10 @@ def encode(
     options: GeminiOptions | None = None,
     signatures: Signatures | None = None,
     quirks: Quirks | None = None,
+    model: str = "m",
     **fields: Any,
 ) -> Any:
-    request = GenerateRequest(model="m", messages=messages or (say("user", "hi"),), **fields)
+    request = GenerateRequest(model=model, messages=messages or (say("user", "hi"),), **fields)
     return json.loads(
         encode_request(
             request, options or GeminiOptions(), signatures or Signatures(), quirks or Quirks()
@@ -277,7 +278,7 @@ def test_sampling() -> None:
         temperature=0.0,
         top_p=0.9,
         top_k=40,
-        max_tokens=100,
+        max_tokens=2000,
         stop=("END", "\n\n"),
         seed=2**31 + 5,
         presence_penalty=0.5,
@@ -289,7 +290,7 @@ def test_sampling() -> None:
         "temperature": 0.0,
         "topP": 0.9,
         "topK": 40,
-        "maxOutputTokens": 100,
+        "maxOutputTokens": 2000,
         "stopSequences": ["END", "\n\n"],
         "seed": 5,
         "presencePenalty": 0.5,
@@ -334,6 +335,32 @@ def test_form() -> None:
 )
 def test_thinking(options: GeminiOptions, expected: Any) -> None:
     assert config(options=options) == {"thinkingConfig": expected}
+
+
+@pytest.mark.parametrize(
+    ("model", "limit", "expected"),
+    [
+        ("gemini-2.5-flash", 256, {"thinkingBudget": 0}),
+        ("gemini-2.5-pro", 256, {"thinkingBudget": 128}),
+        ("gemini-2.5-pro", 1024, None),
+        ("gemini-2.5-pro", None, None),
+    ],
+)
+def test_an_answer_that_must_be_short_has_no_room_for_thoughts(
+    model: str, limit: int | None, expected: Any
+) -> None:
+    sampling = Sampling(max_tokens=limit, temperature=0)
+    assert config(model=model, sampling=sampling).get("thinkingConfig") == expected
+    options = GeminiOptions(include_thoughts=True)
+    found = config(model=model, sampling=sampling, options=options)["thinkingConfig"]
+    assert found == {"includeThoughts": True}
+
+
+def test_a_model_that_refuses_to_think_less_is_not_asked_to() -> None:
+    quirks = Quirks()
+    assert quirks.learn("m", "Budget 0 is invalid. This model only works in thinking mode.")
+    assert not quirks.learn("m", "Budget 0 is invalid. This model only works in thinking mode.")
+    assert config(sampling=Sampling(max_tokens=9), quirks=quirks) == {"maxOutputTokens": 9}
 
 
 def test_safety() -> None:
