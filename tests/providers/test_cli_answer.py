@@ -31,7 +31,7 @@ class Words(StreamDecoder):
 
     def __init__(self) -> None:
         super().__init__(ErrorReader("tool", []))
-        self.end: tuple[int | None, str, str] | None = None
+        self.told: tuple[int | None, str, str] | None = None
 
     def event(self, name: str, data: bytes) -> None:
         if data == b"!":
@@ -42,7 +42,7 @@ class Words(StreamDecoder):
             self._add_text(data.decode())
 
     def ended(self, code: int | None, errors: str, report: str) -> None:
-        self.end = (code, errors, report)
+        self.told = (code, errors, report)
         self._finish = "length" if report == "length" else "stop"
         self._close()
 
@@ -91,7 +91,7 @@ async def test_an_answer_with_its_report() -> None:
     assert last.finish_reason == "length"
     assert last.usage is not None
     assert not last.usage.exact
-    assert run.decoder.end == (3, "oh\n", "length")
+    assert run.decoder.told == (3, "oh\n", "length")
 
 
 async def test_without_a_report() -> None:
