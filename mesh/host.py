@@ -31,6 +31,7 @@ from .transport import (
     GossipHandler,
     PeerId,
     Reach,
+    Relaying,
     Stream,
     StreamHandler,
     Transport,
@@ -171,6 +172,11 @@ class Libp2pTransport:
     @property
     def reachability(self) -> Reach:
         return self.traversal.state
+
+    @property
+    def relaying(self) -> Relaying | None:
+        relay = self.traversal.relay
+        return None if relay is None else relay.relaying
 
     def _direct(self) -> Sequence[str]:
         outside = self.traversal.outside

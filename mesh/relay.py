@@ -26,7 +26,7 @@ from .frames import RemoteProtocolError
 from .patches import Link, Network, open_stream
 from .relay_messages import HOP, MAX_MESSAGE, STOP, Hop, HopMessage, Status, Stop, StopMessage
 from .streams import read_delimited
-from .transport import PeerId, TransportError
+from .transport import PeerId, Relaying, TransportError
 from .yamux import YamuxStream
 
 log = logging.getLogger(__name__)
@@ -66,14 +66,25 @@ class Relay:
         self._clock = clock
         #: Until when the places are kept.
         self._reserved: dict[PeerId, float] = {}
-        self._circuits: Counter[PeerId] = Counter()
+        #: From whom to whom.
+        self._circuits: Counter[tuple[PeerId, PeerId]] = Counter()
         network.serve(HOP, self._serve)
         network.on_change.append(self._changed)
 
     @property
     def circuits(self) -> int:
         """How many there are now."""
-        return self._circuits.total() // 2
+        return self._circuits.total()
+
+    @property
+    def relaying(self) -> Relaying:
+        """For whom it does what now."""
+        now = self._clock()
+        places = [peer for peer, until in self._reserved.items() if until > now]
+        return Relaying(places, dict(self._circuits))
+
+    def _circuits_of(self, peer: PeerId) -> int:
+        return sum(count for ends, count in self._circuits.items() if peer in ends)
 
     def _changed(self, peer: PeerId, connected: bool) -> None:
         if not connected:
@@ -120,7 +131,7 @@ class Relay:
         """May there be a circuit between them? Raises `Refused`."""
         if self._reserved.get(target, 0.0) <= self._clock():
             raise Refused(Status.NO_RESERVATION)
-        most = max(self._circuits[source], self._circuits[target])
+        most = max(map(self._circuits_of, (source, target)))
         if self.circuits >= MAX_CIRCUITS or most >= MAX_CIRCUITS_OF_PEER:
             raise Refused(Status.RESOURCE_LIMIT_EXCEEDED)
 
@@ -129,7 +140,7 @@ class Relay:
     ) -> None:
         """A circuit to a peer that has a place, until it is over. Raises `Refused`."""
         ends = (source, target)
-        self._circuits.update(ends)
+        self._circuits[ends] += 1
         try:
             far = await self._call(source, target)
             try:
@@ -140,7 +151,7 @@ class Relay:
             finally:
                 await far.reset()
         finally:
-            self._circuits.subtract(ends)
+            self._circuits[ends] -= 1
             self._circuits = +self._circuits  # those that are not zero
 
     async def _call(self, source: PeerId, target: PeerId) -> YamuxStream:

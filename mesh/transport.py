@@ -9,7 +9,7 @@ A peer is named by its peer id as text (`12D3Koo...`), an address by its multiad
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 PeerId = str
 #: Can others dial this node? "unknown": nobody has tried yet.
@@ -78,6 +78,14 @@ GossipHandler = Callable[[PeerId, bytes], bool]
 ConnectionHandler = Callable[[PeerId, bool], None]
 
 
+class Relaying(NamedTuple):
+    """What this node does as a relay: for whom it keeps a place, and the circuits through it."""
+
+    places: Sequence[PeerId]
+    #: From whom to whom, and how many of the same.
+    circuits: Mapping[tuple[PeerId, PeerId], int]
+
+
 class Transport(Protocol):
     """This node's end of the network. Opened and closed by who made it."""
 
@@ -92,6 +100,11 @@ class Transport(Protocol):
     @property
     def reachability(self) -> Reach:
         """Can others dial this node directly, as far as members have found?"""
+        ...
+
+    @property
+    def relaying(self) -> Relaying | None:
+        """What goes through this node; None: it is no relay."""
         ...
 
     def connected(self) -> Mapping[PeerId, str]:

@@ -18,7 +18,7 @@ from ..mesh.adverts import Machine, ProviderAdvert
 from ..mesh.backend_id import BackendId, Measured
 from ..mesh.measure import Experience, Speed
 from ..mesh.peers import TWIN_SHOWN, PeerState, PeerTable
-from ..mesh.transport import Reach, TransportError
+from ..mesh.transport import Reach, Relaying, TransportError
 from .api_rights import rights_fields
 from .http_server import Request, Responder
 from .own_providers import OwnProvider, OwnProviders
@@ -47,6 +47,9 @@ class MembershipControl(Reached, Protocol):
 
     @property
     def problem(self) -> str: ...
+
+    @property
+    def relaying(self) -> Relaying | None: ...
 
     async def reload(self) -> None: ...
 
@@ -105,6 +108,7 @@ class MeshApi:
             "mesh": {
                 "connected": connected,
                 "reachability": self._membership.reachability,
+                "relaying": self._relaying(),
                 "problem": self._membership.problem or None,
             },
             "machine": _machine(self._machine()),
@@ -136,12 +140,29 @@ class MeshApi:
             "machine": machine,
             "reason": self._membership.problem,
             "warning": reach_warning(self._membership),
+            "relaying": self._relaying(),
             **rights_fields(Restricted()),
         }
         now = trio.current_time()
         others = sorted(self._peers, key=lambda p: (p.state, p.node, p.peer))
         rows = [self._peer_row(p, now) | rights_fields(self._rights.of(p.peer)) for p in others]
         await _send(responder, [own, *rows, *self._absent()])
+
+    def _relaying(self) -> dict[str, Any] | None:
+        """For whom this node keeps a place as a relay, and the circuits through it."""
+        relaying = self._membership.relaying
+        if relaying is None:
+            return None
+        return {
+            "places": [self._named(peer) for peer in relaying.places],
+            "circuits": [
+                {"from": self._named(source), "to": self._named(target), "count": count}
+                for (source, target), count in sorted(relaying.circuits.items())
+            ],
+        }
+
+    def _named(self, peer: str) -> dict[str, str]:
+        return {"peer": peer, "node": self._peers.name_of(peer)}
 
     def _peer_row(self, peer: PeerState, now: float) -> dict[str, Any]:
         machine = _machine(peer.advert.machine if peer.advert else Machine())

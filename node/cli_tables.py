@@ -59,12 +59,30 @@ def peers(args: argparse.Namespace) -> int:
         name = row["node"] or short_peer(row["peer"])
         for text in filter(None, (row.get("reason"), row.get("warning"))):
             say(f"{name}: {text}", "dim")
+        if relaying := row.get("relaying"):
+            say(f"{name}: {_relaying(relaying)}", "dim")
         if denied := rights_text(row):
             say(f"{name}: {denied} (`peers allow`)")
     if args.verbose:
         for row in rows[1:]:
             _print_peer(row)
     return 0
+
+
+def _relaying(relaying: Mapping[str, Any]) -> str:
+    """`relays for 2 members; circuits: beta - gamma (2), delta - gamma`."""
+    places, circuits = relaying["places"], relaying["circuits"]
+    for_whom = f"relays for {len(places)} member{'' if len(places) == 1 else 's'}"
+
+    def name(end: Mapping[str, str]) -> str:
+        return end["node"] or short_peer(end["peer"])
+
+    told = [
+        f"{name(circuit['from'])} - {name(circuit['to'])}"
+        + (f" ({circuit['count']})" if circuit["count"] > 1 else "")
+        for circuit in circuits
+    ]
+    return f"{for_whom}; circuits: {', '.join(told)}" if told else for_whom
 
 
 def _peer_row(row: Mapping[str, Any], *, first: bool) -> Sequence[str]:

@@ -28,7 +28,7 @@ from ..mesh.host import HostSettings, open_host
 from ..mesh.network import Network
 from ..mesh.peers import PeerTable
 from ..mesh.serving import Services
-from ..mesh.transport import BLOCKED, PeerId, Reach, Transport, TransportError
+from ..mesh.transport import BLOCKED, PeerId, Reach, Relaying, Transport, TransportError
 from .config import MeshConfig
 from .home import Home, HomeError, KnownPeers
 from .reading import Reading
@@ -96,6 +96,11 @@ class Membership:
     def reachability(self) -> Reach:
         """Can others dial this node directly, as far as members have found?"""
         return self._transport.reachability if self._transport else "unknown"
+
+    @property
+    def relaying(self) -> Relaying | None:
+        """What goes through this node; None: it is no relay."""
+        return self._transport.relaying if self._transport else None
 
     @property
     def connections(self) -> Mapping[PeerId, str]:

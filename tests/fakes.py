@@ -29,6 +29,7 @@ from promptmesh.mesh.transport import (
     NotSpoken,
     PeerId,
     Reach,
+    Relaying,
     StreamHandler,
     TransportError,
 )
@@ -115,6 +116,7 @@ class MemoryTransport:
         #: How often this node was dialled.
         self.dialled = 0
         self.reachability: Reach = "unknown"
+        self.relaying: Relaying | None = None
         self._key = Ed25519PrivateKey.from_private_bytes(hashlib.sha256(name.encode()).digest())
         public = self._key.public_key().public_bytes_raw()
         self.peer_id: PeerId = base58.b58encode(ED25519_PEER_ID + public).decode()

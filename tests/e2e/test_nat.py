@@ -134,6 +134,11 @@ async def test_two_behind_routers_meet_by_relays(tmp_path: Path) -> None:
             return "through a relay" in (await a.json("/mesh/v1/peers"))[0]["warning"]
 
         await until(told, "the owner of a is told that relays are used", FIND_S)
+        relaying = [(await r.json("/mesh/v1/status"))["mesh"]["relaying"] for r in (r1, r2)]
+        places = {place["node"] for does in relaying for place in does["places"]}
+        assert places == {"a", "b"}
+        ends = [{c["from"]["node"], c["to"]["node"]} for d in relaying for c in d["circuits"]]
+        assert {"a", "b"} in ends
         # A place at the other relay is there before the one that is used goes.
         ids = {r: (await r.json("/mesh/v1/status"))["peer"] for r in (r1, r2)}
         used = (await a.peer("b"))["address"]

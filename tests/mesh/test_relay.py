@@ -44,6 +44,8 @@ async def test_two_that_cannot_be_dialled_meet_by_a_relay(key: bytes | None) -> 
         assert b.connected()[a.peer_id] == address
         assert a.connected()[b.peer_id].endswith(f"{r.peer_id}/p2p-circuit")
         assert circuits(r) == 1
+        assert r.relaying == ([a.peer_id], {(b.peer_id, a.peer_id): 1})
+        assert a.relaying is None
         assert await b.ping(a.peer_id) < SOON
         await b.disconnect(a.peer_id)
         await until(lambda: b.peer_id not in a.connected())

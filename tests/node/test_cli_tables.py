@@ -286,3 +286,24 @@ def test_sizes(count: float, text: str) -> None:
 )
 def test_ages(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_what_a_relay_does_is_told(tmp_path: Path) -> None:
+    beta, gamma = ({"peer": f"12D3KooW{n}", "node": n} for n in ("beta", "gamma"))
+    nameless = {"peer": "12D3KooWNameless", "node": ""}
+    relaying = {
+        "places": [beta, gamma],
+        "circuits": [
+            {"from": gamma, "to": beta, "count": 2},
+            {"from": nameless, "to": gamma, "count": 1},
+        ],
+    }
+    for told, line in (
+        (relaying, "alpha: relays for 2 members; circuits: gamma - beta (2), …Nameless - gamma"),
+        ({"places": [beta], "circuits": []}, "alpha: relays for 1 member"),
+        (None, ""),
+    ):
+        rows = [{**PEERS[0], "relaying": told}]
+        with FakeNode({"GET /mesh/v1/peers": rows}).running(made(tmp_path)):
+            ran = run(tmp_path, "peers")
+        assert [text for text in ran.err.splitlines() if "relays" in text] == [line] * bool(line)
