@@ -15,14 +15,13 @@ from typing import Annotated, Any, Literal
 import cbrrr
 import msgspec
 
+from . import varint
 from .blocks import MAX_BLOCK
 from .cid import DIGEST_SIZE, PREFIX, cid_text, verify
 from .links import V0, stored
 
 #: Bytes of a header: 64 roots take 3 KB.
 MAX_HEADER = 4096
-#: Bytes of a varint of 32 bits, which no length here needs more than.
-MAX_VARINT = 5
 
 _PREFIXES = (*PREFIX.values(), V0)
 _LONGEST_CID = max(len(prefix) for prefix in PREFIX.values()) + DIGEST_SIZE
@@ -56,12 +55,12 @@ def header(roots: Sequence[bytes]) -> bytes:
     """The beginning of a CAR file, to be followed by a `section` of each block."""
     links: Any = [cbrrr.CID(root) for root in roots]
     plain = cbrrr.encode_dag_cbor({"roots": links, "version": 1})
-    return _varint(len(plain)) + plain
+    return varint.encode(len(plain)) + plain
 
 
 def section(cid: bytes, block: bytes) -> bytes:
     """One block with its CID."""
-    return _varint(len(cid) + len(block)) + cid + block
+    return varint.encode(len(cid) + len(block)) + cid + block
 
 
 def write(roots: Sequence[bytes], blocks: Iterable[tuple[bytes, bytes]]) -> bytes:
@@ -120,31 +119,14 @@ def _sections(data: bytes, at: int, most: int) -> Iterator[tuple[bytes, bytes]]:
         yield cid, block
 
 
-def _varint(number: int) -> bytes:
-    out = bytearray()
-    while number > 0x7F:
-        out.append(number & 0x7F | 0x80)
-        number >>= 7
-    return bytes((*out, number))
-
-
 def _length(data: bytes, at: int, most: int, what: str) -> tuple[int, int]:
     """Where the part with its length at `at` begins and ends."""
-    number = 0
-    for place in range(MAX_VARINT):
-        if at + place >= len(data):
-            raise CarError(f"the file ends within the length of {what}")
-        byte = data[at + place]
-        number |= (byte & 0x7F) << (7 * place)
-        if byte < 0x80:
-            break
-    else:
-        raise CarError(f"the length of {what} is no number of 32 bits")
-    if place and not byte:
-        raise CarError(f"the length of {what} is written longer than it needs")
+    try:
+        number, start = varint.decode(data, at)
+    except ValueError as error:
+        raise CarError(f"the length of {what}: {error}") from None
     if number > most:
         raise CarError(f"{what} has {number} bytes; {most} is the most")
-    start = at + place + 1
     if start + number > len(data):
         raise CarError(f"the file ends within {what}")
     return start, start + number

@@ -6,7 +6,9 @@ Times are monotonic seconds, told by the caller.
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from .backend_id import BackendId, Measured
 from .transport import PeerId
@@ -21,6 +23,10 @@ LONGEST_RETRY_AFTER = 3600.0
 ERRORS_IN_A_ROW = 2
 #: Breakers, and refusals, that are kept; more, and those are forgotten that hold nothing.
 MAX_BREAKERS = 10_000
+
+
+K = TypeVar("K", bound=Hashable)
+P = TypeVar("P", bound="Pause")
 
 
 @dataclass(slots=True)
@@ -107,62 +113,57 @@ def _doubled(first: float, times: int, longest: float) -> float:
     return min(first * 2.0 ** min(times - 1, 10), longest)
 
 
-class Breakers:
-    """A breaker for each provider of each node, and one for each node (provider "")."""
+class _Pauses(Generic[K, P]):
+    """The pauses of many, by what they hold back."""
+
+    _make: type[P]
 
     def __init__(self) -> None:
-        self._breakers: dict[BackendId, Breaker] = {}
+        self._pauses: dict[K, P] = {}
 
-    def of(self, backend: BackendId) -> Breaker:
-        """The breaker, made when first needed."""
-        breaker = self._breakers.get(backend)
-        if breaker is None:
-            if len(self._breakers) >= MAX_BREAKERS:
-                self._forget_closed()
-            breaker = self._breakers[backend] = Breaker()
-        return breaker
+    def of(self, key: K) -> P:
+        """The pause, made when first needed."""
+        pause = self._pauses.get(key)
+        if pause is None:
+            if len(self._pauses) >= MAX_BREAKERS:
+                self._forget_some()
+            pause = self._pauses[key] = self._make()
+        return pause
 
-    def get(self, backend: BackendId) -> Breaker | None:
-        return self._breakers.get(backend)
+    def get(self, key: K) -> P | None:
+        return self._pauses.get(key)
+
+    def _wait(self, key: K, now: float) -> tuple[float, str] | None:
+        pause = self._pauses.get(key)
+        wait = pause.refuses(now) if pause else None
+        return None if pause is None or wait is None else (wait, pause.reason)
+
+    def _forget_some(self) -> None:
+        """Those that hold nothing, and the oldest where all do."""
+        oldest = next(iter(self._pauses))
+        self._pauses = {k: p for k, p in self._pauses.items() if p.failures and k != oldest}
+
+
+class Breakers(_Pauses[BackendId, Breaker]):
+    """A breaker for each provider of each node, and one for each node (provider "")."""
+
+    _make = Breaker
 
     def refusal(self, backend: BackendId, now: float) -> tuple[float, str] | None:
         """Seconds to wait and why, if the provider's breaker or its node's is open."""
-        for which in (backend, BackendId(backend.peer, "")):
-            breaker = self._breakers.get(which)
-            wait = breaker.refuses(now) if breaker else None
-            if breaker is not None and wait is not None:
-                return wait, breaker.reason
-        return None
-
-    def _forget_closed(self) -> None:
-        self._breakers = {k: b for k, b in self._breakers.items() if b.failures}
+        return self._wait(backend, now) or self._wait(BackendId(backend.peer, ""), now)
 
 
-class Refusals:
+class Refusals(_Pauses[Measured, Refusal]):
     """What was refused by each (peer, provider, model): another model may still be answered."""
 
-    def __init__(self) -> None:
-        self._refusals: dict[Measured, Refusal] = {}
-
-    def of(self, what: Measured) -> Refusal:
-        """The refusal, made when first needed."""
-        refusal = self._refusals.get(what)
-        if refusal is None:
-            if len(self._refusals) >= MAX_BREAKERS:
-                self._refusals.pop(next(iter(self._refusals)))
-            refusal = self._refusals[what] = Refusal()
-        return refusal
-
-    def get(self, what: Measured) -> Refusal | None:
-        return self._refusals.get(what)
+    _make = Refusal
 
     def refusal(self, what: Measured, now: float) -> tuple[float, str] | None:
         """Seconds to wait and why, if it is not to be asked."""
-        refusal = self._refusals.get(what)
-        wait = refusal.refuses(now) if refusal else None
-        return None if refusal is None or wait is None else (wait, refusal.reason)
+        return self._wait(what, now)
 
     def forget(self, peer: PeerId, provider: str = "") -> None:
         """Whatever it was may have been mended: at that provider, or ("") at all of the node."""
-        for what in [w for w in self._refusals if w.peer == peer and provider in ("", w.provider)]:
-            del self._refusals[what]
+        for what in [w for w in self._pauses if w.peer == peer and provider in ("", w.provider)]:
+            del self._pauses[what]

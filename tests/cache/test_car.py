@@ -56,7 +56,7 @@ def test_a_section_at_a_time_is_the_same_file() -> None:
 
 @pytest.mark.parametrize("cut", [0, 1, 30, len(header([ROOT])) + 1, len(CAR) - 1])
 def test_a_cut_file(cut: int) -> None:
-    with pytest.raises(CarError, match="the file ends within"):
+    with pytest.raises(CarError, match="the file ends within|not a varint: cut"):
         read(CAR[:cut])
 
 
@@ -141,13 +141,14 @@ def test_version_2_is_named() -> None:
 @pytest.mark.parametrize(
     ("length", "why"),
     [
-        (b"\x80\x80\x80\x80\x80\x01", "no number of 32 bits"),
-        (b"\xff" * 9, "no number of 32 bits"),
-        (b"\xa6\x00", "longer than it needs"),
-        (b"\x80\x80\x00", "longer than it needs"),
+        (b"\x80\x80\x80\x80\x80\x01", "is the most"),
+        (b"\xff" * 9, "the length of block 1: not a varint"),
+        (b"\xff" * 10, "the length of block 1: not a varint"),
+        (b"\xa6\x00", "the length of block 1: not a varint"),
+        (b"\x80\x80\x00", "the length of block 1: not a varint"),
         (b"\xff\xff\xff\xff\x7f", "is the most"),
         (b"\xff\xff\xff\x7f", "is the most"),
-        (b"\x80", "ends within the length"),
+        (b"\x80", "the length of block 1: not a varint"),
         (b"\x00", "has no CID"),
     ],
 )

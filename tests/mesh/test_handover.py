@@ -460,7 +460,7 @@ async def test_a_failing_mesh_is_not_hammered(autojump_clock: Clock) -> None:
     ]
     manager = manager_of(*providers)
     for breaker in range(400):
-        manager.experience.breakers._breakers.clear()  # as if each stood for many nodes
+        manager.experience.breakers._pauses.clear()  # as if each stood for many nodes
         error = await error_of(manager, asking(id=str(breaker)))
     assert "too many requests were tried again lately" in error.message
     sent = sum(len(p.requests) for p in providers)
