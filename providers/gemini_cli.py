@@ -23,7 +23,7 @@ from .cli_answer import CliAnswer, Launch
 from .cli_found import LIFETIME, find
 from .cli_prompt import CliPrompt, cli_prompt
 from .gemini_found import NOT_INSTALLED, login_file, look
-from .gemini_home import ALIASES, AT_FILE, MAX_PROMPT, SUBSTITUTED, Login, launch
+from .gemini_home import ALIASES, MAX_PROMPT, SUBSTITUTED, Login, launch, may_name_a_file
 from .gemini_messages import MAX_STOP
 from .gemini_options import GeminiOptions
 from .gemini_output import GeminiOutput
@@ -101,7 +101,7 @@ class GeminiCli:
         for word in SUBSTITUTED:
             if word in prompt.system:
                 raise ProviderUnavailable(f"{self.name} would put something else for {word}")
-        if AT_FILE.search(prompt.text):
+        if may_name_a_file(prompt.text):
             raise ProviderUnavailable(f"{self.name} would take what follows an @ for a file")
         if options.include_thoughts:
             raise ProviderUnavailable(f"{self.name} does not show thoughts without a key")

@@ -33,9 +33,6 @@ PLAIN_SYSTEM = "You are a helpful assistant."
 SUBSTITUTED = ("${AgentSkills}", "${SubAgents}", "${AvailableTools}")
 #: A file of a login is read so far, in bytes.
 _MAX_LOGIN = 64 * 1024
-#: What it would put the names or contents of files for: there are none but its own, whose names
-#: begin with a dot, or stand above the empty folder that it works in.
-AT_FILE = re.compile(r'(?<!\\)@"?(?:(?:\\.|[^\s\\"])*/)?\.')
 #: It ends by `process.exit`, which drops what its output has not taken yet: the end of a long
 #: answer that is read slowly, or all of a quick one after a long prompt, which it repeats.
 _BLOCKING = "--import=data:text/javascript,process.stdout._handle?.setBlocking?.(true)"
@@ -170,6 +167,16 @@ def settings_of(request: GenerateRequest, options: GeminiOptions, *, keyed: bool
         "modelConfigs": {"overrides": [override]},
         **_SETTINGS,
     }
+
+
+def may_name_a_file(text: str) -> bool:
+    """Might the command put something else for what stands after an `@`? There are no files but its
+    own, whose names begin with a dot, or which stand above the empty folder that it works in."""
+    quoted = text.find('@"')
+    if re.search(r'(?<!\\)@"?\.', text) or (quoted >= 0 and "/." in text[quoted:]):
+        return True
+    words = re.split(r"[ \t\n\r]", text.replace("\\ ", ""))
+    return any("/." in word[word.index("@") :] for word in words if "@" in word)
 
 
 def prompt_text(text: str) -> str:

@@ -34,6 +34,8 @@ _RETRY = re.compile(r"Suggested retry after (\d{1,9}(?:\.\d+)?)s")
 _DAY = re.compile(r"\bdaily\b|per day|exhausted your", re.IGNORECASE)
 _API_ERROR = re.compile(r"\[API Error: (.*)\](?:\n.*)?\Z", re.DOTALL)
 
+#: Characters of an error that are looked at.
+MAX_TOLD = 8192
 #: Without it an answer that was cut would look like a whole one.
 NO_TELEMETRY = "its telemetry does not say how the answer ended"
 
@@ -155,6 +157,7 @@ class GeminiOutput(StreamDecoder):
 
     def _said(self, message: str) -> ServerError:
         """What Google said, which the command gives as JSON or as it likes."""
+        message = message[:MAX_TOLD]
         inner = _API_ERROR.search(message)
         text = inner[1] if inner else message
         said = self._errors.read(text.encode("utf-8", "replace"))

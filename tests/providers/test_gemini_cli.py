@@ -38,7 +38,7 @@ from promptmesh.providers.child import Folder
 from promptmesh.providers.cli_prompt import CliPrompt
 from promptmesh.providers.gemini_cli import GeminiCli
 from promptmesh.providers.gemini_found import installed_version, look
-from promptmesh.providers.gemini_home import PLAIN_SYSTEM, Login, settings_of
+from promptmesh.providers.gemini_home import PLAIN_SYSTEM, Login, may_name_a_file, settings_of
 from promptmesh.providers.gemini_http import GeminiHttp
 from promptmesh.providers.gemini_options import GeminiOptions
 from promptmesh.providers.gemini_settings import GeminiSettings
@@ -307,6 +307,12 @@ async def test_no_prompt_is_a_command_of_its_own(probe: Path, home: Path) -> Non
         assert (await told(provider(probe, home), asked(text)))["stdin"] == text
 
 
+def test_prompts_full_of_ats_are_read_soon() -> None:
+    """In time that grows with their length, and not with its square."""
+    for text in ("@" * 400_000, "@a/" * 100_000, '@"a ' * 100_000, "@\\ " * 100_000):
+        assert not may_name_a_file(text)
+
+
 @given(text=st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100)
 def test_any_prompt_and_system_text_arrive_as_they_are(text: str, tmp_path: Path) -> None:
@@ -333,6 +339,8 @@ def test_any_prompt_and_system_text_arrive_as_they_are(text: str, tmp_path: Path
         (asked(system="${SubAgents}"), ProviderUnavailable, "something else for ${SubAgents}"),
         (asked("what is in @./?"), ProviderUnavailable, "for a file"),
         (asked('@"../home/.gemini"'), ProviderUnavailable, "for a file"),
+        (asked('@"two words/../../home"'), ProviderUnavailable, "for a file"),
+        (asked("@a\u2003b/../.."), ProviderUnavailable, "for a file"),
         (asked("(@a\\ b/../.. )"), ProviderUnavailable, "for a file"),
         (asked("@.gemini/.env"), ProviderUnavailable, "for a file"),
         (asked(extra={"include_thoughts": True}), ProviderUnavailable, "does not show thoughts"),

@@ -203,6 +203,13 @@ def test_the_quota_of_a_day() -> None:
     assert caught.value.retry_after == DAY_USED_UP
 
 
+def test_a_long_error_is_read_soon() -> None:
+    for message in ("]\n" * 1_000_000, "[API Error: " * 100_000, "x" * 1_000_000):
+        with pytest.raises(ProviderUnavailable) as caught:
+            read(line("result", status="error", error={"message": message}), code=244)
+        assert len(caught.value.message) < 1000
+
+
 def test_a_key_is_not_repeated() -> None:
     out = line("result", status="error", error={"message": "[API Error: AIza-key is bad]"})
     with pytest.raises(ProviderRefused) as caught:
