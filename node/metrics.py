@@ -120,7 +120,8 @@ class Metrics:
         for tried in route.tried:
             candidate = tried.candidate
             provider = self._provider(candidate.peer, candidate.provider)
-            labels = Tried(provider, tried.code or tried.outcome)
+            outcome = "outrun" if tried.outcome == "outrun" else tried.code or "answered"
+            labels = Tried(provider, outcome)
             if labels not in self.tried and len(self.tried) >= MAX_SERIES:
                 labels = labels._replace(provider=OTHERS)
             self.tried[labels] = self.tried.get(labels, 0) + 1

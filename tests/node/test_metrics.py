@@ -25,6 +25,7 @@ from promptmesh.node.metrics import (
 from promptmesh.node.trace import Trace
 from promptmesh.providers.base import (
     CacheStatus,
+    GenerateError,
     ModelOffer,
     Origin,
     ProviderBusy,
@@ -104,7 +105,8 @@ async def test_each_candidate_that_was_asked_is_counted_once(metrics: Metrics) -
     attempts = [
         Attempt(Step(candidate("me", "gpu"), 1), ProviderBusy("full"), 0.1, "failed"),
         Attempt(Step(candidate("another", "x"), 2), ProviderUnavailable("gone"), 0.1, "failed"),
-        Attempt(Step(candidate("me", "echo"), 3), None, 0.2, "answered"),
+        Attempt(Step(candidate("me", "slow"), 3), GenerateError("slower"), 0.1, "outrun"),
+        Attempt(Step(candidate("me", "echo"), 4), None, 0.2, "answered"),
     ]
     route = Route("round_robin", [], [], [], attempts)
     trace = Trace(metrics)
@@ -117,6 +119,7 @@ async def test_each_candidate_that_was_asked_is_counted_once(metrics: Metrics) -
     assert metrics.tried == {
         Tried("gpu", "provider_busy"): 1,
         Tried(PEERS, "provider_unavailable"): 1,
+        Tried("slow", "outrun"): 1,
         Tried("echo", "answered"): 1,
     }
     (counts,) = metrics.requests.values()
