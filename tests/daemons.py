@@ -24,7 +24,7 @@ MODEL = ROOT / ".models" / "SmolLM2-135M-Instruct"
 #: To read the authorities of this machine takes a client 50 ms, for nothing.
 NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 #: Liveness bounds (s), with slack for a busy machine of two cores.
-START_S = MEET_S = SETTLE_S = 60
+START_S = MEET_S = SETTLE_S = 180
 #: A node gives those that it talks with 3 s to end.
 STOP_S = 20
 #: Two runs of the tests at once begin at different ones.

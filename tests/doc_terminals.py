@@ -19,7 +19,7 @@ from doc_blocks import CTRL_C, Command
 from doc_shown import Ids
 
 #: Seconds for one command; for a node to be ready; to see that one came or went.
-COMMAND_S, READY_S, SETTLE_S = 60, 90, 30
+COMMAND_S, READY_S, SETTLE_S = 180, 180, 180
 #: The home folder of the person in the documents.
 WRITTEN_HOME = "/home/ann"
 _WRITTEN_PORT = re.compile(r"(?<=[:/])74\d\d\b")

@@ -138,7 +138,7 @@ class Hosted:
         self.provider = provider
         self._token = token
 
-    def run(self, function: Callable[..., Awaitable[T]], *args: Any, patience: float = 60) -> T:
+    def run(self, function: Callable[..., Awaitable[T]], *args: Any, patience: float = 240) -> T:
         """Run an async function in the loop; raises what it raises."""
 
         async def limited() -> T:
@@ -169,9 +169,9 @@ def hosted(provider: LocalHF) -> Iterator[Hosted]:
     thread = threading.Thread(target=trio.run, args=(main,))
     thread.start()
     try:
-        assert ready.wait(10)
+        assert ready.wait(60)
         yield Hosted(provider, loop[0])
     finally:
         trio.from_thread.run_sync(loop[1].cancel, trio_token=loop[0])
-        thread.join(10)
+        thread.join(60)
         assert not thread.is_alive()

@@ -115,5 +115,5 @@ def vendor() -> Iterator[Vendor]:
     finally:
         state.go_on.set()
         server.shutdown()
-        thread.join(10)
+        thread.join(60)
         server.server_close()

@@ -19,16 +19,18 @@ CID = cid_bytes(BLOCK)
 #: Seconds that a store gives its daemon here; a miss by that takes this long.
 TIMEOUT = 0.5
 #: Seconds after which a call hangs.
-HANG = 10.0
+HANG = 60.0
 
 
 @asynccontextmanager
-async def kubo(**script: bytes | Answer) -> AsyncIterator[tuple[ScriptedKubo, KuboBlocks]]:
+async def kubo(
+    timeout: float = HANG / 2, /, **script: bytes | Answer
+) -> AsyncIterator[tuple[ScriptedKubo, KuboBlocks]]:
     """A daemon that answers so; `block_get` stands for `block/get`."""
     daemon = ScriptedKubo({name.replace("_", "/"): answer for name, answer in script.items()})
     async with daemon.running():
         with trio.fail_after(HANG):
-            yield daemon, KuboBlocks(daemon.api, timeout=TIMEOUT)
+            yield daemon, KuboBlocks(daemon.api, timeout=timeout)
 
 
 # --- what a sound daemon says ---------------------------------------------------------------------
@@ -140,7 +142,7 @@ FAULTS: dict[str, tuple[bytes | Answer, str]] = {
 async def test_a_fault_is_a_miss_and_one_line(fault: str, caplog: pytest.LogCaptureFixture) -> None:
     answer, why = FAULTS[fault]
     commands = ("block_put", "block_get", "block_stat", "pin_add", "repo_stat", "pin_ls")
-    async with kubo(**dict.fromkeys(commands, answer)) as (_, store):
+    async with kubo(TIMEOUT, **dict.fromkeys(commands, answer)) as (_, store):
         assert not await store.put(CID, BLOCK)
         assert await store.get(CID) is None
         assert not await store.has(CID)
@@ -200,7 +202,7 @@ async def test_it_works_again(caplog: pytest.LogCaptureFixture) -> None:
 
 
 async def test_threads_that_hang_hold_up_nobody() -> None:
-    async with kubo(block_get=never, block_stat=json_reply({"Key": "x"})) as (_, store):
+    async with kubo(TIMEOUT, block_get=never, block_stat=json_reply({"Key": "x"})) as (_, store):
         async with trio.open_nursery() as nursery:
             for _ in range(12):
                 nursery.start_soon(store.get, CID)
@@ -255,7 +257,7 @@ async def test_a_daemon_that_may_be_public(command: str, value: object, why: str
 @pytest.mark.parametrize("command", ["bootstrap", "swarm_peers", "id"])
 @pytest.mark.parametrize("answer", [NOT_FOUND, reply(b"404 page not found", 404, "text/plain")])
 async def test_a_daemon_that_does_not_tell(command: str, answer: bytes) -> None:
-    async with kubo(**PRIVATE | {command: answer}) as (_, store):
+    async with kubo(TIMEOUT, **PRIVATE | {command: answer}) as (_, store):
         assert "does not tell" in await store.exposure()
 
 

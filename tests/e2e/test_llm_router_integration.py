@@ -163,7 +163,7 @@ def test_the_example_runs(environment: Vendor) -> None:
         [sys.executable, "-W", "error", ROOT / "docs" / "examples" / "llm_router_example.py"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=180,
     )
     assert done.returncode == 0, done.stderr
     lines = dict(re.split(r":\s+", line, maxsplit=1) for line in done.stdout.splitlines())

@@ -137,7 +137,7 @@ def test_the_seam(host: Hosted, way: str) -> None:
                 seam = Seam(host.provider, request, pieces[:after], builder.completion())
                 nursery.start_soon(seam.check, way)
 
-    host.run(all_at_once, patience=240)
+    host.run(all_at_once)
 
 
 def no_numbers(completion: Completion) -> Completion:

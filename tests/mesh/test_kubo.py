@@ -46,7 +46,7 @@ class Node:
         return cid_text(cid)
 
     async def fetch(self, cid: str) -> bytes:
-        return await self.bitswap.fetch(parse_cid(cid), timeout=20)
+        return await self.bitswap.fetch(parse_cid(cid), timeout=60)
 
 
 @asynccontextmanager
@@ -79,7 +79,7 @@ def answer(words: int) -> AnswerRecord:
 
 async def until(condition: Callable[[], bool]) -> None:
     """Wait for what another process is about to do."""
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         while not condition():  # noqa: ASYNC110 - another process has no events
             await trio.sleep(0.01)
 

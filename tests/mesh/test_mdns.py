@@ -99,7 +99,7 @@ def responders(monkeypatch: pytest.MonkeyPatch) -> type[FakeResponder]:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    with trio.fail_after(10):
+    with trio.fail_after(60):
         while not condition():  # noqa: ASYNC110 - threads have no trio event
             await trio.sleep(0.001)
 

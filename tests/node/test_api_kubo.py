@@ -161,7 +161,7 @@ def test_what_is_no_time(text: str) -> None:
 
 async def test_a_timeout_is_kept(node: IpfsNode) -> None:
     node.others.silent = True
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         is_error(await node.rpc("block/get", ABSENT, timeout="50ms"), "")
 
 

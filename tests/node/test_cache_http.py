@@ -448,7 +448,7 @@ async def test_equal_requests_at_once_share_a_computation(
         async with trio.open_nursery() as nursery:
             for stream in (False, True, False):
                 nursery.start_soon(ask, stream)
-            with trio.fail_after(30):
+            with trio.fail_after(60):
                 await joined.wait()
             w.backends.door.set()
         assert len(w.backends.asked) == 1

@@ -117,7 +117,7 @@ LONG = 1e6
 
 @asynccontextmanager
 async def serving(
-    handler: Handler, kind: str = "memory", limits: Limits | None = None, within: float = 20
+    handler: Handler, kind: str = "memory", limits: Limits | None = None, within: float = 60
 ) -> AsyncIterator[Served]:
     server = HttpServer(handler, limits)
     clients: list[Client] = []
@@ -1118,7 +1118,7 @@ async def test_stop_ends_serving() -> None:
     listeners = await open_listeners("127.0.0.1", 0)
     address = listeners[0].socket.getsockname()
     async with trio.open_nursery() as nursery:
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             await nursery.start(server.serve, listeners)
             client = Client(await trio.testing.open_stream_to_socket_listener(listeners[0]))
             assert (await client.ask())[0] == 200
@@ -1315,5 +1315,5 @@ async def test_httpx_as_the_client() -> None:
                 async with client.stream("GET", "/stream") as stream:
                     lines = [line async for line in stream.aiter_lines() if line]
                 assert lines == ["data: 0", "data: 1", "data: 2"]
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             await server.stop(5)

@@ -27,7 +27,7 @@ def run(tmp_path: Path, code: str, **more: str) -> str:
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     assert not done.stderr, done.stderr
@@ -102,7 +102,7 @@ def test_ctrl_c_cancels_the_work(tmp_path: Path) -> None:
             process.send_signal(signal.SIGINT)
             assert process.stdout.readline() == "stopped\n"
             # The program lives on, and the work does not.
-            assert server.left.wait(10)
+            assert server.left.wait(60)
             process.stdin.write("\n")
             process.stdin.flush()
             assert process.wait(30) == 0

@@ -63,7 +63,7 @@ async def served(
         read_timeout=read_timeout,
         tls=tls[1] if trusted else None,
     )
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(trio.serve_listeners, handle, listeners)
             yield server, pool

@@ -139,14 +139,14 @@ def test_leaving_frees_the_model_and_killing_it_is_survived(host: Hosted) -> Non
 
 def test_get_model_finds_what_is_there_at_once(host: Hosted, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "get-model")]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10)
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert found.stdout == f".models/{NAME}\n"
     assert found.stderr == ""
-    elsewhere = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=10)
+    elsewhere = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert elsewhere.stdout == f"{FOLDER}\n"
     half = tmp_path / "half"
     half.mkdir()
-    refused = subprocess.run([*command, str(half)], capture_output=True, text=True, timeout=10)
+    refused = subprocess.run([*command, str(half)], capture_output=True, text=True, timeout=60)
     assert refused.returncode == 1
     assert "not the whole model" in refused.stderr
     assert refused.stdout == ""

@@ -87,7 +87,7 @@ def settings(**fields: Any) -> LocalHFSettings:
 @asynccontextmanager
 async def running(command: list[str] | None = None, **fields: Any) -> AsyncIterator[LocalHF]:
     provider = LocalHF(settings(**fields), command=command or actor())
-    with trio.fail_after(30):
+    with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(provider.run)
             await trio.testing.wait_all_tasks_blocked()
@@ -330,7 +330,7 @@ async def test_nothing_is_answered_before_and_after_it_runs() -> None:
         except StreamInterrupted as error:
             caught.append(error)
 
-    with trio.fail_after(30):
+    with trio.fail_after(60):
         async with trio.open_nursery() as outer, trio.open_nursery() as nursery:
             nursery.start_soon(provider.run)
             await trio.testing.wait_all_tasks_blocked()
