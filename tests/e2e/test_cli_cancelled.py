@@ -11,7 +11,7 @@ import pytest
 import trio
 from cli_matrix import Bench, bench
 from cli_programs import KEY, MODEL, PROGRAMS
-from cli_real import benches
+from cli_real import real_programs, recorded_programs
 from daemons import until
 from faults import PARTIAL
 
@@ -21,9 +21,19 @@ pytestmark = pytest.mark.e2e
 
 #: Calls, and how many at once.
 CALLS, AT_ONCE = 200, 4
+#: Seconds after which a call is cancelled.
+LONGEST = 0.1
 
 
-@pytest.fixture(params=benches())
+def _programs() -> Iterator[object]:
+    """Their names, and whether they are real: one recording stands for all that start a process
+    for each answer."""
+    yield pytest.param((recorded_programs()[0], False), id="recorded")
+    for real in real_programs():
+        yield pytest.param((real.values[0], True), id=real.id, marks=real.marks)
+
+
+@pytest.fixture(params=_programs())
 def stalls(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Bench]:
@@ -41,7 +51,9 @@ async def test_cancelled_calls_leave_nothing(stalls: Bench) -> None:
     async def call(number: int) -> None:
         async with limit:
             # Some are cancelled before the program has started, and some while it does.
-            await _call(stalls, math.inf if number % 4 == 0 else number / CALLS * 0.2, arguments)
+            await _call(
+                stalls, math.inf if number % 4 == 0 else number / CALLS * LONGEST, arguments
+            )
 
     async with trio.open_nursery() as nursery:
         for number in range(CALLS):
@@ -64,7 +76,8 @@ async def _call(stalls: Bench, seconds: float, arguments: dict[int, list[str]]) 
     with trio.move_on_after(seconds):
         async with aclosing(ask(deps=stalls.deps, use_cache=False)) as pieces:  # type: ignore[type-var] # it is a generator
             assert await anext(pieces) == PARTIAL
-            arguments.update(await trio.to_thread.run_sync(stalls.processes))
+            if not arguments:
+                arguments.update(await trio.to_thread.run_sync(stalls.processes))
 
 
 def _kept(stalls: Bench) -> int:

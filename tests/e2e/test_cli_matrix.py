@@ -4,58 +4,71 @@ In every run by recordings of the real programs, and with the real Codex; all re
 `scripts/test --interop`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
-from cli_matrix import ENDLESS, MATRIX, WAYS, Bench, Way, bench, expected
+from cli_matrix import ENDLESS, WAYS, Bench, Way, bench, expected
 from cli_programs import KEY
-from cli_real import benches
+from cli_real import Run, cells, runs
 
 pytestmark = pytest.mark.e2e
 
 
-@pytest.fixture(scope="module", params=benches())
-def asked(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Bench]:
-    """All cells of one program, asked at once."""
-    name, real = request.param
-    with bench(name, real, tmp_path_factory.mktemp(name)) as made:
-        made.ask_all()
-        yield made
+class Asked:
+    """The benches of the runs, each asked for all of its cells when it is first wanted."""
+
+    def __init__(self, folders: pytest.TempPathFactory) -> None:
+        self._folders = folders
+        self._benches: dict[Run, Bench] = {}
+
+    def __call__(self, run: Run) -> Bench:
+        if run not in self._benches:
+            with bench(run.name, run.real, self._folders.mktemp(run.name)) as made:
+                made.ask_all(run.cases)
+            self._benches[run] = made
+        return self._benches[run]
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> Asked:
+    return Asked(tmp_path_factory)
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("case", MATRIX)
+@pytest.mark.parametrize(("run", "case"), list(cells()))
 def test_each_cell(
-    asked: Bench, case: str, way: Way, record_property: Callable[[str, object], None]
+    asked: Asked, run: Run, case: str, way: Way, record_property: Callable[[str, object], None]
 ) -> None:
-    if case not in asked.cases():
-        pytest.fail(f"there is no recording of {case!r}: scripts/record-clis {asked.name}")
-    wanted = expected(asked.name, case)
-    if asked.server is not None:
-        record_property("cell", (case, asked.name, asked.got[case, way].words()))
-    assert asked.got[case, way] == wanted._replace(requests=1), asked.messages.get((case, way))
+    found = asked(run)
+    wanted, got = expected(run.name, case), found.got[case, way]
+    if run.real:
+        record_property("cell", (case, run.name, got.words()))
+    assert got == wanted._replace(requests=1), found.messages.get((case, way))
 
 
-def test_no_hidden_requests(asked: Bench, record_property: Callable[[str, object], None]) -> None:
-    if asked.server is None:
-        pytest.skip("a recording asks no server")
-    cases = [case for case in MATRIX if case not in ENDLESS]
-    found = {case: len(asked.server.of(case)) / len(WAYS) for case in cases}
-    assert {c: n for c, n in found.items() if n > expected(asked.name, c).requests} == {}
+@pytest.mark.parametrize("run", [run for run in runs() if run.values[0].real])
+def test_no_hidden_requests(
+    asked: Asked, run: Run, record_property: Callable[[str, object], None]
+) -> None:
+    server = asked(run).server
+    assert server is not None
+    cases = [case for case in run.cases if case not in ENDLESS]
+    found = {case: len(server.of(case)) / len(WAYS) for case in cases}
+    assert {c: n for c, n in found.items() if n > expected(run.name, c).requests} == {}
     more = ", ".join(f"{count:g} for `{case}`" for case, count in found.items() if count > 1)
-    record_property(
-        "interop", f"Requests of {asked.name} at the server beyond one: {more or 'none'}"
-    )
+    if more:
+        record_property("interop", f"{run.name}, requests at the vendor's server: {more}")
 
 
-def test_it_leaves_nothing_behind(asked: Bench) -> None:
-    """But a program that is kept for the next request."""
-    kept = set(asked.processes())
-    assert len(kept) <= len(asked.left_behind())
+@pytest.mark.parametrize("run", list(runs()))
+def test_it_leaves_nothing_behind(asked: Asked, run: Run) -> None:
+    found = asked(run)
+    assert found.processes() == {}
+    assert found.left_behind() == []
 
 
-def test_no_error_says_the_key(asked: Bench) -> None:
-    assert asked.messages
-    assert KEY not in "".join(asked.messages.values())
+@pytest.mark.parametrize("run", list(runs()))
+def test_no_error_says_the_key(asked: Asked, run: Run) -> None:
+    messages = asked(run).messages
+    assert messages
+    assert KEY not in "".join(messages.values())

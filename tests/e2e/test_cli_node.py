@@ -1,15 +1,14 @@
 """A node that has a vendor's program: HTTP in, the program's answer out, also over the mesh."""
 
 from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 from cli_programs import CLIS, KEY, KEY_VARIABLE, MODEL, PROGRAMS
-from cli_real import benches
+from cli_real import real_programs
 from daemons import Daemon, mesh
 from faults import PARTIAL, WHOLE
-from recordings import playing_program
 from vendors import vendors_in_a_thread
 
 pytestmark = pytest.mark.e2e
@@ -18,25 +17,19 @@ pytestmark = pytest.mark.e2e
 MODES = ("ok", "truncate", "e401", "e429-7", "drop")
 
 
-@pytest.fixture(params=benches())
+@pytest.fixture(params=real_programs())
 def tables(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[str]:
     """The configuration of the node that has the program."""
-    name, real = request.param
-    program = PROGRAMS[name]
+    program = PROGRAMS[request.param]
     (tmp_path / "user").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "user"))
     monkeypatch.setenv("PATH", f"{CLIS}/bin:/usr/bin:/bin")
     monkeypatch.setenv(KEY_VARIABLE, KEY)
-    with ExitStack() as stack:
-        origin, path = "http://127.0.0.1:1", program.path
-        if real:
-            origin = stack.enter_context(vendors_in_a_thread()).origin
-        else:
-            path = playing_program(tmp_path, name, program.path.name)
+    with vendors_in_a_thread() as server:
         yield "\n".join(
-            program.table(mode, path, f"{origin}/m/{mode}", share=True) for mode in MODES
+            program.table(mode, program.path, server.base(mode), share=True) for mode in MODES
         )
 
 
