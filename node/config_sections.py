@@ -336,6 +336,42 @@ class ProviderConfig:
         left_out="`limits.max_waiting`",
         high=65536,
     )
+    requests_per_minute: int | None = setting(
+        None,
+        "Requests that may begin in any 60 s. Providers with the same key share their limits.",
+        left_out="as many as come",
+        low=1,
+    )
+    tokens_per_minute: int | None = setting(
+        None,
+        "Tokens of the prompts and answers of all requests that began in any 60 s.",
+        left_out="as many as come",
+        low=1,
+    )
+    requests_at_once: int | None = setting(
+        None,
+        "Requests under way with one key, where several providers have it; `slots` are each "
+        "one's own.",
+        left_out="as many as their `slots`",
+        low=1,
+    )
+    when_limited: Literal["wait", "refuse"] = setting(
+        "wait",
+        "What becomes of a request at such a limit: it waits in the queue for its turn, or is "
+        "refused, so that another provider is asked.",
+    )
+    member_requests_per_minute: int | None = setting(
+        None,
+        "Requests that each other member may have here in any 60 s. More are refused.",
+        left_out="as many as all",
+        low=1,
+    )
+    member_tokens_per_minute: int | None = setting(
+        None,
+        "Tokens that each other member may have here in any 60 s.",
+        left_out="as many as all",
+        low=1,
+    )
     api_key_env: str = setting(
         "", "The environment variable that holds its key. Never the key itself.", left_out="no key"
     )

@@ -18,8 +18,10 @@ from ..mesh.transport import PeerId
 from ..providers.admission import Admission, Waiting
 from ..providers.base import Health, Priority
 from ..providers.registry import Runs, build
+from ..providers.throttle import Throttle
 from ..providers.variables import VARIABLES, environment_of
 from .config import SUBSCRIPTION_KINDS, Config, ProviderConfig
+from .limiters import Limiters
 from .pricing import Priced, Purse
 
 logger = logging.getLogger(__name__)
@@ -67,6 +69,9 @@ class OwnProvider:
     def load(self, priority: Priority = "background") -> Load:
         """How busy it is to a request of that priority; to one in the background all counts."""
         load = self.admission.load(priority)
+        if load.limited:  # It takes no more now than what runs, whatever its slots are.
+            running = max(load.running, 1)
+            return Load(running=running, waiting=load.waiting, slots=running, wait=load.wait)
         return Load(
             running=load.running,
             waiting=load.waiting,
@@ -185,12 +190,20 @@ def build_providers(
         found.append(_local_hf(config, environment, folder))
     if config.local_hf.embedding_model:
         found.append(_local_hf_embed(config, environment, folder))
-    found += [_configured(table, config, environment, purse) for table in config.providers]
+    limiters = Limiters(config.providers)
+    found += [
+        _configured(table, config, environment, purse, limiters.of(table))
+        for table in config.providers
+    ]
     return OwnProviders(found)
 
 
 def _configured(
-    table: ProviderConfig, config: Config, environment: Mapping[str, str], purse: Purse
+    table: ProviderConfig,
+    config: Config,
+    environment: Mapping[str, str],
+    purse: Purse,
+    throttle: Throttle | None,
 ) -> OwnProvider:
     settings = dict(table.options)
     if table.kind in VARIABLES:
@@ -203,6 +216,7 @@ def _configured(
         # One that goes by HTTP where there is a key says so itself.
         slots=table.slots or getattr(provider, "slots", DEFAULT_SLOTS.get(table.kind)),
         max_waiting=_either(table.max_waiting, config.limits.max_waiting),
+        throttle=throttle,
     )
     has_price = table.price is not None or bool(table.prices)
     return OwnProvider(

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import get_args
 
 from .base import Priority
+from .rate_limits import Grant, RateLimiter
 
 #: From the most urgent to the least.
 PRIORITIES: tuple[Priority, ...] = get_args(Priority)
@@ -32,15 +33,20 @@ LEFT = 0.3
 class Place:
     """A request in a slot, or in the line for one."""
 
-    __slots__ = ("id", "kind", "number", "rank")
+    __slots__ = ("grants", "id", "kind", "number", "rank", "since", "tokens")
 
-    def __init__(self, kind: str, priority: Priority, id: str = "") -> None:
+    def __init__(self, kind: str, priority: Priority, id: str = "", since: float = 0.0) -> None:
         #: What is known of how long it will take.
         self.kind = kind
         self.rank = PRIORITIES.index(priority)
         self.id = id
         #: How many came before it.
         self.number = math.inf
+        #: When it came.
+        self.since = since
+        #: Tokens that it takes of what is allowed in a minute, and by whom it was let through.
+        self.tokens = 0
+        self.grants: list[tuple[RateLimiter, Grant]] = []
 
 
 _Queues = Sequence["OrderedDict[Place, None]"]
@@ -74,6 +80,10 @@ class Line:
     def take(self) -> Place | None:
         """The one whose turn it is: it waits no more."""
         return _take(self._queues, self._overtaken) if len(self) else None
+
+    def first(self) -> Place | None:
+        """The same, which waits on."""
+        return next(self.order(), None)
 
     def last_behind(self, place: Place) -> Place | None:
         """The last of those that are less urgent than this one."""
