@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import base64
 import binascii
-import mimetypes
 import re
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
-from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.parse import unquote_to_bytes
 
 import msgspec
 
@@ -38,6 +37,11 @@ MAX_SIGNATURES, MAX_SIGNED = 4096, 16 * 1024 * 1024
 #: In place of a signature that is not known, by Google's documentation: the call is taken as it is.
 NO_SIGNATURE = "skip_thought_signature_validator"
 
+#: Of the ends of file names.
+_IMAGE_TYPES = {
+    "jpg": "image/jpeg",
+    **{end: f"image/{end}" for end in ("jpeg", "png", "webp", "gif", "heic", "heif")},
+}
 _FUNCTION_MODES = {"auto": "AUTO", "none": "NONE", "required": "ANY", "function": "ANY"}
 #: The media type may have parameters before `;base64`.
 _DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)?((?:;[^;,]*)*?)(;base64)?,", re.ASCII)
@@ -173,7 +177,8 @@ def _image(image: Image) -> dict[str, Any]:
     if not image.url.startswith("https://"):
         raise ProviderUnavailable("Gemini takes images by `data:` and `https:` URLs only")
     file = {"fileUri": image.url}
-    if kind := mimetypes.guess_type(urlsplit(image.url).path)[0]:
+    end = re.split("[?#]", image.url, maxsplit=1)[0].rpartition(".")[2].lower()
+    if kind := _IMAGE_TYPES.get(end):
         file["mimeType"] = kind
     return {"fileData": file}
 

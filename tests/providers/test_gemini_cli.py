@@ -314,7 +314,7 @@ def test_prompts_full_of_ats_are_read_soon() -> None:
 
 
 @given(text=st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
 def test_any_prompt_and_system_text_arrive_as_they_are(text: str, tmp_path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=tmp_path) as place:
         folder = Folder(Path(place))

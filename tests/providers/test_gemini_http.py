@@ -217,6 +217,7 @@ async def test_a_signature_goes_back_with_its_call() -> None:
         await ask(provider, request)
     (part,) = server.requests[1].json["contents"][1]["parts"]
     assert part["thoughtSignature"] == "signed"
+    assert server.connections == 1
 
 
 async def test_a_model_that_wants_signatures_is_asked_again_with_one() -> None:

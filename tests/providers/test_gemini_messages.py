@@ -1,6 +1,7 @@
 """A request in the words of Gemini."""
 
 import base64
+import contextlib
 import json
 from typing import Any
 
@@ -118,6 +119,7 @@ def test_images() -> None:
     assert image("https://a.example/b.jpg?size=1") == {
         "fileData": {"fileUri": "https://a.example/b.jpg?size=1", "mimeType": "image/jpeg"}
     }
+    assert image("https://[a/b.WebP#c.png")["fileData"]["mimeType"] == "image/webp"
     assert image("https://a.example/b") == {"fileData": {"fileUri": "https://a.example/b"}}
 
 
@@ -133,6 +135,13 @@ def test_images_that_cannot_be_sent() -> None:
             say("assistant", tool_calls=(call(),)),
             say("tool", Image(url="https://a.example/b.png"), tool_call_id="c1"),
         )
+
+
+@given(st.sampled_from(["https://", "data:", "data:image/png;base64,", ""]), st.text())
+def test_any_url_is_an_image_or_refused(scheme: str, rest: str) -> None:
+    with contextlib.suppress(RequestRejected, ProviderUnavailable):
+        (kind,) = image(scheme + rest)
+        assert kind in ("inlineData", "fileData")
 
 
 # --- tools ---------------------------------------------------------------------------------------
