@@ -56,7 +56,7 @@ def test_a_section_at_a_time_is_the_same_file() -> None:
 
 @pytest.mark.parametrize("cut", [0, 1, 30, len(header([ROOT])) + 1, len(CAR) - 1])
 def test_a_cut_file(cut: int) -> None:
-    with pytest.raises(CarError, match="the file ends within|not a varint: cut"):
+    with pytest.raises(CarError, match=r"the file ends within|not a varint: cut"):
         read(CAR[:cut])
 
 

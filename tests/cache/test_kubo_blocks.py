@@ -49,7 +49,7 @@ async def test_what_is_asked_of_the_daemon() -> None:
         assert option in put
     for asked in (get, stat):
         assert "offline=true" in asked
-        assert "timeout=250ms" in asked
+        assert f"timeout={HANG * 250:.0f}ms" in asked  # half of what it has
         assert asked.endswith(f"arg={cid_text(CID)}")
 
 
@@ -160,7 +160,7 @@ async def test_a_fault_is_a_miss_and_one_line(fault: str, caplog: pytest.LogCapt
 async def test_a_fault_of_what_the_library_lacks(fault: str) -> None:
     answer, _ = FAULTS[fault]
     script = dict.fromkeys(("block_rm", "bootstrap", "swarm_peers", "id"), answer)
-    async with kubo(**script, pin_rm=NOT_FOUND) as (_, store):
+    async with kubo(TIMEOUT, **script, pin_rm=NOT_FOUND) as (_, store):
         assert not await store.delete(CID)
         try:
             assert "does not tell" in await store.exposure()
