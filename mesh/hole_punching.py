@@ -24,7 +24,8 @@ from multiaddr import Multiaddr  # type: ignore[import-untyped]
 
 from .addresses import is_circuit, parse
 from .frames import RemoteProtocolError
-from .patches import Link, Network, open_stream, read_identify
+from .library_host import read_identify
+from .patches import Link, Network, open_stream
 from .relay_messages import DCUTR, MAX_MESSAGE, Punch, PunchMessage
 from .sockets import connect, is_ip
 from .streams import read_delimited

@@ -23,7 +23,8 @@ from libp2p.peer.id import ID
 from . import addresses as places
 from . import gossipsub, patches
 from .identity import Identity, verify
-from .patches import LibraryHost, Network
+from .library_host import LibraryHost
+from .patches import Network
 from .streams import LibraryStream
 from .transport import (
     BLOCKED,

@@ -18,7 +18,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 #: Heavy or foreign libraries, and the only modules that may import them.
 ONLY_IN: dict[str, set[str]] = {
     "libp2p": {
-        f"mesh/{name}.py" for name in ("host", "patches", "pnet", "mdns", "streams", "gossipsub")
+        f"mesh/{name}.py"
+        for name in ("host", "library_host", "patches", "pnet", "mdns", "streams", "gossipsub")
     }
     # About connections themselves, below `Transport`.
     | {f"mesh/{name}.py" for name in ("relay", "relay_client", "hole_punching", "traversal")},
