@@ -28,6 +28,8 @@ from .stream_decoder import StreamDecoder
 
 #: The exit code of one that is not logged in.
 _NOT_LOGGED_IN = 41
+#: What one says that read no prompt.
+_NO_INPUT = "No input provided via stdin"
 #: Above them, the exit code is an HTTP status modulo 256.
 _STATUSES = range(400 - 256, 256)
 _RETRY = re.compile(r"Suggested retry after (\d{1,9}(?:\.\d+)?)s")
@@ -134,6 +136,11 @@ class GeminiOutput(StreamDecoder):
     def _failed(self, code: int | None, errors: str) -> GenerateError:
         if code == _NOT_LOGGED_IN:
             return self._auth()
+        if _NO_INPUT in errors:
+            # It waits half a second for its input, which is there, but measures that by a clock
+            # that runs on while a busy machine lets it do nothing.
+            text = f"{self._errors.name} did not come to read the prompt"
+            return ProviderUnavailable(text, again=True)
         status = code + 256 if code is not None and code in _STATUSES else 0
         if "ModelNotFoundError" in errors:
             status = 404

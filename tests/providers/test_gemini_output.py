@@ -188,6 +188,13 @@ def test_not_logged_in() -> None:
         read(b"", "Please set an Auth method", code=41)
 
 
+def test_one_that_did_not_read_the_prompt_in_time_may_be_asked_again() -> None:
+    said = "No input provided via stdin. Input can be provided by piping data into gemini ..."
+    with pytest.raises(ProviderUnavailable, match="did not come to read") as caught:
+        read(b"", said, code=42)
+    assert caught.value.again
+
+
 def test_what_it_complained_of_last() -> None:
     with pytest.raises(ProviderUnavailable, match="gemini: Unknown argument: x"):
         read(b"", "Usage: gemini\n\nUnknown argument: x\n", code=1)
