@@ -53,6 +53,11 @@ class RouterSettings:
         "", "The model of `codex_cli`.", left_out="`codex_model`, else the one that Codex prefers"
     )
     codex_model: str = setting("", "The same; `codex_cli_model` goes first.", left_out="as there")
+    codex_base_url: str = setting(
+        "",
+        "A server of OpenAI's dialect that `codex_cli` asks, without a login.",
+        left_out="OpenAI's own",
+    )
     gemini_model: str = setting(
         "",
         "The model of `gemini_cli`.",

@@ -55,6 +55,10 @@ def _look_for_codex(environment: Mapping[str, str], options: Mapping[str, Any]) 
     return look(environment, str(options.get("command") or COMMAND), needs_login=not has_own_server)
 
 
+def _options_of_codex(said: RouterSettings) -> Mapping[str, Any]:
+    return {"base_url": said.codex_base_url} if said.codex_base_url else {}
+
+
 def _look_for_gemini(environment: Mapping[str, str], options: Mapping[str, Any]) -> Health:
     from ..providers.gemini_found import COMMAND, look
     from ..providers.gemini_settings import KEYS, NO_KEY
@@ -69,6 +73,7 @@ VENDORS: Mapping[str, Vendor] = {
     "codex_cli": Vendor(
         model=lambda said: said.codex_cli_model or said.codex_model,
         look=_look_for_codex,
+        options=_options_of_codex,
     ),
     "gemini_cli": Vendor(model=lambda said: said.gemini_model, look=_look_for_gemini),
 }

@@ -43,13 +43,15 @@ def login_file(environment: Mapping[str, str]) -> Path:
 
 
 def _may_be_logged_in(environment: Mapping[str, str]) -> bool:
-    if login_file(environment).exists():
-        return True
+    return login_file(environment).exists() or keyring(environment)
+
+
+def keyring(environment: Mapping[str, str]) -> bool:
+    """May the login be in the system's keyring, of which only Codex itself can tell?"""
     try:
         text = (home(environment) / "config.toml").read_text("utf-8", "replace")
     except OSError:
         return False
-    # The login may be in the keyring, which only Codex itself can tell.
     return re.search(r"^\s*cli_auth_credentials_store\b", text, re.MULTILINE) is not None
 
 

@@ -188,6 +188,19 @@ def _local_hf(name: str, settings: Mapping[str, Any]) -> Provider:
     return LocalHF(read_settings(LocalHFSettings, settings, name=name))
 
 
+def _codex_cli(name: str, settings: Mapping[str, Any]) -> Provider:
+    from .codex_cli import CodexCli
+    from .codex_settings import CodexSettings
+
+    return CodexCli(read_settings(CodexSettings, settings, name=name))
+
+
+def _codex_options() -> type[msgspec.Struct]:
+    from .codex_settings import CodexOptions
+
+    return CodexOptions
+
+
 def _gemini_cli(name: str, settings: Mapping[str, Any]) -> Provider:
     from .gemini_settings import GeminiSettings
 
@@ -211,4 +224,5 @@ register("echo", _echo)
 register("openai_compatible", _openai_compatible, options=None)
 register("openrouter", _openrouter, options=None)
 register("local_hf", _local_hf)
+register("codex_cli", _codex_cli, options=_codex_options)
 register("gemini_cli", _gemini_cli, options=_gemini_options)

@@ -47,6 +47,13 @@ class CliProgram(NamedTuple):
 
 
 PROGRAMS: Mapping[str, CliProgram] = {
+    "codex": CliProgram(
+        "codex_cli",
+        "bin/codex",
+        lambda path, base: {"command": path, "base_url": f"{base}/v1"},
+        persistent=True,
+        tier="always",
+    ),
     "gemini": CliProgram(
         "gemini_cli",
         "bin/gemini",

@@ -30,7 +30,14 @@ URL = "http://127.0.0.1:9000/v1"
 
 
 def test_kinds() -> None:
-    assert kinds() == ["echo", "gemini_cli", "local_hf", "openai_compatible", "openrouter"]
+    assert kinds() == [
+        "codex_cli",
+        "echo",
+        "gemini_cli",
+        "local_hf",
+        "openai_compatible",
+        "openrouter",
+    ]
 
 
 def test_echo() -> None:
@@ -57,7 +64,7 @@ def test_openai_compatible() -> None:
         (
             "x",
             {},
-            "provider 'p': no kind 'x'; there is echo, gemini_cli, local_hf",
+            "provider 'p': no kind 'x'; there is codex_cli, echo, gemini_cli, local_hf",
         ),
         (
             "openai_compatible",

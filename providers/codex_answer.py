@@ -1,0 +1,207 @@
+"""One answer of a `codex app-server`: a thread of its own, and one turn in it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+from typing import Any, Self
+
+import msgspec
+import trio
+
+from .base import (
+    Answering,
+    Chunk,
+    ContextTooLong,
+    DeadlineExceeded,
+    GenerateRequest,
+    Message,
+    Origin,
+    StreamInterrupted,
+)
+from .cli_prompt import CliPrompt
+from .codex_flags import PLACE
+from .codex_server import CodexServer, Listener, Refused
+from .codex_settings import CodexOptions
+from .codex_turn import CodexTurn
+from .stop_strings import StopScanner
+from .tokens import estimated_usage
+
+#: Seconds for a turn to end that was told to; then the process is ended.
+INTERRUPT_GRACE = 1.0
+
+
+class CodexAnswer:
+    """Entered when the turn runs, left when it runs no more."""
+
+    __slots__ = (
+        "_decoder",
+        "_find",
+        "_limit",
+        "_listener",
+        "_options",
+        "_origin",
+        "_prompt",
+        "_request",
+        "_server",
+        "_thread",
+    )
+
+    def __init__(
+        self,
+        origin: Origin,
+        request: GenerateRequest,
+        prompt: CliPrompt,
+        options: CodexOptions,
+        find: Callable[[], Awaitable[CodexServer]],
+        decoder: CodexTurn,
+        limit: float,
+    ) -> None:
+        """`find` gives the process to ask; `limit` is the longest silence (s)."""
+        self._origin = origin
+        self._request = request
+        self._prompt = prompt
+        self._options = options
+        self._find = find
+        self._decoder = decoder
+        self._limit = limit
+        self._thread = ""
+        self._listener: Listener | None = None
+
+    async def __aenter__(self) -> Answering:
+        server = self._server = await self._find()
+        server.enter()
+        try:
+            await self._begin(server)
+        except BaseException as error:
+            await self._leave()
+            if isinstance(error, Refused) and error.word == "input_too_large":
+                raise ContextTooLong(error.message) from None
+            raise
+        assert self._listener is not None
+        chunks = _Chunks(self._listener, self._request, self._limit)
+        return Answering(self._origin, chunks)
+
+    async def _begin(self, server: CodexServer) -> None:
+        """Raises `ProviderUnavailable`."""
+        started = await server.call(
+            "thread/start",
+            {
+                "model": self._request.model,
+                "modelProvider": PLACE,
+                "cwd": server.work,
+                "approvalPolicy": "never",
+                "sandbox": "read-only",
+                "ephemeral": True,
+                # Empty: none at all, in the place of Codex's own.
+                "baseInstructions": self._prompt.system,
+            },
+        )
+        self._thread = str(started["thread"]["id"])
+        *earlier, last = (m for m in self._request.messages if m.role in ("user", "assistant"))
+        if earlier:
+            items = [_item(message) for message in earlier]
+            place = {"threadId": self._thread, "items": items}
+            await server.call("thread/inject_items", place)
+        self._listener = server.listen(self._thread, self._decoder)
+        said: dict[str, Any] = {"input": [{"type": "text", "text": last.text}]}
+        if self._options.reasoning_effort is not None:
+            said["effort"] = self._options.reasoning_effort
+        if self._options.reasoning_summary is not None:
+            said["summary"] = self._options.reasoning_summary
+        await server.call("turn/start", {"threadId": self._thread, **said})
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._leave()
+
+    async def _leave(self) -> None:
+        """End the turn, by the process if it does not end otherwise."""
+        server = self._server
+        with trio.CancelScope(shield=True):
+            if self._listener is not None and not self._decoder.over:
+                with trio.move_on_after(INTERRUPT_GRACE):
+                    await self._interrupt(server, self._listener)
+                if not self._decoder.over:
+                    server.scope.cancel()
+        if self._thread:
+            server.forget(self._thread)
+        server.leave()
+
+    async def _interrupt(self, server: CodexServer, listener: Listener) -> None:
+        decoder, told = self._decoder, False
+        while not decoder.over:
+            if decoder.turn and not told:
+                told = True
+                server.request("turn/interrupt", {"threadId": self._thread, "turnId": decoder.turn})
+            await listener.news()
+
+
+def _item(message: Message) -> dict[str, Any]:
+    """An earlier message as an item of the vendor's dialect."""
+    kind = "output_text" if message.role == "assistant" else "input_text"
+    content = [{"type": kind, "text": message.text}]
+    return {"type": "message", "role": message.role, "content": content}
+
+
+class _Chunks:
+    """The chunks of a turn, up to a stop string."""
+
+    __slots__ = ("_limit", "_listener", "_over", "_ready", "_request", "_scanner")
+
+    def __init__(self, listener: Listener, request: GenerateRequest, limit: float) -> None:
+        self._listener = listener
+        self._request = request
+        self._limit = limit
+        self._scanner = StopScanner(request.sampling.stop)
+        self._ready: deque[Chunk] = deque()
+        self._over = False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        decoder = self._listener.decoder
+        while not self._ready:
+            if self._over:
+                raise StopAsyncIteration
+            for chunk in decoder.take():
+                self._pass_on(chunk)
+            if not self._ready and not self._over:
+                if decoder.failure is not None:
+                    raise decoder.failure
+                await self._wait(decoder)
+        return self._ready.popleft()
+
+    async def _wait(self, decoder: CodexTurn) -> None:
+        with trio.move_on_after(self._limit):
+            await self._listener.news()
+            return
+        failure = decoder.broken(f"silent for {self._limit:g} s")
+        if isinstance(failure, StreamInterrupted):
+            raise failure
+        raise DeadlineExceeded(failure.message)
+
+    def _pass_on(self, chunk: Chunk) -> None:
+        if self._over:
+            return  # it was said after a stop string
+        if not chunk.text and chunk.finish_reason is None:
+            self._ready.append(chunk)
+            return
+        text = self._scanner.feed(chunk.text)
+        if chunk.finish_reason is not None:
+            text += self._scanner.flush()
+        if text:
+            self._ready.append(Chunk(text=text))
+        if self._scanner.found:
+            chunk = Chunk(finish_reason="stop")
+        if chunk.finish_reason is not None:
+            self._over = True
+            given = self._listener.decoder.text
+            usage = chunk.usage or estimated_usage(self._request, given)
+            self._ready.append(msgspec.structs.replace(chunk, text="", usage=usage))
