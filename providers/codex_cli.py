@@ -7,6 +7,7 @@ keeps the provider running.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from functools import partial
@@ -59,6 +60,8 @@ logger = logging.getLogger(__name__)
 
 #: Seconds in which a provider that is kept must have begun to run.
 RUN_TIME = 0.5
+#: Seconds after which one that listed no models is asked again.
+LIST_AGAIN = 10.0
 #: Seconds for a command such as `--version`. `Provider.check` may take 2.
 BRIEF = 1.8
 _TOO_OLD = "npm install -g @openai/codex@latest"
@@ -79,6 +82,10 @@ class CodexCli:
         self._offers = tuple(_offer(model) for model in settings.models)
         self._version: Remembered[Health] = Remembered()
         self._found: tuple[int, ...] = ()
+        #: Set when the models have been asked for, and why there are none.
+        self._listing: trio.Event | None = None
+        self._unlisted = _NO_MODELS
+        self._list_again = -math.inf
         self._nursery: trio.Nursery | None = None
         self._running = trio.Event()
         self._starting = trio.Lock()
@@ -147,6 +154,7 @@ class CodexCli:
                 await trio.sleep_forever()
         finally:
             self._nursery, self._server, self._running = None, None, trio.Event()
+            self._listing = None
 
     async def _keeps(self) -> bool:
         """Can a process be kept? Raises `ProviderUnavailable`."""
@@ -178,6 +186,7 @@ class CodexCli:
         except BaseException:
             server.scope.cancel()
             raise
+        server.rest()
         return server
 
     async def _serve(self, *, task_status: Any) -> None:
@@ -242,14 +251,22 @@ class CodexCli:
             return _NO_MODELS
         if self._nursery is None:
             return _NOT_LISTED
+        if self._listing is None or trio.current_time() >= self._list_again:
+            self._listing, self._list_again = trio.Event(), math.inf
+            self._nursery.start_soon(self._find_models, self._listing)
+        with trio.move_on_after(BRIEF):  # the first start of all takes longer
+            await self._listing.wait()
+            return Health() if self._offers else self._unlisted
+        return _NOT_LISTED
+
+    async def _find_models(self, done: trio.Event) -> None:
         try:
-            with trio.move_on_after(BRIEF) as limit:
-                await self._kept()
+            await self._kept()
+            self._unlisted = _NO_MODELS
         except GenerateError as error:
-            return Health(state="unavailable", reason=error.message)
-        if limit.cancelled_caught:
-            return _NOT_LISTED
-        return Health() if self._offers else _NO_MODELS
+            self._unlisted = Health(state="unavailable", reason=error.message)
+        self._list_again = trio.current_time() + LIST_AGAIN
+        done.set()
 
     async def _look_at_program(self, program: str) -> Health:
         """Its version, and its login where only it can tell; remembered for minutes."""

@@ -97,7 +97,7 @@ class CodexServer:
         self._idle = idle
         self.work = work
         #: Cancelled: it is to end now.
-        self.scope = trio.CancelScope(deadline=trio.current_time() + idle)
+        self.scope = trio.CancelScope()
         self._numbers = count(1)
         self._calls: dict[int, _Call] = {}
         self._listeners: dict[str, Listener] = {}
@@ -122,6 +122,10 @@ class CodexServer:
     def leave(self) -> None:
         """They do no more. Worn out, it ends with its last user."""
         self._users -= 1
+        self.rest()
+
+    def rest(self) -> None:
+        """Where nobody uses it, it ends after a while."""
         if not self._users:
             wait = self._idle if self._turns < MAX_TURNS else 0.0
             self.scope.deadline = trio.current_time() + wait
