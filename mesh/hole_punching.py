@@ -25,7 +25,8 @@ from multiaddr import Multiaddr  # type: ignore[import-untyped]
 from .addresses import is_circuit, parse
 from .frames import RemoteProtocolError
 from .library_host import read_identify
-from .patches import Link, Network, open_stream
+from .link import Link, open_stream
+from .patches import Network
 from .relay_messages import DCUTR, MAX_MESSAGE, Punch, PunchMessage
 from .sockets import connect, is_ip
 from .streams import read_delimited

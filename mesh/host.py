@@ -24,6 +24,7 @@ from . import addresses as places
 from . import gossipsub, patches
 from .identity import Identity, verify
 from .library_host import LibraryHost
+from .link import open_stream
 from .patches import Network
 from .streams import LibraryStream
 from .transport import (
@@ -263,7 +264,7 @@ class Libp2pTransport:
     # --- streams ----------------------------------------------------------------------------------
 
     async def open_stream(self, peer: PeerId, *protocols: str) -> Stream:
-        return await patches.open_stream(self.network.link(_peer_id(peer)), protocols)
+        return await open_stream(self.network.link(_peer_id(peer)), protocols)
 
     def handle(self, protocol: str, handler: StreamHandler) -> None:
         async def serve(shown: INetStream) -> None:

@@ -25,7 +25,8 @@ from libp2p.utils import encode_varint_prefixed
 from libp2p.utils.varint import decode_varint_with_size
 from multiaddr import Multiaddr  # type: ignore[import-untyped]
 
-from .patches import NEGOTIATE_TIMEOUT, Link, Network, open_stream
+from .link import NEGOTIATE_TIMEOUT, Link, open_stream
+from .patches import Network
 from .transport import PeerId, Stream, TransportError
 
 log = logging.getLogger(__name__)

@@ -11,11 +11,11 @@ yamux.py, streams.py: our own muxer       cancelling a task that reads or writes
 pnet.py: our own socket layer, XSalsa20   a private network of Python nodes only; a stranger makes
                                           dials hang; two system calls and two locks a read
 gossipsub.py                              a malformed message ends the host (see there)
-Link: a handler that fails resets its     one exception in any stream handler ends the host
+link.py: a handler that fails resets its  one exception in any stream handler ends the host
 stream
-Link: streams are negotiated here         a protocol id of any length is read into memory; four
+link.py: streams are negotiated here      a protocol id of any length is read into memory; four
                                           round trips of the scheduler for each of its bytes
-Link: ends with its handlers at once      fixed sleeps make each disconnection take 0.2 s; a
+link.py: ends with its handlers at once   fixed sleeps make each disconnection take 0.2 s; a
                                           stopped peer holds up leaving for ever
 Network: each connection holds its own    the slot of a closed inbound connection is never freed:
 task and nothing else                     the 251st in the life of a process is refused
@@ -47,11 +47,10 @@ from libp2p.abc import INetConn, INetStream
 from libp2p.crypto.keys import KeyPair
 from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
 from libp2p.custom_types import TProtocol
-from libp2p.io.exceptions import IOException
 from libp2p.network.config import ConnectionConfig
 from libp2p.network.connection import swarm_connection
 from libp2p.network.exceptions import SwarmException
-from libp2p.network.stream.net_stream import NetStream, StreamState
+from libp2p.network.stream.net_stream import NetStream
 from libp2p.network.swarm import Swarm
 from libp2p.peer.id import ID
 from libp2p.peer.peerstore import PeerStore
@@ -60,9 +59,10 @@ from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport as NoiseTransport
 from libp2p.transport.upgrader import TransportUpgrader
 
+from .link import Link
 from .pnet import SocketWire, StreamWire, Wire
 from .sockets import connect
-from .streams import LibraryStream, SecureYamux, negotiate, select
+from .streams import LibraryStream, SecureYamux
 from .transport import BLOCKED, PeerId, TransportError
 from .yamux import PROTOCOL_ID as YAMUX
 from .yamux import YamuxStream
@@ -71,9 +71,8 @@ log = logging.getLogger(__name__)
 
 MENDED_VERSION = "0.8.1"
 
-#: Seconds for the handshake of an inbound connection, and for agreeing on a stream's protocol.
+#: Seconds for the handshake of an inbound connection.
 HANDSHAKE_TIMEOUT = 5.0
-NEGOTIATE_TIMEOUT = 10.0
 #: Inbound connections that have not shown who they are. One more, and the oldest is closed.
 MAX_HANDSHAKES = 128
 #: Connections in all. The limit of open files is 1024 on most systems.
@@ -83,8 +82,6 @@ MAX_CONNECTIONS_TO_PEER = 4
 #: Seconds for which a relayed connection outlives the direct one that replaces it at least, and at
 #: most; between two looks whether something is still asked on it.
 RETIRE_GRACE, RETIRE_LIMIT, RETIRE_LOOK = 5.0, 600.0, 1.0
-#: What runs on every connection and is no request: gossip, identify, bitswap, DCUtR.
-BACKGROUND = ("/meshsub/", "/ipfs/", "/libp2p/")
 
 
 def install() -> None:
@@ -106,89 +103,6 @@ def _quieten() -> None:
     library.setLevel(logging.CRITICAL)
     # It calls `logging.debug()`, which puts a handler on the root logger of the program.
     cast(Any, swarm_connection).logging = logging.getLogger(swarm_connection.__name__)
-
-
-class Link(swarm_connection.SwarmConn):
-    """One connection to a peer, with the streams on it."""
-
-    muxed_conn: SecureYamux
-    swarm: Network
-
-    def __init__(
-        self, muxed: SecureYamux, network: Network, *, address: str, relay: PeerId = ""
-    ) -> None:
-        super().__init__(muxed, network)
-        self.peer: PeerId = muxed.peer_id.to_base58()
-        #: Where it was dialled, or where it comes from.
-        self.address = address
-        #: Who carries it; "": it is direct.
-        self.relay = relay
-        self.set_transport_info(muxed.get_transport_addresses(), muxed.get_connection_type())
-        self.event_started.set()
-
-    @property
-    def is_closed(self) -> bool:
-        return self.muxed_conn.is_closed
-
-    @property
-    def in_use(self) -> bool:
-        """Is something asked on it?"""
-        return any(not p.startswith(BACKGROUND) for p in self.muxed_conn.session.protocols())
-
-    def local_address(self) -> tuple[str, int]:
-        """Where it leaves from, as other connections may (see mesh/sockets.py).
-
-        Raises `TransportError` if it did not leave from a port of this machine, or is over.
-        """
-        wire = self.muxed_conn.wire
-        if not isinstance(wire, SocketWire) or not wire.is_initiator:
-            raise TransportError("it was not dialled from here")
-        try:
-            return wire.local_address()
-        except OSError as error:
-            raise TransportError(f"the connection is over: {error}") from error
-
-    async def close(self) -> None:
-        await self.muxed_conn.close()
-
-    async def run(self) -> None:
-        """Serve the peer until the connection is over. Its handlers end with it."""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._serve, nursery)
-            nursery.start_soon(self.swarm.notify_connected, self)
-            await self.muxed_conn.start()
-            self.event_closed.set()
-            self.swarm.forget(self)
-            nursery.cancel_scope.cancel()
-
-    async def _serve(self, nursery: trio.Nursery) -> None:
-        try:
-            while True:
-                nursery.start_soon(self._serve_stream, await self.muxed_conn.session.accept())
-        except TransportError:
-            return
-
-    async def _serve_stream(self, stream: YamuxStream) -> None:
-        finished = False
-        try:
-            handlers = self.swarm.handlers
-            with trio.fail_after(NEGOTIATE_TIMEOUT):
-                stream.protocol = await negotiate(stream, handlers)
-            await handlers[stream.protocol](self.library_stream(stream))
-            finished = True
-        except (TransportError, IOException) as error:  # the peer changed its mind: its right
-            log.debug("a stream of %s ended: %s", self.peer, error)
-        except Exception as error:  # the log has it, and the peer sees a reset
-            log.warning("serving a stream of %s failed: %r", self.peer, error)
-        finally:
-            await (stream.aclose() if finished else stream.reset())
-
-    def library_stream(self, stream: YamuxStream) -> NetStream:
-        """The stream as the library's protocols use it."""
-        shown = NetStream(LibraryStream(stream, self.muxed_conn), None, None)
-        shown._state = StreamState.OPEN
-        shown.set_protocol(TProtocol(stream.protocol))
-        return shown
 
 
 class Network(Swarm):
@@ -432,19 +346,3 @@ class Network(Swarm):
 
     async def notify_closed_stream(self, stream: INetStream) -> None:
         """Nobody listens to it."""
-
-
-async def open_stream(link: Link, protocols: Sequence[str]) -> YamuxStream:
-    """A new stream with the first of the protocols that the peer speaks. Raises `TransportError`,
-    `NotSpoken` where it speaks none."""
-    stream = link.muxed_conn.session.open()
-    try:
-        with trio.fail_after(NEGOTIATE_TIMEOUT):
-            stream.protocol = await select(stream, protocols)
-            return stream
-    except trio.TooSlowError:
-        await stream.reset()
-        raise TransportError(f"{link.peer} did not open a stream in time") from None
-    except BaseException:
-        await stream.reset()
-        raise

@@ -22,7 +22,8 @@ import trio
 from ..providers.base import Value
 from .addresses import multiaddr, parse
 from .frames import RemoteProtocolError, decode_value, encode_value
-from .patches import Link, Network, open_stream
+from .link import Link, open_stream
+from .patches import Network
 from .protobuf import varint
 from .streams import read_delimited
 from .transport import PeerId, Reach, TransportError

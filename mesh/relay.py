@@ -23,7 +23,8 @@ from libp2p.peer.id import ID
 from multiaddr import Multiaddr  # type: ignore[import-untyped]
 
 from .frames import RemoteProtocolError
-from .patches import Link, Network, open_stream
+from .link import Link, open_stream
+from .patches import Network
 from .relay_messages import HOP, MAX_MESSAGE, STOP, Hop, HopMessage, Status, Stop, StopMessage
 from .streams import read_delimited
 from .transport import PeerId, Relaying, TransportError

@@ -19,7 +19,8 @@ from multiaddr import Multiaddr  # type: ignore[import-untyped]
 
 from .addresses import CIRCUIT, Circuit, parse
 from .frames import RemoteProtocolError
-from .patches import Link, Network, open_stream
+from .link import Link, open_stream
+from .patches import Network
 from .relay_messages import HOP, MAX_MESSAGE, STOP, Hop, HopMessage, Status, Stop, StopMessage
 from .streams import read_delimited
 from .transport import PeerId, TransportError

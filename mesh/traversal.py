@@ -15,7 +15,8 @@ from libp2p.peer.id import ID
 from .addresses import Circuit
 from .hole_punching import DIRECT_TIME, HolePunching
 from .library_host import LibraryHost
-from .patches import Link, Network
+from .link import Link
+from .patches import Network
 from .reachability import DialBack, ReachabilityCheck
 from .relay import Relay
 from .relay_client import RelayClient

@@ -19,7 +19,16 @@ MAY_IMPORT: dict[str, set[str]] = {
 ONLY_IN: dict[str, set[str]] = {
     "libp2p": {
         f"mesh/{name}.py"
-        for name in ("host", "library_host", "patches", "pnet", "mdns", "streams", "gossipsub")
+        for name in (
+            "host",
+            "library_host",
+            "link",
+            "patches",
+            "pnet",
+            "mdns",
+            "streams",
+            "gossipsub",
+        )
     }
     # About connections themselves, below `Transport`.
     | {f"mesh/{name}.py" for name in ("relay", "relay_client", "hole_punching", "traversal")},

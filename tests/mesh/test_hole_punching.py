@@ -16,6 +16,7 @@ from multiaddr import Multiaddr  # type: ignore[import-untyped]
 
 from promptmesh.mesh import hole_punching, patches
 from promptmesh.mesh.host import Libp2pTransport
+from promptmesh.mesh.link import Link
 from promptmesh.mesh.relay_messages import DCUTR, Punch, PunchMessage
 from promptmesh.mesh.streams import read_delimited
 from promptmesh.mesh.transport import Stream, TransportError
@@ -92,7 +93,7 @@ async def test_who_was_reached_begins_and_tries_three_times(
         host("b", listens=False) as b,
     ):
 
-        async def answer(link: patches.Link, stream: Stream) -> None:
+        async def answer(link: Link, stream: Stream) -> None:
             seen.append(await read(stream))
             await stream.send_all(connect(address_of(1)))
             seen.append(await read(stream))

@@ -10,7 +10,7 @@ import trio
 from libp2p.peer.id import ID
 from trio.testing import wait_all_tasks_blocked
 
-from promptmesh.mesh import gossipsub, patches, pnet
+from promptmesh.mesh import gossipsub, link, patches, pnet
 from promptmesh.mesh.host import HostSettings, Libp2pTransport, open_host
 from promptmesh.mesh.transport import Stream, TransportError
 
@@ -232,7 +232,7 @@ async def test_a_ping_of_a_stopped_peer_waits_until_it_is_cancelled(nursery: tri
 async def test_opening_a_stream_to_a_stopped_peer_fails_in_time(
     nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(patches, "NEGOTIATE_TIMEOUT", 0.1)
+    monkeypatch.setattr(link, "NEGOTIATE_TIMEOUT", 0.1)
     async with host("a") as a, host("b") as b:
         (await connect_by_tunnel(nursery, a, b)).swallow()
         with trio.fail_after(SOON), pytest.raises(TransportError, match="in time"):

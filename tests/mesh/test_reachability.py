@@ -13,7 +13,7 @@ from libp2p.peer.id import ID
 from promptmesh.mesh import reachability
 from promptmesh.mesh.frames import RemoteProtocolError, decode_value, encode_value
 from promptmesh.mesh.host import Libp2pTransport
-from promptmesh.mesh.patches import Link
+from promptmesh.mesh.link import Link
 from promptmesh.mesh.reachability import DIAL_BACK, Finding, Question, Reachability, ask
 from promptmesh.mesh.transport import Stream, TransportError
 

@@ -11,6 +11,7 @@ from multiaddr import Multiaddr  # type: ignore[import-untyped]
 
 from promptmesh.mesh import hole_punching, patches, relay, relay_client
 from promptmesh.mesh.host import Libp2pTransport
+from promptmesh.mesh.link import open_stream
 from promptmesh.mesh.relay_messages import HOP, STOP, Hop, HopMessage, Status, Stop, StopMessage
 from promptmesh.mesh.streams import read_delimited
 from promptmesh.mesh.transport import TransportError
@@ -274,7 +275,7 @@ async def test_a_peer_that_does_not_take_a_circuit_is_not_reached() -> None:
 async def test_who_is_not_who_the_relay_says_is_not_let_in() -> None:
     async with host("r", offers=True) as r, host("a", listens=False) as a:
         await reserve(a, r)
-        stream = await patches.open_stream(r.network.link(ID.from_base58(a.peer_id)), [STOP])
+        stream = await open_stream(r.network.link(ID.from_base58(a.peer_id)), [STOP])
         call = StopMessage(kind=Stop.CONNECT, peer=ID.from_base58(STRANGER).to_bytes())
         await stream.send_all(call.encode())
         answer = StopMessage.decode(await read_delimited(stream, 4096))
