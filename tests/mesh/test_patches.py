@@ -397,6 +397,14 @@ async def _gossip(a: Libp2pTransport, pubsub: Pubsub) -> None:
     while not heard:
         await pubsub.publish(TOPIC, b"from the library")
         await trio.sleep(0.01)
-    await a.publish(TOPIC, b"from us")
-    while (await subscription.get()).data != b"from us":
-        pass
+    async with trio.open_nursery() as nursery:
+
+        async def say() -> None:
+            while True:
+                await a.publish(TOPIC, b"from us")
+                await trio.sleep(0.01)
+
+        nursery.start_soon(say)
+        while (await subscription.get()).data != b"from us":
+            pass
+        nursery.cancel_scope.cancel()
