@@ -55,7 +55,7 @@ ORDER = (
     "local_hf",
 )
 #: Known by name, but not built.
-NOT_BUILT = frozenset({"copilot_cli", "copilot_sdk", "claude_code"})
+NOT_BUILT = frozenset({"copilot_cli", "copilot_sdk"})
 #: Never tried where no provider is named.
 ONLY_BY_NAME = ("echo", "openai_compatible")
 

@@ -63,5 +63,10 @@ class RouterSettings:
         "The model of `gemini_cli`.",
         left_out="`gemini-flash-latest` where there is a key, else the command's own",
     )
+    claude_model: str = setting(
+        "",
+        "The model of `claude_code`.",
+        left_out="the first that Anthropic lists where there is a key, else `sonnet`",
+    )
     #: Of the variable `openrouter_api_key`.
     openrouter_api_key: Secret | None = field(default=None)

@@ -69,6 +69,17 @@ def _look_for_gemini(environment: Mapping[str, str], options: Mapping[str, Any])
     return look(environment, str(options.get("command") or COMMAND), keyed=keyed)
 
 
+def _look_for_claude(environment: Mapping[str, str], options: Mapping[str, Any]) -> Health:
+    from ..providers.claude_found import COMMAND, look
+    from ..providers.claude_settings import KEY, NO_KEY, TOKEN
+
+    keyed = any(environment.get(name) for name in (KEY, TOKEN))
+    mode = options.get("mode", "auto")
+    if mode == "http" or (keyed and mode == "auto"):
+        return Health() if keyed else Health(state="unavailable", reason=NO_KEY)
+    return look(environment, str(options.get("command") or COMMAND), keyed=keyed)
+
+
 VENDORS: Mapping[str, Vendor] = {
     "codex_cli": Vendor(
         model=lambda said: said.codex_cli_model or said.codex_model,
@@ -76,4 +87,5 @@ VENDORS: Mapping[str, Vendor] = {
         options=_options_of_codex,
     ),
     "gemini_cli": Vendor(model=lambda said: said.gemini_model, look=_look_for_gemini),
+    "claude_code": Vendor(model=lambda said: said.claude_model, look=_look_for_claude),
 }

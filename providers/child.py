@@ -232,6 +232,11 @@ class Child:
         self._over = True
         self._hurry()
 
+    def kill(self) -> None:
+        """Let its group do nothing more, without a grace; `end` waits until it is gone."""
+        if self._process.returncode is None:
+            _signal(self.pid, signal.SIGKILL)
+
     async def end(self) -> None:
         """End its group: SIGTERM, then SIGKILL. Returns when it is gone."""
         # Not where all is over: the number might be another's by now.

@@ -150,6 +150,8 @@ class _Chunks:
             raise self._decoder.broken(str(error)) from None
         if line is not None:
             self._decoder.event("", line)
+            if self._decoder.finished or self._decoder.failure is not None:
+                self._child.kill()  # before it asks for more, which some do
             return
         code = await self._child.ended()
         report = await trio.to_thread.run_sync(_read_report, self._launch.report)

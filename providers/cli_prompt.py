@@ -19,6 +19,9 @@ from .base import (
     RequestRejected,
 )
 
+#: Who the model is where a request does not say. A program's own text, which makes an agent of it,
+#: would be sent otherwise.
+PLAIN_SYSTEM = "You are a helpful assistant."
 #: Who says what stands above the others' turns.
 _ABOVE = ("system", "developer")
 

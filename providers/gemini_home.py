@@ -19,7 +19,7 @@ from typing import Any
 from .base import GenerateRequest, ProviderUnavailable
 from .child import MAX_LINE, Folder
 from .cli_answer import Launch
-from .cli_prompt import CliPrompt
+from .cli_prompt import PLAIN_SYSTEM, CliPrompt
 from .gemini_found import NOT_LOGGED_IN, home, login_file
 from .gemini_messages import MAX_STOP, sampling_fields
 from .gemini_options import GeminiOptions, least_thoughts, safety_settings, thinking_config
@@ -27,8 +27,6 @@ from .gemini_options import GeminiOptions, least_thoughts, safety_settings, thin
 #: The command reads no more than 8 MiB and drops the rest without a word; above the context window
 #: of 1,048,576 tokens, which is less, it asks nobody, and ends as if all were well.
 MAX_PROMPT = 4_000_000
-#: Who the model is where the request does not say: the command's own 22 kB would be sent otherwise.
-PLAIN_SYSTEM = "You are a helpful assistant."
 #: What it puts something else for in a system text.
 SUBSTITUTED = ("${AgentSkills}", "${SubAgents}", "${AvailableTools}")
 #: A file of a login is read so far, in bytes.

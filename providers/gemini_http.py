@@ -143,7 +143,7 @@ class GeminiHttp:
         refused = type(failure) is RequestRejected
         return refused and self._quirks.learn(request.model, failure.message)
 
-    def decoder(self) -> GeminiDecoder:
+    def decoder(self, request: GenerateRequest) -> GeminiDecoder:
         return GeminiDecoder(self.errors, self._signatures)
 
     def _learn(self, body: bytes) -> None:

@@ -48,8 +48,8 @@ class Server(Protocol):
         """Can the request be sent again without what the server refused?"""
         ...
 
-    def decoder(self) -> StreamDecoder:
-        """A decoder of one reply."""
+    def decoder(self, request: GenerateRequest) -> StreamDecoder:
+        """A decoder of the reply."""
         ...
 
 
@@ -65,7 +65,7 @@ class HttpAnswer:
     async def __aenter__(self) -> Answering:
         server, request = self._server, self._request
         reply = await self._accepted()
-        self._chunks = _Chunks(reply, server.decoder(), request)
+        self._chunks = _Chunks(reply, server.decoder(request), request)
         return Answering(Origin(provider=server.name, model=request.model), self._chunks)
 
     async def _accepted(self) -> HttpReply:

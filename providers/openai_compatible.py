@@ -164,7 +164,7 @@ class OpenAICompatible:
     def learn(self, request: GenerateRequest, failure: GenerateError) -> bool:
         return type(failure) is RequestRejected and self._quirks.learn(failure.message)
 
-    def decoder(self) -> AnswerDecoder:
+    def decoder(self, request: GenerateRequest) -> AnswerDecoder:
         return AnswerDecoder(self.errors)
 
     # Its models.

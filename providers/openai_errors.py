@@ -50,7 +50,7 @@ _FILTERED = re.compile(
 _KEY = re.compile(r"api[_ -]?key|invalid_authentication|unauthori[sz]ed", re.IGNORECASE)
 _NO_MODEL = re.compile(
     r"model_not_found|no models? (is |are )?loaded|models?\b.{0,200}\b(not found|does not exist)"
-    r"|not_found_error model:",
+    r"|model\b.{0,200}\bmay not exist|not_found_error model:",
     re.IGNORECASE | re.DOTALL,
 )
 _NO_CREDIT = re.compile(r"insufficient_quota|credit balance|API usage limits", re.IGNORECASE)

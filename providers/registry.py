@@ -220,9 +220,29 @@ def _gemini_options() -> type[msgspec.Struct]:
     return GeminiOptions
 
 
+def _claude_code(name: str, settings: Mapping[str, Any]) -> Provider:
+    from .claude_settings import ClaudeSettings
+
+    said = read_settings(ClaudeSettings, settings, name=name)
+    if said.way == "http":
+        from .anthropic_http import AnthropicHttp
+
+        return AnthropicHttp(said)
+    from .claude_cli import ClaudeCli
+
+    return ClaudeCli(said)
+
+
+def _claude_options() -> type[msgspec.Struct]:
+    from .anthropic_messages import ClaudeOptions
+
+    return ClaudeOptions
+
+
 register("echo", _echo)
 register("openai_compatible", _openai_compatible, options=None)
 register("openrouter", _openrouter, options=None)
 register("local_hf", _local_hf)
 register("codex_cli", _codex_cli, options=_codex_options)
 register("gemini_cli", _gemini_cli, options=_gemini_options)
+register("claude_code", _claude_code, options=_claude_options)

@@ -45,7 +45,13 @@ VARIABLES: Mapping[str, tuple[str, ...]] = {
         "GOOGLE_GEMINI_BASE_URL",
         "GOOGLE_CLOUD_PROJECT",
     ),
-    "claude_code": ("CLAUDE_CONFIG_DIR", "CLAUDE_CODE_OAUTH_TOKEN", "ANTHROPIC_API_KEY"),
+    "claude_code": (
+        "CLAUDE_CONFIG_DIR",
+        "CLAUDE_CODE_OAUTH_TOKEN",
+        "ANTHROPIC_API_KEY",
+        "ANTHROPIC_AUTH_TOKEN",
+        "ANTHROPIC_BASE_URL",
+    ),
 }
 
 

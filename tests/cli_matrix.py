@@ -98,6 +98,15 @@ CORE = ("ok", "truncate", "e401", "e429-7", "e500", "hang", "drop", "empty", "ba
 BUT: Mapping[str, Mapping[str, Gives]] = {
     # It does not say how long the server wants to be left alone.
     "codex": {"e429-7": Gives(ProviderRefused, retry_after=TOO_OFTEN)},
+    "claude": {
+        # The command does not tell how long to wait, and drops the text of a connection that broke.
+        "e429-7": Gives(ProviderRefused, retry_after=TOO_OFTEN),
+        "drop": Gives(ProviderUnavailable),
+        "reset": Gives(ProviderUnavailable),
+        # It tries these again, before it tells.
+        "e400": Gives(RequestRejected, requests=3),
+        "e404": Gives(ProviderRefused, requests=2),
+    },
 }
 
 

@@ -60,4 +60,10 @@ PROGRAMS: Mapping[str, CliProgram] = {
         lambda path, base: {"mode": "cli", "command": path, "base_url": base},
         before=r"\n?",
     ),
+    "claude": CliProgram(
+        "claude_code",
+        "bin/claude",
+        lambda path, base: {"mode": "cli", "command": path, "base_url": base},
+        before=r"\n?",
+    ),
 }

@@ -35,10 +35,10 @@ from promptmesh.providers.base import (
     Text,
 )
 from promptmesh.providers.child import Folder
-from promptmesh.providers.cli_prompt import CliPrompt
+from promptmesh.providers.cli_prompt import PLAIN_SYSTEM, CliPrompt
 from promptmesh.providers.gemini_cli import GeminiCli
 from promptmesh.providers.gemini_found import installed_version, look
-from promptmesh.providers.gemini_home import PLAIN_SYSTEM, Login, may_name_a_file, settings_of
+from promptmesh.providers.gemini_home import Login, may_name_a_file, settings_of
 from promptmesh.providers.gemini_http import GeminiHttp
 from promptmesh.providers.gemini_options import GeminiOptions
 from promptmesh.providers.gemini_settings import GeminiSettings

@@ -1,0 +1,189 @@
+"""Claude by its command, for those who have only a login: one process for each answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import trio
+
+from .anthropic_messages import ClaudeOptions, read_claude_options
+from .base import (
+    Embedding,
+    EmbedRequest,
+    GenerateRequest,
+    Health,
+    ModelOffer,
+    Origin,
+    ProviderUnavailable,
+)
+from .child import MAX_LINE, Folder
+from .claude_found import BRIEF, LOGIN, NOT_INSTALLED, QUIET, ask, login_file, look
+from .claude_output import ClaudeOutput
+from .claude_settings import BASE_URL, KEY, TOKEN, URL, ClaudeSettings
+from .cli_answer import CliAnswer, Launch
+from .cli_found import Remembered, find
+from .cli_prompt import PLAIN_SYSTEM, CliPrompt, cli_prompt
+from .openai_errors import ErrorReader
+
+#: The model where none is configured: what the command calls the newest of that size.
+MODEL = "sonnet"
+#: The command takes 10 MB; above the context windows it asks nobody.
+MAX_PROMPT = 8_000_000
+_HINT = "log in again: start `claude` and type `/login`; or check the key"
+
+_FLAGS = (
+    "-p",
+    "--output-format",
+    "stream-json",
+    "--verbose",
+    "--include-partial-messages",
+    "--no-session-persistence",
+    "--strict-mcp-config",
+    "--disable-slash-commands",
+    "--permission-mode",
+    "dontAsk",
+    "--tools",
+    "",
+    "--setting-sources",
+    "",
+)
+_VARIABLES = {
+    **QUIET,
+    "DISABLE_TELEMETRY": "1",
+    "DISABLE_ERROR_REPORTING": "1",
+    # One try: who is asked next is the router's business.
+    "CLAUDE_CODE_MAX_RETRIES": "0",
+    "CLAUDE_CODE_DISABLE_NONSTREAMING_FALLBACK": "1",
+    "CLAUDE_CODE_DISABLE_REFUSAL_RETRY": "1",
+    "CLAUDE_CODE_DISABLE_REFUSAL_FALLBACK": "1",
+    # A prompt with `@/path` would show the model that file.
+    "CLAUDE_CODE_DISABLE_ATTACHMENTS": "1",
+    "CLAUDE_CODE_DISABLE_CLAUDE_MDS": "1",
+    "CLAUDE_CODE_DISABLE_AUTO_MEMORY": "1",
+}
+
+
+class ClaudeCli:
+    """A `Provider`."""
+
+    def __init__(self, settings: ClaudeSettings) -> None:
+        """Raises `ValueError` that names the wrong setting; starts nothing."""
+        url = settings.url
+        self._settings = settings
+        self._place = {URL: url} if url != BASE_URL else {}
+        self._errors = ErrorReader(settings.name, [settings.key, settings.token], key=_HINT)
+        self._health: Remembered[Health] = Remembered()
+        models = settings.models or (MODEL,)
+        self._offers = tuple(ModelOffer(id=model, egress=True) for model in models)
+
+    @property
+    def name(self) -> str:
+        return self._settings.name
+
+    def models(self) -> Sequence[ModelOffer]:
+        """The configured ones: the command tells of none."""
+        return self._offers
+
+    def open(self, request: GenerateRequest) -> CliAnswer:
+        return CliAnswer(
+            Origin(provider=self.name, model=request.model),
+            partial(self._prepare, request),
+            ClaudeOutput(self._errors),
+            stop=request.sampling.stop,
+        )
+
+    def _prepare(self, request: GenerateRequest, folder: Folder) -> Launch:
+        """Raises a `GenerateError`, `OSError`."""
+        prompt = cli_prompt(request, self.name, most_bytes=MAX_PROMPT)
+        options = read_claude_options(request, self._settings.options)
+        program = find(self._settings.command, self._settings.environment)
+        if program is None:
+            text = f"{self.name} is {NOT_INSTALLED.reason}: {NOT_INSTALLED.hint}"
+            raise ProviderUnavailable(text)
+        system = folder.write("system.md", prompt.system or PLAIN_SYSTEM)
+        access = self._access(folder)
+        alone = "--bare" if KEY in access else "--restricted"
+        effort = ("--effort", options.effort) if options.effort else ()
+        said = _text(prompt).encode()
+        return Launch(
+            command=(
+                program,
+                *_FLAGS,
+                alone,
+                *effort,
+                "--model",
+                request.model,
+                "--system-prompt-file",
+                str(system),
+            ),
+            environment={
+                **self._seen(),
+                **_VARIABLES,
+                **_limits(request, options),
+                **access,
+                "CLAUDE_CODE_TMPDIR": str(folder.temporary),
+            },
+            text=said,
+            max_line=MAX_LINE + 2 * len(said),
+        )
+
+    def _seen(self) -> Mapping[str, str]:
+        own = self._settings.environment
+        return {name: value for name, value in own.items() if name not in (KEY, TOKEN, URL, LOGIN)}
+
+    def _access(self, folder: Folder) -> Mapping[str, str]:
+        """A key that was configured for it, else the login, else a key of the environment.
+
+        Only the login that the command keeps in a file needs the user's own folder: its refresh
+        token changes each time it is used, so a copy would make the user's own useless.
+        """
+        settings, own = self._settings, self._settings.environment
+        home = {**self._place, "HOME": str(folder.path), "CLAUDE_CONFIG_DIR": str(folder.path)}
+        if own.get(LOGIN) and not settings.api_key:
+            return {**home, LOGIN: own[LOGIN]}
+        if settings.key and (settings.api_key or not login_file(own).exists()):
+            return {**home, KEY: settings.key}
+        return self._place
+
+    async def embed(self, request: EmbedRequest) -> Sequence[Embedding]:
+        raise ProviderUnavailable(f"{self.name} makes no embeddings")
+
+    async def check(self) -> Health:
+        """By files, and what the command says of itself; that is remembered."""
+        settings = self._settings
+        keyed = bool(settings.key)
+        health = await trio.to_thread.run_sync(
+            partial(look, settings.environment, settings.command, keyed=keyed)
+        )
+        program = find(settings.command, settings.environment)
+        if health.state != "ready" or program is None:
+            return health
+        files = (program, str(login_file(settings.environment)))
+        with trio.move_on_after(BRIEF):
+            return await self._health.get(files, partial(self._ask, program, keyed=keyed))
+        return health  # it is too slow now: as far as files tell
+
+    async def _ask(self, program: str, *, keyed: bool) -> Health:
+        own = self._settings.environment
+        login = {LOGIN: own[LOGIN]} if own.get(LOGIN) else {}
+        try:
+            return await ask(program, {**self._seen(), **login}, keyed=keyed)
+        except OSError as error:
+            reason = f"it cannot be started: {error.strerror or error}"
+            return Health(state="unavailable", reason=reason, hint=NOT_INSTALLED.hint)
+
+
+def _text(prompt: CliPrompt) -> str:
+    """What arrives as this prompt: one that begins with `/` might be a command of its own."""
+    return f"\n{prompt.text}" if prompt.text.startswith("/") else prompt.text
+
+
+def _limits(request: GenerateRequest, options: ClaudeOptions) -> Mapping[str, str]:
+    """The command thinks unless it is told otherwise, and of the tokens of the answer."""
+    budget = options.thinking if isinstance(options.thinking, int) else 0
+    most = request.sampling.max_tokens
+    found = {"CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(most + budget)} if most else {}
+    if options.thinking is None:
+        return {**found, "CLAUDE_CODE_DISABLE_THINKING": "1"}
+    return {**found, "MAX_THINKING_TOKENS": str(budget)} if budget else found
