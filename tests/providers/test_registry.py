@@ -31,6 +31,7 @@ URL = "http://127.0.0.1:9000/v1"
 
 def test_kinds() -> None:
     assert kinds() == [
+        "claude_code",
         "codex_cli",
         "echo",
         "gemini_cli",
