@@ -65,7 +65,7 @@ def test_openai_compatible() -> None:
         (
             "x",
             {},
-            "provider 'p': no kind 'x'; there is claude_code, codex_cli, echo, gemini_cli, local_hf",
+            "provider 'p': no kind 'x'; there is claude_code, codex_cli, echo, gemini_cli, ",
         ),
         (
             "openai_compatible",
