@@ -67,6 +67,12 @@ def _say_what_is_next(
     say(f"made {', '.join(made)} in {home.path}" if made else f"{home.path} is complete")
     say(f"  node   {config.node.name}  {home.peer_id()}")
     say(f"  model  {config.local_hf.model or 'none of its own (local_hf.model)'}")
+    from .finding_servers import find_now, found_tables  # trio and an HTTP client
+
+    found = find_now(config)
+    for table, server in zip(found_tables(found, config), found, strict=True):
+        models = f"{len(server.models)} models" if len(server.models) != 1 else server.models[0]
+        say(f"  found  {table.name} at 127.0.0.1:{server.port} ({models})")
     say("next")
     say(f"  {typed(args, 'up')}         start the node")
     say(f"  {typed(args, 'invite')}     print the link by which other machines join")

@@ -22,6 +22,7 @@ from .config_sections import (
     KuboConfig,
     LimitsConfig,
     LocalHFConfig,
+    LocalServersConfig,
     MeshConfig,
     NodeConfig,
     ProviderConfig,
@@ -77,6 +78,7 @@ class Config:
     cache: CacheConfig = field(default_factory=CacheConfig)
     kubo: KuboConfig = field(default_factory=KuboConfig)
     local_hf: LocalHFConfig = field(default_factory=LocalHFConfig)
+    local_servers: LocalServersConfig = field(default_factory=LocalServersConfig)
     deadlines: DeadlinesConfig = field(default_factory=DeadlinesConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     providers: tuple[ProviderConfig, ...] = ()

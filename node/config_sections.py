@@ -74,6 +74,13 @@ def check_multibase(text: str) -> str:
     return text
 
 
+def check_port(text: str) -> str:
+    """The number of a port. Raises `ValueError`."""
+    if not re.fullmatch(r"[0-9]{1,5}", text) or not 0 < int(text) < 65536:
+        raise ValueError("expected a port from 1 to 65535")
+    return text
+
+
 def check_kubo_api(text: str) -> str:
     """The address of a Kubo's RPC, or nothing. Raises `ValueError`."""
     if text:
@@ -270,6 +277,24 @@ class LocalHFConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LocalServersConfig:
+    """Model servers on this machine that are found without being configured."""
+
+    enabled: bool = setting(
+        True,
+        "Look for them, at the start and while the node runs. A server that has a table of its own "
+        "(`[[providers]]` with its `base_url`) is not looked for.",
+    )
+    ports: tuple[str, ...] = setting(
+        ("8000", "30000", "11434", "8080", "1234"),
+        "The ports of 127.0.0.1 that are looked at: those of vLLM, SGLang, Ollama, llama.cpp and "
+        "LM Studio.",
+        check=check_port,
+    )
+    share: bool = setting(True, "May peers use what is found?")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DeadlinesConfig:
     """How long a request may take before the next candidate is tried, or it fails."""
 
@@ -405,6 +430,7 @@ SECTIONS: dict[str, Any] = {
     "cache": CacheConfig,
     "kubo": KuboConfig,
     "local_hf": LocalHFConfig,
+    "local_servers": LocalServersConfig,
     "deadlines": DeadlinesConfig,
     "limits": LimitsConfig,
 }

@@ -36,6 +36,7 @@ from .api_share import ShareApi
 from .api_usage import UsageApi
 from .config import Config, child_environment, home_path
 from .embed_router import EmbedRouter
+from .finding_servers import ServerFinder
 from .home import Home, HomeError
 from .http_server import HttpServer, Limits, open_listeners
 from .logs import set_up_logging
@@ -159,7 +160,8 @@ class Node:
         address = f"[{http.host}]:{port}" if ":" in http.host else f"{http.host}:{port}"
         await self._nursery.start(server.serve, listeners)
         with self._home.announced(address):
-            self._nursery.start_soon(self._parts.providers.run)
+            await self._nursery.start(self._parts.providers.run)
+            self._nursery.start_soon(ServerFinder(self._config, self._parts.providers).run)
             self._nursery.start_soon(self._parts.answers.run)
             self._nursery.start_soon(self._parts.ledger.run)
             if self._parts.layers is not None:

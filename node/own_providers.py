@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import trio
 
@@ -23,6 +24,10 @@ from ..providers.variables import VARIABLES, environment_of
 from .config import SUBSCRIPTION_KINDS, Config, ProviderConfig
 from .limiters import Limiters
 from .pricing import Priced, Purse
+
+if TYPE_CHECKING:
+    # The stubs that come with libp2p know `trio` without it.
+    from trio_typing import TaskStatus
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +143,8 @@ class OwnProviders:
         self._backends = [provider.backend() for provider in providers]
         #: Called when what any of them offers has changed.
         self.on_change: list[Callable[[], None]] = []
+        #: Where they run; None: not yet.
+        self._nursery: trio.Nursery | None = None
 
     def __iter__(self) -> Iterator[OwnProvider]:
         return iter(self._providers)
@@ -164,10 +171,33 @@ class OwnProviders:
         for own in self._providers:
             own.admission.urge(request_id, priority)
 
-    async def run(self) -> None:
+    async def run(self, *, task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run what needs running, and watch all, until cancelled."""
-        async with trio.open_nursery() as nursery:
+        async with trio.open_nursery() as self._nursery:
             for own in self._providers:
+                self._nursery.start_soon(self._run, own, trio.CancelScope())
+            task_status.started()
+            await trio.sleep_forever()
+
+    @contextmanager
+    def added(self, own: OwnProvider) -> Iterator[None]:
+        """One more, while inside. What it answers then goes on to its end."""
+        assert self._nursery is not None, "they run"
+        scope, backend = trio.CancelScope(), own.backend()
+        self._providers.append(own)
+        self._backends.append(backend)
+        self._nursery.start_soon(self._run, own, scope)
+        try:
+            yield
+        finally:
+            scope.cancel()
+            self._providers.remove(own)
+            self._backends.remove(backend)
+            self._changed()
+
+    async def _run(self, own: OwnProvider, scope: trio.CancelScope) -> None:
+        with scope:
+            async with trio.open_nursery() as nursery:
                 if isinstance(own.admission.provider, Runs):
                     nursery.start_soon(own.admission.provider.run)
                 nursery.start_soon(own.watch, self._changed)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -50,13 +51,14 @@ from ..providers.base import (
 from ..providers.plain import MAX_THREADS, PlainProvider, is_provider
 from ..providers.registry import Runs, options_fault
 from ..providers.tokens import TokenCount, count_tokens
-from .config import CacheConfig, Config, child_environment
+from .config import CacheConfig, Config, ProviderConfig, child_environment
+from .finding_servers import find_servers, found_tables
 from .home import Home, HomeError
 from .parts import Parts, open_parts
 from .router import Router
 from .running_node import RunningNode
 from .seed_ask import Ask, Options
-from .seed_providers import Plan, Unusable
+from .seed_providers import ANY_SERVER, SERVERS, Plan, Unusable
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +70,8 @@ LOOK = 0.05
 MAX_LOADED = 2
 #: Providers of other kinds that are kept: a key that changes makes another one.
 MAX_KEPT = 32
+#: Seconds between two looks for model servers on this machine.
+LOOK_SERVERS = 10.0
 #: Calls of a `remote_cache` at once.
 REMOTE_CALLS = 4
 
@@ -109,6 +113,9 @@ class Engine:
         self._remote_limiter = trio.CapacityLimiter(REMOTE_CALLS)
         self._limiters: WeakKeyDictionary[Any, trio.CapacityLimiter] = WeakKeyDictionary()
         self._remote_told = False
+        #: Model servers of this machine, as they were found last.
+        self._servers: Sequence[ProviderConfig] = ()
+        self._look_again = -math.inf
         self._rng = Random()
         self._budget = retry_budget(trio.current_time())
 
@@ -152,7 +159,19 @@ class Engine:
         starting = {b.plan.name: b.progress for b in self._built.values() if b.progress}
         return f"{said} ({_listed(starting)})" if starting else said
 
+    async def _with_servers(self, ask: Ask) -> Ask:
+        """The call, with the model servers of this machine, where it may be about one."""
+        if ask.fixed is not None or not {ANY_SERVER, *SERVERS}.intersection(ask.names):
+            return ask
+        now, config = trio.current_time(), ask.planner.config
+        if now >= self._look_again:
+            self._servers = found_tables(await find_servers(config), config)
+            self._look_again = trio.current_time() + LOOK_SERVERS
+        planner = dataclasses.replace(ask.planner, found=self._servers)
+        return dataclasses.replace(ask, planner=planner)
+
     async def _answer(self, ask: Ask, emit: Callable[[str], None]) -> str:
+        ask = await self._with_servers(ask)
         plans = {plan.name: plan for plan in self._plans(ask)}
         if not plans:
             raise ProviderUnavailable(f"no provider can be used: {_listed(ask.trace.skipped)}")
@@ -279,6 +298,7 @@ class Engine:
         Raises what `generate_text` does.
         """
         with trio.move_on_after(ask.options.timeout):
+            ask = await self._with_servers(ask)
             plans = self._plans(ask)
             if not plans:
                 raise ProviderUnavailable(f"no provider can be used: {_listed(ask.trace.skipped)}")

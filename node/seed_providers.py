@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -58,6 +58,10 @@ ORDER = (
 NOT_BUILT = frozenset({"copilot_cli", "copilot_sdk"})
 #: Never tried where no provider is named.
 ONLY_BY_NAME = ("echo", "openai_compatible")
+#: The first model server that is configured, or was found.
+ANY_SERVER = "openai_compatible"
+#: What those are called that are found (`providers/local_servers.py`).
+SERVERS = frozenset({"vllm", "sglang", "ollama", "llama_cpp", "lm_studio"})
 
 MAX_TOKENS, LOCAL_MAX_TOKENS = 256, 128
 #: The model of `local_hf` where nothing says another.
@@ -141,11 +145,14 @@ class Planner:
     settings: RouterSettings
     home: Home
     manager: Any = None
+    #: Model servers that were found on this machine.
+    found: Sequence[ProviderConfig] = ()
 
     def order(self) -> Iterator[str]:
         """The names to try where none is given."""
         yield from ORDER[:-1]
         yield from (table.name for table in self.config.providers)
+        yield ANY_SERVER
         yield ORDER[-1]
 
     def plan(self, name: str, model: str | None) -> Plan:
@@ -156,9 +163,11 @@ class Planner:
         name = plain_name(name)
         if name in NOT_BUILT:
             raise Unusable("not available in this version of promptmesh")
-        table = next((t for t in self.config.providers if t.name.lower() == name), None)
+        table = next((t for t in self._tables if t.name.lower() == name), None)
         if table is not None:
             return self._configured(table, model)
+        if name in SERVERS:
+            raise Unusable(f"no {name} {self._not_found}")
         plans: dict[str, Callable[[str | None], Plan]] = {
             "backend_manager": self._node,
             "openrouter": self._openrouter,
@@ -174,6 +183,16 @@ class Planner:
             return self._plain(name, lambda: _plugged(name), model, 0)
         raise ValueError(f"no provider is named {name!r}; there is {', '.join(self._known())}")
 
+    @property
+    def _tables(self) -> Sequence[ProviderConfig]:
+        return (*self.config.providers, *self.found)
+
+    @property
+    def _not_found(self) -> str:
+        if not self.config.local_servers.enabled:
+            return "is configured, and local_servers.enabled is false"
+        return f"answers on the ports {', '.join(self.config.local_servers.ports)}"
+
     def _known(self) -> list[str]:
         tables = [table.name for table in self.config.providers]
         return sorted({*ORDER, *ONLY_BY_NAME, *tables, *_registered, *plugins()})
@@ -187,6 +206,11 @@ class Planner:
             and registered(name) is None
         ):
             raise Unusable("not enabled (PROMPTMESH_ENABLE_BACKEND_MANAGER=1 enables it)")
+        if name == ANY_SERVER:
+            # Those of the configuration stand in the order by their own names.
+            if not self.found:
+                raise Unusable(f"no model server {self._not_found}")
+            return self._configured(self.found[0], model)
         return self.plan(name, model)
 
     # --- each of them
@@ -262,11 +286,11 @@ class Planner:
         return self._may_be_usable(table, model or default)
 
     def _any_server(self, model: str | None) -> Plan:
-        for table in self.config.providers:
-            if table.kind == "openai_compatible":
+        for table in self._tables:
+            if table.kind == ANY_SERVER:
                 return self._configured(table, model)
         path = self.home.config_path
-        raise Unusable(f"no server is configured: add one as [[providers]] in {path}")
+        raise Unusable(f"no model server {self._not_found}; add one as [[providers]] in {path}")
 
     def _built(self, table: ProviderConfig, model: str, more: tuple[object, ...]) -> Plan:
         return Plan(

@@ -58,7 +58,9 @@ def clean_environment(**extra: str) -> dict[str, str]:
         for name, value in os.environ.items()
         if not name.startswith(("PROMPTMESH_", "IPFS_ACCELERATE_PY_"))
     }
-    return kept | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | extra
+    ours = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    # What happens to listen on this machine is none of a test's business.
+    return kept | ours | {"PROMPTMESH_LOCAL_SERVERS_ENABLED": "false"} | extra
 
 
 async def until(

@@ -168,7 +168,7 @@ def run(home: Path, *arguments: str, stdin: str | None = "", tty: bool = False, 
     for name in environ:
         if name.startswith(("PROMPTMESH_", "IPFS_ACCELERATE_PY_", "NO_COLOR")):
             del os.environ[name]
-    os.environ.update({"TERM": "xterm", **env})
+    os.environ.update({"TERM": "xterm", "PROMPTMESH_LOCAL_SERVERS_ENABLED": "false", **env})
     sys.stdin, sys.stdout, sys.stderr = (
         _Terminal() if stdin is None else io.StringIO(stdin),
         out,

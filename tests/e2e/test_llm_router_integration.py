@@ -70,6 +70,7 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ven
     os.environ["PROMPTMESH_HOME"] = str(tmp_path / "home")
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["PROMPTMESH_LOCAL_SERVERS_ENABLED"] = "false"
     monkeypatch.chdir(tmp_path)
     with vendor() as running, vendors_in_a_thread() as vendors:
         os.environ["PATH"] = f"{CLIS / 'bin'}:{before['PATH']}"

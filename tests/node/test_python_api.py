@@ -53,6 +53,7 @@ def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if re.match("(?i)promptmesh_|ipfs_|openrouter_", name):
             monkeypatch.delenv(name)
+    monkeypatch.setenv("PROMPTMESH_LOCAL_SERVERS_ENABLED", "false")
 
 
 @pytest.fixture
@@ -314,6 +315,25 @@ def test_the_next_is_asked_and_the_trace_says_so(
     openrouter.status = 400
     with pytest.raises(RuntimeError, match="400"):
         generate_text("hello again")
+
+
+def test_a_model_server_that_runs_here_is_used(
+    deps: RouterDeps, openrouter: Vendor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(RuntimeError, match=r"no model server is configured, and local_servers"):
+        generate_text("one two", provider="openai_compatible")
+    port = openrouter.url.split(":")[2].split("/")[0]
+    monkeypatch.delenv("OPENROUTER_API_KEY")
+    monkeypatch.setenv("PROMPTMESH_LOCAL_SERVERS_ENABLED", "true")
+    monkeypatch.setenv("PROMPTMESH_LOCAL_SERVERS_PORTS", port)
+    with RouterDeps(home=deps.home) as other:
+        # It answers any question as LM Studio does.
+        for provider in ("openai_compatible", None, "lm_studio"):
+            assert generate_text("one two", provider=provider, deps=other) == "two one "
+            assert trace()["provider"] == "lm_studio"
+            assert trace()["model"] == "openai/gpt-4o-mini"
+        with pytest.raises(RuntimeError, match=f"no ollama answers on the ports {port}"):
+            generate_text("one two", provider="ollama", deps=other)
 
 
 def test_the_tokens_of_a_prompt(deps: RouterDeps, openrouter: Vendor) -> None:
