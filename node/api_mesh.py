@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import msgspec
@@ -21,7 +21,8 @@ from ..mesh.peers import TWIN_SHOWN, PeerState, PeerTable
 from ..mesh.transport import Reach, Relaying, TransportError
 from .api_rights import rights_fields
 from .http_server import Request, Responder
-from .own_providers import OwnProvider, OwnProviders
+from .own_providers import OwnProviders
+from .provider_rows import advert_row, own_row
 from .rights import Restricted, Rights
 from .routes import send_problem
 
@@ -112,7 +113,7 @@ class MeshApi:
                 "problem": self._membership.problem or None,
             },
             "machine": _machine(self._machine()),
-            "providers": [_own(p) for p in self._providers],
+            "providers": [own_row(p) for p in self._providers],
             "cache": {
                 "answers": stat.answers,
                 "bytes": stat.bytes,
@@ -135,7 +136,7 @@ class MeshApi:
             "address": next(iter(self._membership.addresses), ""),
             "via": "",
             "ipfs": "",
-            "providers": [_advert(p.advert()) for p in self._providers],
+            "providers": [advert_row(p.advert()) for p in self._providers],
             "gpus": machine["gpus"],
             "machine": machine,
             "reason": self._membership.problem,
@@ -192,7 +193,7 @@ class MeshApi:
         refusals = (refusal for what in asked if (refusal := seen.refusals.refusal(what, now)))
         refusal = seen.breakers.refusal(backend, now) or next(refusals, None)
         speeds = ((what.model, seen.measures.get(what)) for what in asked)
-        return _advert(advert) | {
+        return advert_row(advert) | {
             "measured": [_measured(model, speed, now) for model, speed in speeds if speed],
             "in_flight": seen.loads.in_flight(backend),
             "paused": refusal and {"seconds": round(refusal[0], 1), "reason": refusal[1]},
@@ -208,7 +209,7 @@ class MeshApi:
 
     async def providers(self, request: Request, responder: Responder) -> None:
         """`GET /mesh/v1/providers`: this node's own."""
-        await _send(responder, [_own(p) for p in self._providers])
+        await _send(responder, [own_row(p) for p in self._providers])
 
     async def reload(self, request: Request, responder: Responder) -> None:
         """`POST /mesh/v1/reload`: be in the mesh that the home folder now names."""
@@ -240,33 +241,6 @@ class MeshApi:
 
 async def _send(responder: Responder, value: Any, status: int = 200) -> None:
     await responder.send(status, msgspec.json.encode(value), content_type=JSON)
-
-
-def _own(own: OwnProvider) -> Mapping[str, Any]:
-    load = own.load()  # all that there is, and not as peers see it
-    fields = _advert(own.advert())
-    fields |= {"running": load.running, "waiting": load.waiting, "wait_s": load.wait}
-    fields |= {"reason": own.health.reason, "hint": own.health.hint, "share": own.shared}
-    stats = getattr(own.admission.provider, "stats", None)
-    if callable(stats):
-        fields["stats"] = stats()
-    return fields
-
-
-def _advert(advert: ProviderAdvert) -> dict[str, Any]:
-    return {
-        "name": advert.name,
-        "kind": advert.kind,
-        "models": [offer.id for offer in advert.models],
-        "slots": advert.slots,
-        "running": advert.running,
-        "waiting": advert.waiting,
-        "state": advert.state,
-        "reason": advert.reason,
-        "ttft_s": advert.ttft,
-        "tokens_per_s": advert.rate,
-        "offers": advert.models,
-    }
 
 
 def reach_warning(membership: Reached) -> str:

@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import msgspec
+
 from .cli_mesh import home_of, typed
 from .cli_output import (
     Column,
@@ -215,20 +217,37 @@ def _model_row(model: Mapping[str, Any]) -> Sequence[str]:
 
 
 def providers(args: argparse.Namespace) -> int:
-    """What works on this node, and what does not and why."""
-    rows = node_of(args).get("/mesh/v1/providers")
+    """What works on this machine, and what does not and why."""
+    from .survey import survey  # trio and all that it builds
+
+    home = home_of(args)
+    try:
+        own = node_of(args).get("/mesh/v1/providers")
+    except NodeNotRunning:
+        own = None
+    rows = survey(load_config(home.path), home, own)
     if args.json:
-        print_json(rows)
+        print(msgspec.json.format(msgspec.json.encode(rows), indent=2).decode())
         return 0
-    if not rows:
+    if own is None:
+        say(f"no node runs here (`{typed(args, 'up')}`): this is what it would have", "dim")
+    offered = [row for row in rows if row["offered"]]
+    if offered:
+        _print_offered(offered)
+    else:
         say("This node has no providers: set local_hf.model, or add [[providers]], in config.toml.")
-        return 0
+    _print_others([row for row in rows if not row["offered"]], apart=bool(offered))
+    return 0
+
+
+def _print_offered(rows: Sequence[Mapping[str, Any]]) -> None:
     columns = (
         Column("NAME"),
         Column("KIND"),
         Column("STATE"),
         Column("LOAD", right=True),
         Column("SHARED"),
+        Column("COST"),
         Column("MODELS", shrink=True),
     )
     print_table(columns, [_provider_row(row) for row in rows])
@@ -236,12 +255,42 @@ def providers(args: argparse.Namespace) -> int:
         if row.get("reason"):
             hint = f" ({row['hint']})" if row.get("hint") else ""
             say(f"{row['name']}: {row['reason']}{hint}")
-    return 0
+
+
+def _print_others(rows: Sequence[Mapping[str, Any]], *, apart: bool) -> None:
+    """Vendors that the node does not offer, with the next step for each."""
+    if not rows:
+        return
+    if apart:
+        print()
+    columns = (Column("NOT OFFERED"), Column("STATE", shrink=True), Column("NEXT", shrink=True))
+    print_table(columns, [_vendor_row(row) for row in rows])
+
+
+def _vendor_row(row: Mapping[str, Any]) -> Sequence[str]:
+    if row["state"] == "ready":
+        table = f'kind = "{row["kind"]}"'
+        return row["name"], "ready", f"generate_text may use it; [[providers]] {table} offers it"
+    return row["name"], row["reason"] or row["state"], row["hint"] or NOTHING
 
 
 def _provider_row(row: Mapping[str, Any]) -> Sequence[str]:
     shared = "yes" if row.get("share") else "no"
-    return (row["name"], row["kind"], row["state"], _load([row]), shared, _names(row["models"]))
+    load, models = _load([row]), _names(row["models"])
+    return row["name"], row["kind"], row["state"], load, shared, _cost(row), models
+
+
+def _cost(row: Mapping[str, Any]) -> str:
+    """US dollars for a million tokens of prompt and answer, as far as that is known."""
+    offers = msgspec.to_builtins(row.get("offers") or [])
+    prices = [price for offer in offers if (price := offer.get("price"))]
+    known = {(p.get("prompt", 0), p.get("completion", 0)) for p in prices} - {(0, 0)}
+    if len(known) == 1:
+        prompt, completion = known.pop()
+        return f"${prompt:g} + ${completion:g}"
+    if known:
+        return "by model"
+    return "paid" if row.get("paid") and not prices else "free"
 
 
 def config(args: argparse.Namespace) -> int:

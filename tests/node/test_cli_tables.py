@@ -11,6 +11,7 @@ from fakes_cli import FakeNode, made, run
 from hypothesis import given
 from hypothesis import strategies as st
 
+from promptmesh.node import survey
 from promptmesh.node.cli_output import (
     Column,
     byte_size,
@@ -85,13 +86,20 @@ PROVIDERS = [
     {"name": "local_hf", "kind": "local_hf", "state": "starting", "reason": "loading the model",
      "hint": "", "models": [], "slots": 16, "running": 0, "waiting": 0, "share": True},
     {"name": "vllm", "kind": "openai_compatible", "state": "unavailable", "reason": "no answer",
-     "hint": "start it", "models": ["big"], "slots": 4, "running": 1, "waiting": 0, "share": False},
+     "hint": "start it", "models": ["big"], "slots": 4, "running": 1, "waiting": 0, "share": False,
+     "paid": True},
 ]  # fmt: skip
 NODE = {
     "GET /mesh/v1/peers": PEERS,
     "GET /v1/models": MODELS,
     "GET /mesh/v1/providers": PROVIDERS,
 }
+
+
+@pytest.fixture(autouse=True)
+def _no_vendors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which of them this machine has is not what these tests are about."""
+    monkeypatch.setattr(survey, "VENDOR_KINDS", ())
 
 
 def shown(home: Path, *command: str) -> tuple[list[list[str]], str]:
@@ -107,7 +115,7 @@ def shown(home: Path, *command: str) -> tuple[list[list[str]], str]:
     [
         (("peers",), PEERS),
         (("models",), MODELS["data"]),
-        (("providers",), PROVIDERS),
+        (("providers",), [{**row, "offered": True} for row in PROVIDERS]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -201,9 +209,9 @@ def test_providers(tmp_path: Path) -> None:
     rows, said = shown(tmp_path, "providers")
     cells = [[cell.strip() for cell in row] for row in rows]
     assert cells == [
-        ["NAME", "KIND", "STATE", "LOAD", "SHARED", "MODELS"],
-        ["local_hf", "local_hf", "starting", "0/16", "yes", "-"],
-        ["vllm", "openai_compatible", "unavailable", "1/4", "no", "big"],
+        ["NAME", "KIND", "STATE", "LOAD", "SHARED", "COST", "MODELS"],
+        ["local_hf", "local_hf", "starting", "0/16", "yes", "free", "-"],
+        ["vllm", "openai_compatible", "unavailable", "1/4", "no", "paid", "big"],
     ]
     assert said == "local_hf: loading the model\nvllm: no answer (start it)\n"
 
