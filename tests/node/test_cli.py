@@ -69,7 +69,7 @@ def test_a_wrong_configuration_is_2_and_says_all(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [("peers",), ("models",), ("providers",)],
+    [("peers",), ("models",)],
     ids=" ".join,
 )
 def test_without_a_node_it_says_how_to_start_one(
