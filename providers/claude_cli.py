@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -18,7 +19,7 @@ from .base import (
     ProviderUnavailable,
 )
 from .child import MAX_LINE, Folder
-from .claude_found import BRIEF, LOGIN, NOT_INSTALLED, QUIET, ask, login_file, look
+from .claude_found import BRIEF, LOGIN, NOT_INSTALLED, QUIET, Said, ask, login_file, look
 from .claude_output import ClaudeOutput
 from .claude_settings import BASE_URL, KEY, TOKEN, URL, ClaudeSettings
 from .cli_answer import CliAnswer, Launch
@@ -32,6 +33,8 @@ MODEL = "sonnet"
 MAX_PROMPT = 8_000_000
 _HINT = "log in again: start `claude` and type `/login`; or check the key"
 
+#: It stands on the command line: no option, and nothing that a program's name cannot hold.
+_MODEL_NAME = re.compile(r"\w[\w./:@\[\]-]*", re.ASCII)
 _FLAGS = (
     "-p",
     "--output-format",
@@ -73,7 +76,7 @@ class ClaudeCli:
         self._settings = settings
         self._place = {URL: url} if url != BASE_URL else {}
         self._errors = ErrorReader(settings.name, [settings.key, settings.token], key=_HINT)
-        self._health: Remembered[Health] = Remembered()
+        self._said: Remembered[Said] = Remembered()
         models = settings.models or (MODEL,)
         self._offers = tuple(ModelOffer(id=model, egress=True) for model in models)
 
@@ -101,16 +104,17 @@ class ClaudeCli:
         if program is None:
             text = f"{self.name} is {NOT_INSTALLED.reason}: {NOT_INSTALLED.hint}"
             raise ProviderUnavailable(text)
+        if not _MODEL_NAME.fullmatch(request.model):
+            raise ProviderUnavailable(f"{self.name}: {request.model!r} is no name of a model")
         system = folder.write("system.md", prompt.system or PLAIN_SYSTEM)
         access = self._access(folder)
-        alone = "--bare" if KEY in access else "--restricted"
         effort = ("--effort", options.effort) if options.effort else ()
         said = _text(prompt).encode()
         return Launch(
             command=(
                 program,
                 *_FLAGS,
-                alone,
+                *self._alone(program, access),
                 *effort,
                 "--model",
                 request.model,
@@ -127,6 +131,14 @@ class ClaudeCli:
             text=said,
             max_line=MAX_LINE + 2 * len(said),
         )
+
+    def _alone(self, program: str, access: Mapping[str, str]) -> Sequence[str]:
+        """What keeps it from files and settings of this machine: with a login `--bare` would not
+        find it, and older versions have nothing but the variables."""
+        if KEY in access:
+            return ("--bare",)
+        said = trio.from_thread.run(self._ask, program)
+        return ("--restricted",) if said.has("--restricted") else ()
 
     def _seen(self) -> Mapping[str, str]:
         own = self._settings.environment
@@ -152,26 +164,30 @@ class ClaudeCli:
     async def check(self) -> Health:
         """By files, and what the command says of itself; that is remembered."""
         settings = self._settings
-        keyed = bool(settings.key)
         health = await trio.to_thread.run_sync(
-            partial(look, settings.environment, settings.command, keyed=keyed)
+            partial(look, settings.environment, settings.command, keyed=self._keyed)
         )
         program = find(settings.command, settings.environment)
         if health.state != "ready" or program is None:
             return health
-        files = (program, str(login_file(settings.environment)))
         with trio.move_on_after(BRIEF):
-            return await self._health.get(files, partial(self._ask, program, keyed=keyed))
+            try:
+                return (await self._ask(program)).health
+            except OSError as error:
+                reason = f"it cannot be started: {error.strerror or error}"
+                return Health(state="unavailable", reason=reason, hint=NOT_INSTALLED.hint)
         return health  # it is too slow now: as far as files tell
 
-    async def _ask(self, program: str, *, keyed: bool) -> Health:
+    @property
+    def _keyed(self) -> bool:
+        return bool(self._settings.key)
+
+    async def _ask(self, program: str) -> Said:
+        """What the command says of itself, as long as neither it nor the login changes."""
         own = self._settings.environment
         login = {LOGIN: own[LOGIN]} if own.get(LOGIN) else {}
-        try:
-            return await ask(program, {**self._seen(), **login}, keyed=keyed)
-        except OSError as error:
-            reason = f"it cannot be started: {error.strerror or error}"
-            return Health(state="unavailable", reason=reason, hint=NOT_INSTALLED.hint)
+        question = partial(ask, program, {**self._seen(), **login}, keyed=self._keyed)
+        return await self._said.get((program, str(login_file(own))), question)
 
 
 def _text(prompt: CliPrompt) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import trio
 
@@ -19,6 +20,9 @@ from .cli_found import find, version_in, version_text
 COMMAND = "claude"
 #: The oldest that this was tried with.
 OLDEST = (2, 1, 197)
+#: Options that not all of them have, and the oldest version that is known to have each: one that
+#: does not know an option does nothing at all.
+SINCE: Mapping[str, tuple[int, ...]] = {"--restricted": (2, 1, 330)}
 #: The variable with the login that `claude setup-token` makes.
 LOGIN = "CLAUDE_CODE_OAUTH_TOKEN"
 #: Seconds for both commands. `Provider.check` may take 2.
@@ -55,7 +59,29 @@ def login_file(environment: Mapping[str, str]) -> Path:
     return Path(environment.get("HOME") or "~").expanduser() / ".claude" / ".credentials.json"
 
 
-async def ask(program: str, environment: Mapping[str, str], *, keyed: bool) -> Health:
+class Said(NamedTuple):
+    """What the command says of itself; empty: no version."""
+
+    version: tuple[int, ...]
+    logged_in: bool
+
+    def has(self, option: str) -> bool:
+        """Does it know one of the options that not all have?"""
+        return self.version >= SINCE[option]
+
+    @property
+    def health(self) -> Health:
+        """Can it be asked?"""
+        if self.version and self.version < OLDEST:
+            return Health(
+                state="unavailable",
+                reason=f"version {version_text(self.version)} is too old",
+                hint="npm install -g @anthropic-ai/claude-code@latest",
+            )
+        return Health() if self.logged_in else NOT_LOGGED_IN
+
+
+async def ask(program: str, environment: Mapping[str, str], *, keyed: bool) -> Said:
     """What the command says of its version and its login. Raises `OSError`."""
     told: dict[str, Outcome] = {}
 
@@ -66,14 +92,6 @@ async def ask(program: str, environment: Mapping[str, str], *, keyed: bool) -> H
         nursery.start_soon(run, "--version")
         if not keyed:
             nursery.start_soon(run, "auth", "status")
-    version = version_in(told["--version"].output)
-    if version and version < OLDEST:
-        return Health(
-            state="unavailable",
-            reason=f"version {version_text(version)} is too old",
-            hint="npm install -g @anthropic-ai/claude-code@latest",
-        )
     # 0 and 1 are what it says; any other code is of a version that knows no such command.
-    if not keyed and told["auth"].code == 1 and "loggedIn" in told["auth"].output:
-        return NOT_LOGGED_IN
-    return Health()
+    out = not keyed and told["auth"].code == 1 and "loggedIn" in told["auth"].output
+    return Said(version_in(told["--version"].output), logged_in=not out)

@@ -9,9 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 from faults import WHOLE
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from recordings import playing_program
 
 from promptmesh.providers.anthropic_http import AnthropicHttp
@@ -182,6 +185,38 @@ async def test_prompts_that_would_not_arrive_are_refused(probe: Path, home: Path
     ):
         with pytest.raises(kind):
             await ask(claude, asked(text))
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=99))
+@settings(
+    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_any_prompt_arrives_byte_for_byte(probe: Path, home: Path, text: str) -> None:
+    found = trio.run(told, provider(probe, home, api_key=KEY), asked(text + "x"))
+    assert found["stdin"] == ("\n" if text.startswith("/") else "") + text + "x"
+
+
+@pytest.mark.parametrize(
+    ("version", "has"),
+    [("2.1.197 (Claude Code)", False), ("2.1.330 (Claude Code)", True), ("none", False)],
+)
+async def test_an_option_is_given_where_the_version_has_it(
+    probe: Path, home: Path, version: str, has: bool
+) -> None:
+    found = await told(provider(probe, home, environment={"LC_TEST_VERSION": version}))
+    assert ("--restricted" in found["argv"]) is has
+    assert "--bare" not in found["argv"]
+
+
+async def test_names_of_models(probe: Path, home: Path) -> None:
+    """They stand on the command line."""
+    claude = provider(probe, home, api_key=KEY)
+    for name in ("claude-sonnet-4-5", "us.anthropic.claude-x:0", "sonnet[1m]"):
+        argv = (await told(claude, msgspec.structs.replace(asked(), model=name)))["argv"]
+        assert argv[argv.index("--model") + 1] == name
+    for name in ("--bare", "-x", "", "a b", "a\0b", "a\nb"):
+        with pytest.raises(ProviderUnavailable, match="no name of a model"):
+            await ask(claude, msgspec.structs.replace(asked(), model=name))
 
 
 async def test_limits_and_options(probe: Path, home: Path) -> None:
