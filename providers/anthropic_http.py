@@ -10,6 +10,7 @@ import msgspec
 
 from .anthropic_messages import (
     Quirks,
+    blank_stops,
     encode_count,
     encode_request,
     read_claude_options,
@@ -151,7 +152,7 @@ class AnthropicHttp:
         return rejected and self._quirks.learn(request.model, failure.message)
 
     def decoder(self, request: GenerateRequest) -> MessageDecoder:
-        return MessageDecoder(self.errors, request.prefix)
+        return MessageDecoder(self.errors, request.prefix, blank_stops(request))
 
     # Its models.
 

@@ -93,8 +93,8 @@ def encode_request(
     body = _question(request)
     body["max_tokens"] = request.sampling.max_tokens or max_tokens
     body["stream"] = True
-    if request.sampling.stop:
-        body["stop_sequences"] = list(request.sampling.stop)
+    if stop := [text for text in request.sampling.stop if text.strip()]:
+        body["stop_sequences"] = stop
     thinks = _add_thinking(body, request, options)
     if not thinks:  # which goes with the default sampling only
         _add_sampling(body, request, quirks)
@@ -102,6 +102,11 @@ def encode_request(
     if prefill := request.prefix.rstrip():
         body["messages"].append({"role": "assistant", "content": prefill})
     return _encode(body)
+
+
+def blank_stops(request: GenerateRequest) -> list[str]:
+    """The stop strings of white space alone, which the API refuses: we look for them."""
+    return [text for text in request.sampling.stop if not text.strip()]
 
 
 def encode_count(request: GenerateRequest) -> bytes:

@@ -5,12 +5,14 @@ The same events come over HTTP and, one a line, from the `claude` program.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
 from .base import FinishReason, ProviderUnavailable, ToolCallDelta, Usage
 from .openai_errors import ErrorReader
+from .stop_strings import StopScanner
 from .stream_decoder import StreamDecoder
 
 
@@ -71,11 +73,12 @@ class MessageDecoder(StreamDecoder):
     """The decoder of `POST /v1/messages`.
 
     `prefix` is what it continues. The white space at its end could not be sent: what of that the
-    model writes again is left out.
+    model writes again is left out. `stops` are strings that the model was not told.
     """
 
-    def __init__(self, errors: ErrorReader, prefix: str = "") -> None:
+    def __init__(self, errors: ErrorReader, prefix: str = "", stops: Sequence[str] = ()) -> None:
         super().__init__(errors)
+        self._scanner = StopScanner(stops)
         self._continues = bool(prefix)
         self._after = prefix[len(prefix.rstrip()) :]
         self._counted = _Usage()
@@ -169,7 +172,10 @@ class MessageDecoder(StreamDecoder):
             self._add_call(ToolCallDelta(index=number, id=block.id or "", name=block.name or ""))
 
     def _block_ends(self, index: int) -> None:
-        """The arguments of a tool call that came with its beginning, or not at all."""
+        """The text that might have become a stop string, and the arguments of a tool call that came
+        with its beginning, or not at all."""
+        if held := self._scanner.flush():
+            super()._add_text(held)
         if index in self._inputs:
             arguments = msgspec.json.encode(self._inputs.pop(index)).decode()
             self._add_call(ToolCallDelta(index=self._numbers[index], arguments=arguments))
@@ -191,10 +197,15 @@ class MessageDecoder(StreamDecoder):
             self._after, text = self._after[1:], text[1:]
         if text:
             self._after = ""
+        if text := self._scanner.feed(text):
             super()._add_text(text)
+        if self._scanner.found:
+            # What all of it took is told at the end, for which nobody waits.
+            self._finish, self._usage = "stop", None
+            self._close()
 
     def _close(self) -> None:
-        empty = self._finish == "stop" and not self.pieces and not self._continues
-        if empty and self.failure is None:
+        expected = self.pieces or self._continues or self._scanner.found
+        if self._finish == "stop" and not expected and self.failure is None:
             self.failure = ProviderUnavailable(f"{self._errors.name} gave an empty answer")
         super()._close()

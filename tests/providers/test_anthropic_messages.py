@@ -155,7 +155,13 @@ def test_tool_choice(choice: ToolChoice | None, wanted: Any) -> None:
 
 def test_sampling() -> None:
     sampling = Sampling(
-        temperature=0.5, top_p=0.9, top_k=5, max_tokens=7, stop=("a", "b"), seed=1, logit_bias={}
+        temperature=0.5,
+        top_p=0.9,
+        top_k=5,
+        max_tokens=7,
+        stop=("a", "\n", " b"),
+        seed=1,
+        logit_bias={},
     )
     body = encoded(ask(sampling=sampling))
     assert {k: body[k] for k in body if k not in ("model", "messages", "stream")} == {
@@ -163,7 +169,7 @@ def test_sampling() -> None:
         "top_p": 0.9,
         "top_k": 5,
         "max_tokens": 7,
-        "stop_sequences": ["a", "b"],
+        "stop_sequences": ["a", " b"],
     }
 
 

@@ -185,6 +185,26 @@ def test_white_space_that_was_there_comes_once(prefix: str, pieces: list[str], g
     assert completed(start() + text(0, *pieces) + end(), prefix=prefix).text == given
 
 
+@pytest.mark.parametrize(
+    ("pieces", "given"),
+    [
+        (["a", "b\n", "\nc"], "ab"),
+        (["a\n", "b\n", "\n"], "a\nb"),
+        (["\n\nb"], ""),
+        (["a\nb"], "a\nb"),
+        (["a\n"], "a\n"),
+    ],
+)
+def test_stop_strings_of_white_space(pieces: list[str], given: str) -> None:
+    """The API takes none of them."""
+    decoder = MessageDecoder(ERRORS, stops=["\n\n"])
+    body = start(input_tokens=5) + text(0, *pieces) + text(1, "") + end()
+    chunks = [chunk for i in range(len(body)) for chunk in decoder.feed(body[i : i + 1])]
+    assert decoder.failure is None
+    assert "".join(chunk.text for chunk in chunks) == given
+    assert chunks[-1].finish_reason == "stop"
+
+
 def test_usage() -> None:
     assert decode(start() + text(0, "a") + end())[0][-1].usage is None
     body = start(input_tokens=1) + text(0, "a") + end(input_tokens=7, output_tokens=2)
