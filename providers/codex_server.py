@@ -26,7 +26,7 @@ MAX_LINE = 32 << 20
 #: Seconds for an answer to a call, of which none waits for a model.
 REPLY_TIME = 20.0
 #: Turns after which a process is used no more: each leaves a megabyte behind in it.
-MAX_TURNS = 500
+MAX_TURNS = 200
 #: What it is told where it wants to ask its user.
 _NOBODY = {"code": -32601, "message": "nobody is here to answer"}
 _CLIENT = {"name": "promptmesh", "title": "promptmesh", "version": "1"}

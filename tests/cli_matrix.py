@@ -94,10 +94,10 @@ MATRIX: Mapping[str, Gives] = {
 }
 #: The cases in which a program that always runs for real is asked in every run.
 CORE = ("ok", "truncate", "e401", "e429-7", "e500", "hang", "drop", "empty", "badjson")
+#: It does not say how long the server wants to be left alone.
+_CODEX = {"e429-7": Gives(ProviderRefused, retry_after=TOO_OFTEN)}
 #: Program -> case -> what is otherwise with it.
 BUT: Mapping[str, Mapping[str, Gives]] = {
-    # It does not say how long the server wants to be left alone.
-    "codex": {"e429-7": Gives(ProviderRefused, retry_after=TOO_OFTEN)},
     "claude": {
         # The command does not tell how long to wait, and drops the text of a connection that broke.
         "e429-7": Gives(ProviderRefused, retry_after=TOO_OFTEN),
@@ -107,6 +107,12 @@ BUT: Mapping[str, Mapping[str, Gives]] = {
         "e400": Gives(RequestRejected, requests=3),
         "e404": Gives(ProviderRefused, requests=2),
     },
+    "codex": _CODEX,
+    "codex-npm": _CODEX,
+    # An answer that is not whole is not shown at all, but for one that its limit or a filter cut.
+    "codex-exec": _CODEX
+    | {"stall": Gives(DeadlineExceeded)}
+    | dict.fromkeys(("drop", "reset", "streamerr"), Gives(ProviderUnavailable)),
 }
 
 

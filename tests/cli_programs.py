@@ -54,6 +54,21 @@ PROGRAMS: Mapping[str, CliProgram] = {
         persistent=True,
         tier="always",
     ),
+    # As most people have it, and a newer one; the provider finds the program behind the wrapper.
+    "codex-npm": CliProgram(
+        "codex_cli",
+        "codex-npm/node_modules/@openai/codex/bin/codex.js",
+        lambda path, base: {"command": path, "base_url": f"{base}/v1"},
+        persistent=True,
+        tier="interop",
+    ),
+    # A process for each answer, as of a version that is too old to be kept.
+    "codex-exec": CliProgram(
+        "codex_cli",
+        "bin/codex",
+        lambda path, base: {"command": path, "base_url": f"{base}/v1", "mode": "exec"},
+        tier="interop",
+    ),
     "gemini": CliProgram(
         "gemini_cli",
         "bin/gemini",
