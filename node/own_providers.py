@@ -45,6 +45,8 @@ DEFAULT_SLOTS: Mapping[str, int | None] = {
     "gemini_cli": 2,
     "claude_code": 2,
 }
+#: Kinds whose program unpacks itself, once for all its runs, into a folder that it is given.
+UNPACK = frozenset({"copilot_cli", "copilot_sdk"})
 #: Seconds between two looks at a provider: while it is not ready, and when it is.
 LOOK_SOON, LOOK_LATER = 0.5, 5.0
 #: `check` keeps to 2 s by its contract; one that does not is not ready.
@@ -222,7 +224,7 @@ def build_providers(
         found.append(_local_hf_embed(config, environment, folder))
     limiters = Limiters(config.providers)
     found += [
-        _configured(table, config, environment, purse, limiters.of(table))
+        _configured(table, config, environment, folder, purse, limiters.of(table))
         for table in config.providers
     ]
     return OwnProviders(found)
@@ -232,10 +234,13 @@ def _configured(
     table: ProviderConfig,
     config: Config,
     environment: Mapping[str, str],
+    folder: Path,
     purse: Purse,
     throttle: Throttle | None,
 ) -> OwnProvider:
     settings = dict(table.options)
+    if table.kind in UNPACK:
+        settings["cache_dir"] = str(folder)
     if table.kind in VARIABLES:
         settings["environment"] = environment_of(table.kind, environment)
     if table.api_key is not None:

@@ -54,8 +54,6 @@ ORDER = (
     "claude_code",
     "local_hf",
 )
-#: Known by name, but not built.
-NOT_BUILT = frozenset({"copilot_cli", "copilot_sdk"})
 #: Never tried where no provider is named.
 ONLY_BY_NAME = ("echo", "openai_compatible")
 #: The first model server that is configured, or was found.
@@ -161,8 +159,6 @@ class Planner:
         if own is not None:
             return self._plain(name.strip().lower(), own.factory, model, own.number)
         name = plain_name(name)
-        if name in NOT_BUILT:
-            raise Unusable("not available in this version of promptmesh")
         table = next((t for t in self._tables if t.name.lower() == name), None)
         if table is not None:
             return self._configured(table, model)

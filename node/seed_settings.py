@@ -58,6 +58,16 @@ class RouterSettings:
         "A server of OpenAI's dialect that `codex_cli` asks, without a login.",
         left_out="OpenAI's own",
     )
+    copilot_sdk_model: str = setting(
+        "", "The model of `copilot_sdk`.", left_out="`COPILOT_MODEL`, else `gpt-4o`"
+    )
+    copilot_sdk_timeout: float = setting(
+        0.0,
+        "The longest silence of `copilot_sdk`.",
+        unit="s",
+        left_out="600",
+        high=86400.0,
+    )
     gemini_model: str = setting(
         "",
         "The model of `gemini_cli`.",

@@ -59,6 +59,27 @@ def _options_of_codex(said: RouterSettings) -> Mapping[str, Any]:
     return {"base_url": said.codex_base_url} if said.codex_base_url else {}
 
 
+def _look_for_copilot(environment: Mapping[str, str], options: Mapping[str, Any]) -> Health:
+    from ..providers.copilot_found import look
+    from ..providers.copilot_settings import COMMAND, CopilotSettings, with_environment
+
+    said = CopilotSettings(
+        name="",
+        command=str(options.get("command") or COMMAND),
+        base_url=str(options.get("base_url") or ""),
+        environment=dict(environment),
+    )
+    try:
+        return look(with_environment(said))
+    except ValueError as error:  # a variable of Copilot's that makes no sense
+        return Health(state="unavailable", reason=str(error))
+
+
+def _copilot_options(said: RouterSettings) -> Mapping[str, Any]:
+    seconds = said.copilot_sdk_timeout
+    return {"read_timeout": seconds} if seconds else {}
+
+
 def _look_for_gemini(environment: Mapping[str, str], options: Mapping[str, Any]) -> Health:
     from ..providers.gemini_found import COMMAND, look
     from ..providers.gemini_settings import KEYS, NO_KEY
@@ -85,6 +106,12 @@ VENDORS: Mapping[str, Vendor] = {
         model=lambda said: said.codex_cli_model or said.codex_model,
         look=_look_for_codex,
         options=_options_of_codex,
+    ),
+    "copilot_cli": Vendor(model=lambda said: "", look=_look_for_copilot),
+    "copilot_sdk": Vendor(
+        model=lambda said: said.copilot_sdk_model,
+        look=_look_for_copilot,
+        options=_copilot_options,
     ),
     "gemini_cli": Vendor(model=lambda said: said.gemini_model, look=_look_for_gemini),
     "claude_code": Vendor(model=lambda said: said.claude_model, look=_look_for_claude),

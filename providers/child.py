@@ -167,6 +167,15 @@ class Child:
                 return self._take(self._searched, 0) if self._buffer else None
             self._buffer += data
 
+    async def exactly(self, size: int) -> bytes:
+        """Its next `size` bytes of output. Raises `ChildError` where it ends before."""
+        while len(self._buffer) < size:
+            data = await self._receive()
+            if not data:
+                raise ChildError(f"its output ended {size - len(self._buffer)} bytes too early")
+            self._buffer += data
+        return self._take(size, 0)
+
     def _take(self, size: int, end: int) -> bytes:
         line = bytes(self._buffer[:size])
         del self._buffer[: size + end]

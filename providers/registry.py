@@ -239,10 +239,32 @@ def _claude_options() -> type[msgspec.Struct]:
     return ClaudeOptions
 
 
+def _copilot_cli(name: str, settings: Mapping[str, Any]) -> Provider:
+    from .copilot_cli import CopilotCli
+    from .copilot_settings import CopilotSettings
+
+    return CopilotCli(read_settings(CopilotSettings, settings, name=name))
+
+
+def _copilot_sdk(name: str, settings: Mapping[str, Any]) -> Provider:
+    from .copilot_sdk import CopilotSdk
+    from .copilot_settings import CopilotSettings
+
+    return CopilotSdk(read_settings(CopilotSettings, settings, name=name))
+
+
+def _copilot_options() -> type[msgspec.Struct]:
+    from .copilot_settings import CopilotOptions
+
+    return CopilotOptions
+
+
 register("echo", _echo)
 register("openai_compatible", _openai_compatible, options=None)
 register("openrouter", _openrouter, options=None)
 register("local_hf", _local_hf)
 register("codex_cli", _codex_cli, options=_codex_options)
+register("copilot_cli", _copilot_cli, options=_copilot_options)
+register("copilot_sdk", _copilot_sdk, options=_copilot_options)
 register("gemini_cli", _gemini_cli, options=_gemini_options)
 register("claude_code", _claude_code, options=_claude_options)

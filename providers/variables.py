@@ -33,11 +33,19 @@ BASE = frozenset(
 )
 #: With what such a variable's name begins.
 BASE_PREFIX = "LC_"
+_COPILOT = (
+    *("COPILOT_HOME", "COPILOT_CLI_PATH", "COPILOT_MODEL"),
+    *("COPILOT_GITHUB_TOKEN", "GH_TOKEN", "GITHUB_TOKEN", "COPILOT_GH_HOST", "GH_HOST"),
+    *("COPILOT_PROVIDER_BASE_URL", "COPILOT_PROVIDER_API_KEY"),
+    *("COPILOT_PROVIDER_TYPE", "COPILOT_PROVIDER_WIRE_API"),
+    # Where the login of GitHub's own program is, and the keychain.
+    *("GH_CONFIG_DIR", "XDG_CONFIG_HOME", "DBUS_SESSION_BUS_ADDRESS", "XDG_RUNTIME_DIR"),
+)
 #: Those of each vendor: where its program keeps its login, and its keys.
 VARIABLES: Mapping[str, tuple[str, ...]] = {
     "codex_cli": ("CODEX_HOME", "CODEX_API_KEY"),
-    "copilot_cli": ("COPILOT_HOME", "COPILOT_GITHUB_TOKEN", "GH_TOKEN", "GITHUB_TOKEN"),
-    "copilot_sdk": ("COPILOT_HOME", "COPILOT_GITHUB_TOKEN", "GH_TOKEN", "GITHUB_TOKEN"),
+    "copilot_cli": _COPILOT,
+    "copilot_sdk": _COPILOT,
     "gemini_cli": (
         "GEMINI_CLI_HOME",
         "GEMINI_API_KEY",

@@ -113,6 +113,16 @@ BUT: Mapping[str, Mapping[str, Gives]] = {
     "codex-exec": _CODEX
     | {"stall": Gives(DeadlineExceeded)}
     | dict.fromkeys(("drop", "reset", "streamerr"), Gives(ProviderUnavailable)),
+    # It keeps `Retry-After` to itself, and is ended only when it has begun to go on with an answer
+    # that its limit had cut.
+    "copilot": {
+        "e429-7": MATRIX["e429"],
+        "truncate": MATRIX["truncate"]._replace(requests=3),
+    },
+    "copilot_sdk": {
+        "e429-7": MATRIX["e429"],
+        "truncate": MATRIX["truncate"]._replace(requests=2),
+    },
 }
 
 

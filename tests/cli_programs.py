@@ -69,6 +69,20 @@ PROGRAMS: Mapping[str, CliProgram] = {
         lambda path, base: {"command": path, "base_url": f"{base}/v1", "mode": "exec"},
         tier="interop",
     ),
+    "copilot": CliProgram(
+        "copilot_cli",
+        "bin/copilot",
+        lambda path, base: {"command": path, "base_url": f"{base}/v1"},
+        before=r"<current_datetime>[^<]*</current_datetime>\n\n",
+    ),
+    "copilot_sdk": CliProgram(
+        "copilot_sdk",
+        "bin/copilot",
+        lambda path, base: {"command": path, "base_url": f"{base}/v1"},
+        before=r"<current_datetime>[^<]*</current_datetime>\n\n",
+        persistent=True,
+        tier="interop",
+    ),
     "gemini": CliProgram(
         "gemini_cli",
         "bin/gemini",

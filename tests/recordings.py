@@ -15,7 +15,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,11 @@ RECORDED = Path(__file__).parent / "recorded"
 _PROGRAMS = Path(__file__).parent / "programs"
 #: The options after which the path of a file stands that the program writes, and the variables
 #: that hold such a path.
-WRITES = ("--usage-output-file", "GEMINI_TELEMETRY_OUTFILE")
+WRITES = (
+    "--usage-output-file",
+    "GEMINI_TELEMETRY_OUTFILE",
+    "COPILOT_OTEL_FILE_EXPORTER_PATH",
+)
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,23 @@ def requests_of(telemetry: str) -> str:
         if str(attributes.get("event.name")).startswith("gemini_cli.api_"):
             kept.append(json.dumps({"attributes": attributes}, indent=2) + "\n")
     return "".join(kept)
+
+
+def chats_of(telemetry: str) -> str:
+    """What Copilot's telemetry says of how its requests to the model ended, and what they took."""
+    spans = [json.loads(line).get("attributes") or {} for line in telemetry.splitlines()]
+    words = ("operation.name", "response.finish_reasons", "usage.input_tokens")
+    names = [f"gen_ai.{word}" for word in (*words, "usage.output_tokens")]
+    chats = [span for span in spans if span.get("gen_ai.operation.name") == "chat"]
+    kept = [{name: chat[name] for name in names if name in chat} for chat in chats]
+    return "".join(json.dumps({"attributes": each}) + "\n" for each in kept)
+
+
+#: What of a file is kept; of the others all.
+KEPT: Mapping[str, Callable[[str], str]] = {
+    "GEMINI_TELEMETRY_OUTFILE": requests_of,
+    "COPILOT_OTEL_FILE_EXPORTER_PATH": chats_of,
+}
 
 
 # --- what changes from run to run ---

@@ -52,7 +52,7 @@ names = (f"own-{number}" for number in itertools.count())
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
-        if re.match("(?i)promptmesh_|ipfs_|openrouter_", name):
+        if re.match("(?i)promptmesh_|ipfs_|openrouter_|copilot_|google_|gemini_|anthropic_", name):
             monkeypatch.delenv(name)
     monkeypatch.setenv("PROMPTMESH_LOCAL_SERVERS_ENABLED", "false")
     # No program of a vendor is installed.
@@ -284,9 +284,9 @@ def test_a_named_provider_is_never_replaced(
 ) -> None:
     assert generate_text("a b") == "b a "
     for name in ("codex", "codex_cli", "copilot_cli", "copilot_sdk", "claude"):
-        with pytest.raises(RuntimeError, match=r"not (available|installed)"):
+        with pytest.raises(RuntimeError, match="not installed"):
             generate_text("hi", provider=name)
-        with pytest.raises(RuntimeError, match=r"not (available|installed)"):
+        with pytest.raises(RuntimeError, match="not installed"):
             get_llm_provider(name)
     monkeypatch.setenv("IPFS_DATASETS_PY_LLM_PROVIDER", "claude_code")
     with pytest.raises(RuntimeError, match="claude_code cannot be used"):
@@ -654,7 +654,7 @@ def test_within_a_running_asyncio_loop(deps: RouterDeps) -> None:
         assert await agenerate_text("b", provider=name) == "own: b 2"
         assert trace()["cache"] == "miss"
         assert [piece async for piece in astream_text("x y", provider="echo")] == ["x", " y"]
-        with pytest.raises(RuntimeError, match=r"not (available|installed)"):
+        with pytest.raises(RuntimeError, match="not installed"):
             await agenerate_text("c", provider="codex")
         both = await asyncio.gather(*(agenerate_text(p, provider=name) for p in "cd"))
         assert {text[:6] for text in both} == {"own: c", "own: d"}

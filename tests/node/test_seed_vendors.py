@@ -21,7 +21,6 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, st
     """What the planner takes for the environment; nothing of a vendor's is there."""
     found = {"PATH": str(tmp_path), "HOME": str(tmp_path)}
     monkeypatch.setattr(seed_providers, "child_environment", lambda: found)
-    monkeypatch.setattr(seed_providers, "NOT_BUILT", frozenset())
     return found
 
 

@@ -30,15 +30,8 @@ URL = "http://127.0.0.1:9000/v1"
 
 
 def test_kinds() -> None:
-    assert kinds() == [
-        "claude_code",
-        "codex_cli",
-        "echo",
-        "gemini_cli",
-        "local_hf",
-        "openai_compatible",
-        "openrouter",
-    ]
+    assert kinds() == sorted(kinds())
+    assert {"echo", "local_hf", "openai_compatible", "openrouter"} < set(kinds())
 
 
 def test_echo() -> None:
@@ -65,7 +58,7 @@ def test_openai_compatible() -> None:
         (
             "x",
             {},
-            "provider 'p': no kind 'x'; there is claude_code, codex_cli, echo, gemini_cli, ",
+            "provider 'p': no kind 'x'; there is ",
         ),
         (
             "openai_compatible",

@@ -1,0 +1,99 @@
+"""Records what the real runtime of Copilot's SDK tells of a session, in each case of the matrix.
+
+`PYTHONPATH=tests .venv/bin/python tests/record_sessions.py`, after `scripts/install-clis`; to be
+run where the version of Copilot changes. `tests/recorded/copilot_sdk/CASE.jsonl` has its events.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from typing import Any
+
+import pytest
+import trio
+from cli_matrix import ENDLESS, MATRIX
+from cli_programs import KEY, MODEL, PROGRAMS
+from recordings import RECORDED, Normal, Recording
+from vendors import VendorServer, vendors
+
+from promptmesh.providers.base import GenerateError, GenerateRequest, Message, Text
+from promptmesh.providers.copilot_runtime import CopilotRuntime
+from promptmesh.providers.copilot_sdk import CopilotSdk
+from promptmesh.providers.copilot_settings import CopilotSettings
+from promptmesh.providers.copilot_wire import SessionEvent
+
+#: What a session tells of that bears on its answer. The others say how it came about.
+TOLD = ("assistant.", "session.idle", "session.error", "model.call_failure", "abort")
+#: How an answer ends that is ended by our provider.
+CUT = ("length", "content_filter")
+#: Seconds that an endless case has for what it says.
+LONG = 3.0
+
+
+async def record(case: str, server: VendorServer, cache: str) -> list[SessionEvent]:
+    """The events of one session."""
+    seen: list[SessionEvent] = []
+    hear = CopilotRuntime._hear
+
+    def note(self: CopilotRuntime, told: SessionEvent) -> None:
+        seen.append(told)
+        hear(self, told)
+
+    settings = CopilotSettings(
+        name="copilot_sdk",
+        command=str(PROGRAMS["copilot_sdk"].path),
+        environment={"PATH": os.environ["PATH"], "HOME": cache},
+        cache_dir=cache,
+        base_url=server.base(case) + "/v1",
+        api_key=KEY,
+        models=(MODEL,),
+    )
+    provider = CopilotSdk(settings)
+    text = Text(text="Tell me a tale.")
+    request = GenerateRequest(model=MODEL, messages=(Message(role="user", content=(text,)),))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CopilotRuntime, "_hear", note)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(provider.run)
+            try:
+                async with provider.open(request) as answering:
+                    with trio.move_on_after(LONG if case in ENDLESS else 60):
+                        async for _ in answering.chunks:
+                            pass
+            except GenerateError:
+                pass
+            nursery.cancel_scope.cancel()
+    return seen
+
+
+def until_it_is_ended(told: list[SessionEvent]) -> list[dict[str, Any]]:
+    """What it told before our provider ended it."""
+    kept = []
+    for event in (each.event for each in told if each.event.type.startswith(TOLD)):
+        data = event.data
+        if event.type == "abort" or data.get("aborted"):
+            break
+        kept.append({"type": event.type, "data": data})
+        if event.type == "model.call_failure" or data.get("finishReason") in CUT:
+            break
+    return kept
+
+
+async def main() -> None:
+    """Record all of them."""
+    target = RECORDED / "copilot_sdk"
+    target.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as cache:
+        async with vendors() as server:
+            for case in MATRIX:
+                normal = Normal([(cache, "/home/user")])
+                told = [t.event for t in await record(case, server, cache)]
+                events = [{"type": e.type, "data": e.data} for e in told if e.type.startswith(TOLD)]
+                lines = tuple(("out", normal(json.dumps(event)) + "\n") for event in events)
+                (target / f"{case}.jsonl").write_text(Recording((), lines, None).dump())
+
+
+if __name__ == "__main__":
+    trio.run(main)
