@@ -49,14 +49,15 @@ class Remembered(Generic[T]):
     async def get(self, files: Iterable[str], ask: Callable[[], Awaitable[T]]) -> T:
         """What `ask` found out while the files were as they are. Who comes meanwhile waits."""
         async with self._lock:
-            state = tuple((name, *_state_of(name)) for name in files)
+            state = tuple((name, *state_of(name)) for name in files)
             if not self._known or state != self._state or trio.current_time() >= self._until:
                 self._known = [await ask()]
                 self._state, self._until = state, trio.current_time() + self._lifetime
             return self._known[0]
 
 
-def _state_of(name: str) -> tuple[int, ...]:
+def state_of(name: str) -> tuple[int, ...]:
+    """What changes of a file when it is written; empty: there is none."""
     try:
         found = os.stat(name)
     except OSError:

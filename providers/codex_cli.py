@@ -29,7 +29,7 @@ from .base import (
 )
 from .child import Folder, open_child, private_folder, run_briefly
 from .cli_answer import CliAnswer, Launch
-from .cli_found import Remembered, find, version_in, version_text
+from .cli_found import LIFETIME, Remembered, find, state_of, version_in, version_text
 from .cli_prompt import CliPrompt, cli_prompt
 from .codex_answer import CodexAnswer
 from .codex_exec import CodexOutput
@@ -90,6 +90,9 @@ class CodexCli:
         self._running = trio.Event()
         self._starting = trio.Lock()
         self._server: CodexServer | None = None
+        self._began_with: tuple[int, ...] = ()
+        #: Why the login, or the key, is not taken, which login that was, and until when that holds.
+        self._refusal: tuple[str, tuple[int, ...], float] | None = None
 
     @property
     def name(self) -> str:
@@ -117,11 +120,13 @@ class CodexCli:
                 prompt,
                 options,
                 self._kept,
-                CodexTurn(self._errors),
+                CodexTurn(self._errors, self._refused),
                 self._settings.read_timeout,
             )
         prepare = partial(self._prepare, prompt, request.model, options)
-        return CliAnswer(origin, prepare, CodexOutput(self._errors), request.sampling.stop)
+        return CliAnswer(
+            origin, prepare, CodexOutput(self._errors, self._refused), request.sampling.stop
+        )
 
     def _prepare(
         self, prompt: CliPrompt, model: str, options: CodexOptions, folder: Folder
@@ -170,9 +175,19 @@ class CodexCli:
     async def _kept(self) -> CodexServer:
         """The process, started if it must be. Raises `ProviderUnavailable`."""
         async with self._starting:
-            if self._server is None or not self._server.usable:
-                self._server = await self._start()
+            # A process keeps the login that it began with.
+            login = self._login()
+            if self._server is None or not self._server.usable or login != self._began_with:
+                self._server, self._began_with = await self._start(), login
             return self._server
+
+    def _login(self) -> tuple[int, ...]:
+        """What changes when the user logs in anew."""
+        return state_of(str(login_file(self._settings.environment)))
+
+    def _refused(self, reason: str) -> None:
+        """Ask no more with this login, or this key, for a while."""
+        self._refusal = (reason, self._login(), trio.current_time() + LIFETIME)
 
     async def _start(self) -> CodexServer:
         """Raises `ProviderUnavailable`."""
@@ -240,6 +255,10 @@ class CodexCli:
             program = await trio.to_thread.run_sync(self._program)
         except ProviderUnavailable:  # it has gone just now
             return NOT_INSTALLED
+        if self._refusal is not None:
+            reason, login, until = self._refusal
+            if trio.current_time() < until and login == self._login():
+                return Health(state="unavailable", reason=reason)
         health = await self._look_at_program(program)
         if health.state != "ready" or self._offers or not settings.lists_models:
             return health

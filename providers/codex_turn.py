@@ -6,6 +6,7 @@ An answer is whole if its turn is `completed` and there is text in it.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -19,7 +20,7 @@ from .base import (
     StreamInterrupted,
     Usage,
 )
-from .openai_errors import ErrorReader, ServerError
+from .openai_errors import ErrorReader, ServerError, blames_key
 from .stream_decoder import StreamDecoder
 
 #: Seconds after which an account whose plan is used up is asked again.
@@ -102,8 +103,12 @@ _decode = msgspec.json.Decoder(_Params).decode
 class CodexTurn(StreamDecoder):
     """The decoder of one turn."""
 
-    def __init__(self, errors: ErrorReader) -> None:
+    def __init__(
+        self, errors: ErrorReader, refused: Callable[[str], None] = lambda reason: None
+    ) -> None:
+        """`refused` is told where the login, or the key, is not taken."""
         super().__init__(errors)
+        self._refused = refused
         #: Its id, once known: by it a turn is ended.
         self.turn = ""
         #: Codex has told its end.
@@ -230,7 +235,10 @@ class CodexTurn(StreamDecoder):
             return self.broken(message or "it failed, and does not say why")
         if wait := _WAIT.search(message):
             error = msgspec.structs.replace(error, retry_after=float(wait[1]))
-        return self._errors.reply(status, {}, error, 0.0)
+        failure = self._errors.reply(status, {}, error, 0.0)
+        if blames_key(status, error):
+            self._refused(failure.message)
+        return failure
 
 
 def _kind_and_status(info: Any) -> tuple[str, int]:

@@ -1,7 +1,8 @@
 """A program that stands for `codex`: a few lines of Python that do as the test wants.
 
 What a turn does its prompt says: `say X` answers X, `die` ends the process, `deaf` hangs and takes
-no interrupt, `hang` takes one, `ask` asks the user, `refuse` refuses the turn; any other is echoed.
+no interrupt, `hang` takes one, `ask` asks the user, `refuse` refuses the turn, `401` the login; any
+other is echoed.
 Its folder gets `seen.jsonl`: arguments, environment and messages of each process.
 """
 
@@ -29,6 +30,9 @@ def on_turn(thread, text):
         os._exit(9)
     if text in ("hang", "deaf"):
         return
+    if text == "401":
+        end(thread, "failed", {{"message": "no", "codexErrorInfo": "unauthorized"}})
+        return
     if text == "ask":
         tell(id="q", method="item/tool/requestUserInput", params={{"threadId": thread}})
         return
@@ -38,8 +42,8 @@ def on_turn(thread, text):
         tell(method="item/agentMessage/delta", params=params)
     end(thread, "completed")
 
-def end(thread, status):
-    turn = {{"id": "u-" + thread, "status": status}}
+def end(thread, status, error=None):
+    turn = {{"id": "u-" + thread, "status": status, "error": error}}
     tell(method="turn/completed", params={{"threadId": thread, "turn": turn}})
 
 def serve():

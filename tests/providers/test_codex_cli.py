@@ -330,6 +330,23 @@ async def test_one_that_is_not_logged_in(folder: Path) -> None:
     assert ["login", "status"] in [note.get("argv") for note in seen(folder)]
 
 
+async def test_a_login_that_is_refused_is_not_used_until_it_changes(folder: Path) -> None:
+    said = settings(folder, base_url="", api_key=None)
+    login = folder / ".codex" / "auth.json"
+    login.parent.mkdir()
+    login.write_text("old")
+    async with running(said) as provider:
+        with pytest.raises(ProviderUnavailable, match="log in again: type `codex login`"):
+            await ask(provider, "401")
+        health = await provider.check()
+        assert health.state == "unavailable"
+        assert "codex login" in health.reason
+        login.write_text("a new one")
+        assert (await provider.check()).state == "ready"
+        assert await ask(provider, "hi") == "hi"
+    assert len(processes(folder)) == 2  # one for each login
+
+
 async def test_its_version_is_asked_for_once(folder: Path) -> None:
     provider = CodexCli(settings(folder))
     for _ in range(3):
