@@ -23,7 +23,7 @@ from .claude_found import BRIEF, LOGIN, NOT_INSTALLED, QUIET, Said, ask, login_f
 from .claude_output import ClaudeOutput
 from .claude_settings import BASE_URL, KEY, TOKEN, URL, ClaudeSettings
 from .cli_answer import CliAnswer, Launch
-from .cli_found import Remembered, find
+from .cli_found import LIFETIME, Remembered, find, state_of
 from .cli_prompt import PLAIN_SYSTEM, CliPrompt, cli_prompt
 from .openai_errors import ErrorReader
 
@@ -77,6 +77,8 @@ class ClaudeCli:
         self._place = {URL: url} if url != BASE_URL else {}
         self._errors = ErrorReader(settings.name, [settings.key, settings.token], key=_HINT)
         self._said: Remembered[Said] = Remembered()
+        #: Why the login, or the key, is not taken, which login that was, and until when that holds.
+        self._refusal: tuple[str, tuple[int, ...], float] | None = None
         models = settings.models or (MODEL,)
         self._offers = tuple(ModelOffer(id=model, egress=True) for model in models)
 
@@ -92,7 +94,7 @@ class ClaudeCli:
         return CliAnswer(
             Origin(provider=self.name, model=request.model),
             partial(self._prepare, request),
-            ClaudeOutput(self._errors),
+            ClaudeOutput(self._errors, self._refused),
             stop=request.sampling.stop,
         )
 
@@ -170,6 +172,10 @@ class ClaudeCli:
         program = find(settings.command, settings.environment)
         if health.state != "ready" or program is None:
             return health
+        if self._refusal is not None:
+            reason, login, until = self._refusal
+            if trio.current_time() < until and login == self._login():
+                return Health(state="unavailable", reason=reason)
         with trio.move_on_after(BRIEF):
             try:
                 return (await self._ask(program)).health
@@ -177,6 +183,14 @@ class ClaudeCli:
                 reason = f"it cannot be started: {error.strerror or error}"
                 return Health(state="unavailable", reason=reason, hint=NOT_INSTALLED.hint)
         return health  # it is too slow now: as far as files tell
+
+    def _login(self) -> tuple[int, ...]:
+        """What changes when the user logs in anew."""
+        return state_of(str(login_file(self._settings.environment)))
+
+    def _refused(self, reason: str) -> None:
+        """Ask no more with this login, or this key, for a while."""
+        self._refusal = (reason, self._login(), trio.current_time() + LIFETIME)
 
     @property
     def _keyed(self) -> bool:

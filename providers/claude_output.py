@@ -9,12 +9,14 @@ for another one where there was none. So such an answer is over at the first sig
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import msgspec
 
 from .anthropic_stream import MessageDecoder
 from .base import FinishReason, GenerateError, ProviderUnavailable
 from .claude_found import NOT_LOGGED_IN
-from .openai_errors import ErrorReader, ServerError
+from .openai_errors import ErrorReader, ServerError, blames_key
 
 #: How an answer ends after which the command would ask again, or tells of an error of its own.
 _AT_ONCE: frozenset[FinishReason] = frozenset({"length", "content_filter"})
@@ -46,8 +48,12 @@ _decode_type = msgspec.json.Decoder(_Type).decode
 class ClaudeOutput(MessageDecoder):
     """The decoder of one run."""
 
-    def __init__(self, errors: ErrorReader) -> None:
+    def __init__(
+        self, errors: ErrorReader, refused: Callable[[str], None] = lambda reason: None
+    ) -> None:
+        """`refused` is told where the login, or the key, is not taken."""
         super().__init__(errors)
+        self._tell_refusal = refused
         self._begun = False
         #: The result says that all is well.
         self._good = False
@@ -104,7 +110,10 @@ class ClaudeOutput(MessageDecoder):
         said = self._errors.read(told.encode("utf-8", "replace"))
         if status and not self.pieces:
             said = msgspec.structs.replace(said, kind=kind)
-            return self._errors.reply(status, {}, said, 0.0)
+            failure = self._errors.reply(status, {}, said, 0.0)
+            if blames_key(status, said):
+                self._tell_refusal(failure.message)
+            return failure
         if "Prompt is too long" in told:
             return self._errors.reply(400, {}, ServerError(message=said.message), 0.0)
         return self.broken(said.message or "it ended in an error")

@@ -250,6 +250,29 @@ async def test_check(probe: Path, home: Path, tmp_path: Path) -> None:
         assert (gone.reason, "npm install" in gone.hint) == ("not installed", True)
 
 
+async def test_a_login_that_was_refused_is_asked_no_more(tmp_path: Path, home: Path) -> None:
+    """Until it changes."""
+    claude = player(tmp_path, home, "e401")
+    assert (await claude.check()).state == "ready"
+    with pytest.raises(ProviderRefused):
+        await ask(claude)
+    refused = await claude.check()
+    assert refused.state == "unavailable"
+    assert "log in again" in refused.reason
+    (home / ".claude" / ".credentials.json").write_text('{"claudeAiOauth": {}}')
+    assert (await claude.check()).state == "ready"
+
+
+@pytest.mark.parametrize("case", ["e403", "e429", "e500"])
+async def test_another_failure_says_nothing_of_the_login(
+    tmp_path: Path, home: Path, case: str
+) -> None:
+    claude = player(tmp_path, home, case)
+    with pytest.raises(ProviderUnavailable):
+        await ask(claude)
+    assert (await claude.check()).state == "ready"
+
+
 async def test_without_a_program_the_answer_says_how_to_get_it(tmp_path: Path, home: Path) -> None:
     with pytest.raises(ProviderUnavailable, match="npm install -g @anthropic-ai/claude-code"):
         await ask(provider(tmp_path / "none", home))
