@@ -59,30 +59,43 @@ def survey(config: Config, home: Home, rows: Sequence[Mapping[str, Any]] | None)
 async def _survey(
     config: Config, home: Home, rows: Sequence[Mapping[str, Any]] | None
 ) -> list[Row]:
-    found: list[Row] = [{**row, "offered": True} for row in rows or ()]
+    until = trio.current_time() + LIMIT
+    offered: list[Row] = [{**row, "offered": True} for row in rows or ()]
+    others: list[Row] = []
+    seen = {row["kind"] for row in offered}
+    if rows is None:
+        seen = {table.kind for table in config.providers}
     database = NodeDatabase(None)
     try:
         purse = Purse(Ledger(database, peer=""), peer="")
-        with trio.move_on_after(LIMIT):
+
+        async def look_here() -> None:
+            offered.extend(await _here(config, home, purse, until))
+
+        async def look_at_vendors() -> None:
+            others.extend(await _vendors(config, home, purse, seen, until))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(look_at_vendors)
             if rows is None:
-                found += await _here(config, home, purse)
-        seen = {row["kind"] for row in found}
-        found += await _vendors(config, home, purse, seen)
+                nursery.start_soon(look_here)
     finally:
         database.close()
-    return found
+    return [*offered, *others]
 
 
-async def _here(config: Config, home: Home, purse: Purse) -> list[Row]:
+async def _here(config: Config, home: Home, purse: Purse, until: float) -> list[Row]:
     """What a node would have."""
     servers = found_tables(await find_servers(config), config)
     wanted = replace(config, providers=(*config.providers, *servers))
     owns = list(build_providers(wanted, child_environment(), home.path, purse))
-    await _check(owns)
+    await _check(owns, until)
     return [own_row(own) | {"offered": True} for own in owns]
 
 
-async def _vendors(config: Config, home: Home, purse: Purse, seen: Collection[str]) -> list[Row]:
+async def _vendors(
+    config: Config, home: Home, purse: Purse, seen: Collection[str], until: float
+) -> list[Row]:
     """Vendors that no table names: what a program could use, and what is missing for it."""
     planner = Planner(config, router_settings(), home)
     rows: list[Row] = []
@@ -97,7 +110,7 @@ async def _vendors(config: Config, home: Home, purse: Purse, seen: Collection[st
         except (Unusable, SettingsError) as error:
             reason, _, hint = str(error).partition(": ")
             rows.append(_missing(kind, reason, hint))
-    await _check(owns)
+    await _check(owns, until)
     return rows + [own_row(own) | {"offered": False} for own in owns]
 
 
@@ -115,8 +128,8 @@ def _missing(kind: str, reason: str, hint: str) -> Row:
     }
 
 
-async def _check(owns: Sequence[OwnProvider]) -> None:
-    """Ask all of them at once how they are."""
+async def _check(owns: Sequence[OwnProvider], until: float) -> None:
+    """Ask all of them at once how they are, until then."""
 
     async def ask(own: OwnProvider) -> None:
         if own.kind == "local_hf":
@@ -125,7 +138,7 @@ async def _check(owns: Sequence[OwnProvider]) -> None:
         own.health = SILENT
         provider = own.admission.provider
         try:
-            with trio.move_on_after(LIMIT):
+            with trio.move_on_at(until):
                 own.health = await provider.check()
         finally:
             if isinstance(provider, Closes):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import trio
 from fakes_cli import FakeNode, made, run
-from fakes_http import always, json_reply, scripted_server
+from fakes_http import ServerSide, always, json_reply, scripted_server
 
 from promptmesh.node import survey
 from promptmesh.node.seed_vendors import VENDORS
@@ -138,3 +138,24 @@ async def test_a_vendor_that_is_ready_can_be_offered(
         ]
     ]
     assert "sk-or-1" not in ran.out + ran.err
+
+
+async def test_one_that_is_silent_holds_up_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vendors(monkeypatch)
+    monkeypatch.setattr(survey, "LIMIT", 0.2)
+    made(tmp_path)
+
+    async def silent(side: ServerSide) -> None:
+        while await side.request_or_end() is not None:
+            pass
+
+    async with scripted_server(silent) as server:
+        (tmp_path / "config.toml").write_text(
+            f'[[providers]]\nkind = "openai_compatible"\nbase_url = "{server.base_url}"\n'
+            '[[providers]]\nkind = "echo"\n'
+        )
+        ran = await trio.to_thread.run_sync(run, tmp_path, "providers", "--json")
+    states = {row["name"]: row["state"] for row in json.loads(ran.out)}
+    assert states == {"openai_compatible": "unavailable", "echo": "ready"}
