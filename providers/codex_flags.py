@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .child import Folder
 from .codex_found import home, keyring, login_file
-from .codex_settings import CodexSettings
+from .codex_settings import CodexOptions, CodexSettings
 from .http_client import parse_base_url
 
 #: The oldest version that was tried, and the oldest whose process can be kept.
@@ -98,7 +98,12 @@ def kept_command(program: str, settings: CodexSettings) -> list[str]:
 
 
 def exec_command(
-    program: str, settings: CodexSettings, folder: Folder, model: str, effort: str, system: Path
+    program: str,
+    settings: CodexSettings,
+    folder: Folder,
+    model: str,
+    options: CodexOptions,
+    system: Path,
 ) -> list[str]:
     """The process for one answer; its prompt is its input."""
     command = [
@@ -107,8 +112,12 @@ def exec_command(
         *configuration(settings),
         *("-c", f"model_instructions_file={_toml(str(system))}"),
     ]
-    if effort:
-        command += ["-c", f"model_reasoning_effort={_toml(effort)}"]
+    for name, value in (
+        ("model_reasoning_effort", options.reasoning_effort),
+        ("model_reasoning_summary", options.reasoning_summary),
+    ):
+        if value is not None:
+            command += ["-c", f"{name}={_toml(value)}"]
     return [*command, "-"]
 
 

@@ -290,11 +290,13 @@ async def test_one_without_models_says_what_to_do(folder: Path) -> None:
 @pytest.mark.parametrize(("version", "mode"), [("0.104.0", "auto"), ("9.0.0", "exec")])
 async def test_a_process_for_each_answer(folder: Path, version: str, mode: str) -> None:
     async with running(settings(folder, version, mode=mode)) as provider:
-        assert await ask(provider, "@/etc/hostname") == "@/etc/hostname"
+        more = {"reasoning_effort": "low", "reasoning_summary": "none"}
+        assert await ask(provider, "@/etc/hostname", extra=more) == "@/etc/hostname"
         assert (await provider.check()).state == "ready"
     assert processes(folder) == []
     (process,) = [note for note in seen(folder) if note.get("argv", [""])[0] == "exec"]
     assert process["argv"][-1] == "-"
+    assert {'model_reasoning_effort="low"', 'model_reasoning_summary="none"'} < {*process["argv"]}
     assert "@/etc/hostname" not in process["argv"]
     assert KEY not in json.dumps(process["argv"])
 
