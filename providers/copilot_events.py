@@ -158,14 +158,12 @@ class CopilotEvents(StreamDecoder):
             self._refused(status, msgspec.structs.replace(said, kind=kind))
         else:
             self.failure = self.broken(said.message or "the whole answer did not come")
-            self.failure.again = True
 
     def _retried(self, event: _Retry) -> None:
         reason = event.reason or "no reason given"
         status = _STATUSES.get(reason)
         if status is None:
             self.failure = self.broken(f"it began anew ({self._errors.redact(reason[:100])})")
-            self.failure.again = True
         else:
             self._refused(status, ServerError(kind=reason))
 

@@ -15,7 +15,10 @@ import msgspec
 from .copilot_events import FINISH, CopilotEvents, usage_of
 
 #: What it complains of where it does not know who asks.
-_UNKNOWN = re.compile(r"authentication information|could not be validated|Access Tokens \(ghp_\)")
+_UNKNOWN = re.compile(
+    r"authentication (information|failed)|could not be validated|Access Tokens \(ghp_\)",
+    re.IGNORECASE,
+)
 #: Without it an answer that was cut would look like a whole one.
 NO_TELEMETRY = "its telemetry does not say how the answer ended"
 

@@ -28,6 +28,8 @@ class CliProgram(NamedTuple):
     settings: Callable[[str, str], Mapping[str, Any]]
     #: A pattern of what it puts before a prompt.
     before: str = ""
+    #: It drops white space at the end of a prompt.
+    drops_end: bool = False
     #: One process answers all requests.
     persistent: bool = False
     #: When it runs: `always` for real; by its recordings, and with `--interop` for real
@@ -74,12 +76,14 @@ PROGRAMS: Mapping[str, CliProgram] = {
         "bin/copilot",
         lambda path, base: {"command": path, "base_url": f"{base}/v1"},
         before=r"<current_datetime>[^<]*</current_datetime>\n\n",
+        drops_end=True,
     ),
     "copilot_sdk": CliProgram(
         "copilot_sdk",
         "bin/copilot",
         lambda path, base: {"command": path, "base_url": f"{base}/v1"},
         before=r"<current_datetime>[^<]*</current_datetime>\n\n",
+        drops_end=True,
         persistent=True,
         tier="interop",
     ),

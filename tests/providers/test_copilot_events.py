@@ -233,6 +233,7 @@ def test_a_run_without_telemetry_may_have_been_cut() -> None:
     "complaint",
     [
         "Error: No authentication information found.\n\nTry `copilot login`",
+        "Error: Authentication failed",
         "Error: Authentication token found but could not be validated.",
         "Error: Classic Personal Access Tokens (ghp_) are not supported",
     ],
