@@ -26,7 +26,11 @@ def run(folder: Path, code: str, *paths: Path) -> str:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
         env=kept
-        | {"PROMPTMESH_HOME": str(folder / "home"), "PYTHONPATH": ":".join(map(str, paths))},
+        | {
+            "PROMPTMESH_HOME": str(folder / "home"),
+            "PROMPTMESH_LOCAL_SERVERS_ENABLED": "false",
+            "PYTHONPATH": ":".join(map(str, paths)),
+        },
         cwd=folder,
         capture_output=True,
         text=True,
