@@ -80,6 +80,23 @@ def test_gemini(environment: dict[str, str], tmp_path: Path) -> None:
     assert planner().plan("gemini", None).kind == "gemini_cli"
 
 
+@pytest.mark.parametrize("kind", ["copilot_cli", "copilot_sdk"])
+def test_copilot(kind: str, environment: dict[str, str], tmp_path: Path) -> None:
+    install("copilot", tmp_path)
+    with pytest.raises(Unusable, match=r"^nobody is logged in: log in: copilot login"):
+        planner().plan(kind, None)
+    environment["GH_TOKEN"] = "gho_x"
+    plan = planner().plan(kind, None)
+    assert (plan.name, plan.kind, plan.model, plan.paid) == (kind, kind, "", True)
+    said = {"IPFS_ACCELERATE_PY_COPILOT_SDK_MODEL": "a", "PROMPTMESH_COPILOT_SDK_TIMEOUT": "5"}
+    other = planner(said).plan(kind, None)
+    assert other.model == ("a" if kind == "copilot_sdk" else "")
+    assert (other.key == plan.key) is (kind == "copilot_cli")
+    environment["COPILOT_PROVIDER_TYPE"] = "nobody"
+    with pytest.raises(Unusable, match="server"):
+        planner().plan(kind, None)
+
+
 def test_another_login_is_another_provider_and_another_model_is_not(
     environment: dict[str, str], tmp_path: Path
 ) -> None:

@@ -354,3 +354,14 @@ async def test_a_short_command_is_run_to_its_end() -> None:
         code, output, _ = await run_briefly(endless, BARE)
     assert code is None
     assert KEPT_ERRORS < len(output) < 2 * KEPT_ERRORS
+
+
+async def test_it_gives_bytes_that_are_counted_and_not_ended() -> None:
+    wrote = program("import sys; sys.stdout.write('5\\nab\\ncd7\\nrest')")
+    async with private_folder() as folder, open_child(wrote, BARE, folder, text=b"") as child:
+        with trio.fail_after(10):
+            assert await child.line() == b"5"
+            assert await child.exactly(5) == b"ab\ncd"
+            assert await child.line() == b"7"
+            with pytest.raises(ChildError, match="3 bytes too early"):
+                await child.exactly(7)
