@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from random import uniform
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -47,7 +48,7 @@ DEFAULT_SLOTS: Mapping[str, int | None] = {
 }
 #: Kinds whose program unpacks itself, once for all its runs, into a folder that it is given.
 UNPACK = frozenset({"copilot_cli", "copilot_sdk"})
-#: Seconds between two looks at a provider: while it is not ready, and when it is.
+#: Seconds between two looks at a provider: while it is not ready, and at most when it is.
 LOOK_SOON, LOOK_LATER = 0.5, 5.0
 #: `check` keeps to 2 s by its contract; one that does not is not ready.
 CHECK_LIMIT = 4.0
@@ -130,7 +131,9 @@ class OwnProvider:
             if offered != self._offered:
                 self._offered = offered
                 changed()
-            await trio.sleep(LOOK_LATER if health.state == "ready" else LOOK_SOON)
+            # Spread, so that a node with many does not look at all of them in one moment.
+            later = LOOK_LATER * uniform(0.5, 1.0)
+            await trio.sleep(later if health.state == "ready" else LOOK_SOON)
 
 
 def _sentence(health: Health) -> str:
