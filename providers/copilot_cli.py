@@ -6,6 +6,7 @@ system prompt stays, which wants short answers.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import partial
 
@@ -36,6 +37,8 @@ FLAGS = (
     *("--no-custom-instructions", "--no-auto-update", "--no-ask-user", "--disable-builtin-mcps"),
     *("--no-remote", "--no-remote-export", "--disallow-temp-dir", "--disable-client-telemetry"),
 )
+#: It drops white space before it looks.
+_COMMAND = re.compile(r"[\s\ufeff]*/")
 _TELEMETRY = "COPILOT_OTEL_FILE_EXPORTER_PATH"
 NO_TOOLS = ("--available-tools", "none")
 
@@ -116,5 +119,10 @@ def _chosen(login: Login, request: GenerateRequest, options: CopilotOptions) -> 
 
 
 def _one_text(prompt: CliPrompt) -> str:
-    """Its system prompt cannot be another: what the request says there goes before the rest."""
-    return f"{prompt.system}\n\n{prompt.text}" if prompt.system else prompt.text
+    """Its system prompt cannot be another: what the request says there goes before the rest.
+
+    What begins with a slash it would take for one of its commands, such as `/compact`; so that is
+    written as a turn among several is.
+    """
+    text = f"{prompt.system}\n\n{prompt.text}" if prompt.system else prompt.text
+    return f"user: {text}" if _COMMAND.match(text) else text

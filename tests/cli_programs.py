@@ -75,7 +75,7 @@ PROGRAMS: Mapping[str, CliProgram] = {
         "copilot_cli",
         "bin/copilot",
         lambda path, base: {"command": path, "base_url": f"{base}/v1"},
-        before=r"<current_datetime>[^<]*</current_datetime>\n\n",
+        before=r"<current_datetime>[^<]*</current_datetime>\n\n(user: )?",
         drops_end=True,
     ),
     "copilot_sdk": CliProgram(

@@ -172,6 +172,21 @@ def test_a_server_of_ones_own(tmp_path: Path) -> None:
     assert "GH_TOKEN" not in seen
 
 
+@pytest.mark.parametrize(
+    ("system", "text", "said"),
+    [
+        ("", "/compact", "user: /compact"),
+        ("", "\n \ufeff/compact", "user: \n \ufeff/compact"),
+        ("/clear", "hi", "user: /clear\n\nhi"),
+        ("Be brief.", "/compact", "Be brief.\n\n/compact"),
+        ("", "and/or", "and/or"),
+    ],
+)
+def test_no_prompt_is_a_command(tmp_path: Path, system: str, text: str, said: str) -> None:
+    own = settings(tmp_path, base_url="http://127.0.0.1:1/v1")
+    assert launched(tmp_path, own, asked(text, system)).text.decode() == said
+
+
 def test_a_token(tmp_path: Path) -> None:
     said = settings(tmp_path, seen={"GH_TOKEN": "gho_x"}, cache_dir="/keep")
     launch = launched(tmp_path, said, asked(extra={"reasoning_effort": "low"}))
