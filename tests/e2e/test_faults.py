@@ -34,7 +34,6 @@ CASE_S, ROAD_S = 90, 300
 #: No node gives up a server before that, but for the providers whose fault is that they are late.
 #: The asking node of a hop is told what the other one found.
 DEADLINES = f"[deadlines]\nfirst_token = {CASE_S}\ngap = {CASE_S}\nwhole = {CASE_S}\n"
-LATE = f"deadlines = {{first_token = {LATE_S}, gap = {LATE_S}}}\n"
 #: So many cases of a road run at once.
 AT_ONCE = 6
 #: Bytes that an endless answer may cost a node for a while: three of them are read at once.
@@ -60,6 +59,12 @@ def provider(name: str, base_url: str, models: Sequence[str], kind: str = "model
     )
 
 
+def patience(case: Case) -> str:
+    """Less of it, where it is the fault that a server is late, and only for what is late there."""
+    limit = "gap" if case.begun else "first_token"
+    return f"deadlines = {{{limit} = {LATE_S}}}\n" * case.late
+
+
 def healthy(backend: FaultBackend) -> str:
     return provider("healthy", backend.base("healthy"), [*PAIRS, "flapping"]) + "slots = 16\n"
 
@@ -76,7 +81,7 @@ def faulty(backend: FaultBackend, refusing: int, cases: Sequence[Case] = CASES) 
         models = [case.fault, f"{case.fault}.pair"][: 1 if case.fault == REFUSED else 2]
         if case.fault == "context-openai":
             models.append(LONG)
-        tables.append(provider(case.fault, base, models) + LATE * case.late)
+        tables.append(provider(case.fault, base, models) + patience(case))
     tables += [provider(name, backend.base(name), [LONG]) for name in ("smaller", "larger")]
     tables.append(provider("flapping", backend.base("flapping"), ["flapping"]))
     return "".join(tables)
@@ -87,7 +92,7 @@ def embedding(backend: FaultBackend) -> str:
     return "".join(
         provider(f"{case.fault}.embed", backend.base(case.fault), [case.fault], "embedding_models")
         + "share = false\n"
-        + LATE * case.late
+        + patience(case)
         for case in OF_EMBEDDINGS
     )
 
