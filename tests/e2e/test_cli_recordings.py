@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from cli_matrix import ENDLESS
 from cli_real import recorded_programs
 from record_clis import record
 from recordings import load, recordings
@@ -18,6 +19,8 @@ async def test_recordings_are_what_is_said_now(name: str, tmp_path: Path) -> Non
     kept = recordings(name)
     for path in sorted((tmp_path / "recorded").iterdir()):
         now, then = load(path.read_text()), kept[path.stem]
+        if path.stem in ENDLESS:
+            continue  # how far it came when it was ended is chance
         assert _output(now.lines) == _output(then.lines), path.stem
         assert (now.argv, now.exit, now.files) == (then.argv, then.exit, then.files), path.stem
 
