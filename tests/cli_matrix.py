@@ -118,10 +118,13 @@ BUT: Mapping[str, Mapping[str, Gives]] = {
     "copilot": {
         "e429-7": MATRIX["e429"],
         "truncate": MATRIX["truncate"]._replace(requests=3),
+        # On a busy machine it may ask again before it is ended.
+        "badjson": MATRIX["badjson"]._replace(requests=2),
     },
     "copilot_sdk": {
         "e429-7": MATRIX["e429"],
         "truncate": MATRIX["truncate"]._replace(requests=2),
+        "badjson": MATRIX["badjson"]._replace(requests=2),
     },
 }
 
