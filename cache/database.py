@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
@@ -240,5 +241,15 @@ def _set_aside(path: Path, error: sqlite3.Error) -> None:
 
 
 def _checkpoint(path: Path) -> None:
-    with closing(sqlite3.connect(path, timeout=0)) as connection:
+    with _copying, closing(sqlite3.connect(path, timeout=0)) as connection:
         connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+
+
+# A fork waits for it: what it holds of SQLite's locks at that moment, the child could never take.
+_copying = threading.RLock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_copying.acquire,
+        after_in_parent=_copying.release,
+        after_in_child=_copying.release,
+    )

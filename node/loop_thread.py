@@ -3,7 +3,9 @@
 What lives in the loop outlives a call: connections, a model's process, the cache. A caller may be
 a plain program, an asyncio or a trio task, a notebook: it submits a `Job`, and waits for it in its
 own way. The thread starts with the first job, ends with `close` or the program, and is no part of
-a forked child, which gets one of its own.
+a forked child, which gets one of its own. While the program forks it stands still between two
+steps: what it held in the middle of one, such as SQLite's lock over its memory, nobody in the child
+would ever give back.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import atexit
 import os
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -25,6 +28,8 @@ E = TypeVar("E")
 
 #: Seconds that closing may take. A model's process is then killed by its own end of input.
 CLOSING = 10.0
+#: Seconds that a fork waits at most until a step is over. A step takes milliseconds.
+STEP = 5.0
 
 
 class Closed(RuntimeError):
@@ -106,6 +111,16 @@ class LoopThread(Generic[E]):
         if loop is not None:
             loop.stop()
 
+    def hold(self) -> None:
+        """Before a fork: let it stand still."""
+        if self._loop is not None:
+            self._loop.hold()
+
+    def release(self) -> None:
+        """After the fork, in the parent: let it go on."""
+        if self._loop is not None:
+            self._loop.release()
+
     def forget(self) -> None:
         """In a forked child: the thread is the parent's, and so is all that is open in it."""
         if self._loop is not None:
@@ -129,6 +144,8 @@ class _Loop(Generic[E]):
         self._token: trio.lowlevel.TrioToken | None = None
         self._stop = trio.CancelScope()
         self._stopping = False
+        #: Lets it go on, where it stands still.
+        self._go_on: Callable[[], None] = lambda: None
         # A daemon, as Python waits for others before it calls what `atexit` knows.
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -158,6 +175,33 @@ class _Loop(Generic[E]):
         self.stop()
         if threading.current_thread() is not self._thread:
             self._thread.join(CLOSING)
+
+    def hold(self) -> None:
+        """Return when it stands still between two steps, or has not begun or has ended."""
+        if threading.current_thread() is self._thread or not self._thread.is_alive():
+            return
+        self._lock.acquire()
+        if self._token is None:  # it does not begin without the lock
+            self._go_on = self._lock.release
+            return
+        self._lock.release()
+        held, go_on = threading.Event(), threading.Event()
+        self._go_on = go_on.set
+
+        def stand_still() -> None:
+            held.set()
+            go_on.wait()
+
+        with suppress(trio.RunFinishedError):
+            self._token.run_sync_soon(stand_still)
+            until = time.monotonic() + STEP
+            while not held.wait(0.01) and self._thread.is_alive() and time.monotonic() < until:
+                pass
+
+    def release(self) -> None:
+        """Let it go on."""
+        self._go_on()
+        self._go_on = lambda: None
 
     def _run(self) -> None:
         failure: Exception = Closed("the router was closed")
@@ -265,6 +309,8 @@ async def _wait_asyncio(future: Future[Any]) -> None:
 
 _threads: weakref.WeakSet[LoopThread[Any]] = weakref.WeakSet()
 _inherited: list[object] = []
+#: Those that stand still while the program forks.
+_held: list[LoopThread[Any]] = []
 
 
 def _close_all() -> None:
@@ -272,11 +318,23 @@ def _close_all() -> None:
         thread.close()
 
 
+def _hold_all() -> None:
+    _held.extend(_threads)
+    for thread in _held:
+        thread.hold()
+
+
+def _release_all() -> None:
+    while _held:
+        _held.pop().release()
+
+
 def _forget_all() -> None:
+    _held.clear()
     for thread in list(_threads):
         thread.forget()
 
 
 atexit.register(_close_all)
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_all)
+    os.register_at_fork(before=_hold_all, after_in_parent=_release_all, after_in_child=_forget_all)

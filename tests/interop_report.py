@@ -22,8 +22,8 @@ ROOT = Path(__file__).parent.parent
 HEAD = """\
 # With whom it was tried
 
-Written by a whole run of `scripts/test --interop`, which installs foreign peers, clients, and the
-vendors' own command-line programs and SDKs, and talks with them. Nothing leaves the machine:
+Written by `scripts/test --interop`, which installs foreign peers, clients, and the vendors' own
+command-line programs and SDKs, and talks with them. Nothing leaves the machine:
 where a program wants a vendor's server, the tests are that server (`tests/vendors.py`).
 """
 #: Tests with a foreign peer or program that are quick enough for every run.

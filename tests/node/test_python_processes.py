@@ -77,6 +77,42 @@ def test_a_forked_child_has_a_loop_of_its_own(tmp_path: Path) -> None:
     assert out == "hit-local\n"
 
 
+def test_a_fork_waits_until_the_loop_is_between_two_steps(tmp_path: Path) -> None:
+    """What a step holds, such as a lock of SQLite's, a child would find locked for ever."""
+    out = run(
+        tmp_path,
+        """
+        import os, threading, time
+        from contextlib import asynccontextmanager
+        from promptmesh.node.loop_thread import LoopThread
+
+        @asynccontextmanager
+        async def opens():
+            yield None
+
+        async def step(_):
+            with lock:
+                begun.set()
+                time.sleep(0.5)  # what takes long
+
+        lock, begun = threading.Lock(), threading.Event()
+        thread = LoopThread(opens, "loop")
+        job = thread.submit(step)
+        begun.wait()
+        child = os.fork()
+        if not child:
+            os._exit(lock.locked())
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        job.future.result()
+        thread.submit(step).future.result()  # it goes on
+        thread.close()
+        os.waitpid(os.fork() or os._exit(0), 0)  # nor does it matter that it has ended
+        print("done")
+        """,
+    )
+    assert out == "done\n"
+
+
 def test_ctrl_c_cancels_the_work(tmp_path: Path) -> None:
     with vendor() as server:
         server.hang = True
