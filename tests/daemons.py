@@ -237,6 +237,8 @@ class EventStream:
         self._http.send(h11.Request(method="POST", target="/", headers=[("host", "x")]))
         self._http.send(h11.EndOfMessage())
         self._buffer = b""
+        #: The last event, which may say how the answer broke.
+        self._last: dict[str, Any] = {}
 
     def __aiter__(self) -> Self:
         return self
@@ -248,6 +250,7 @@ class EventStream:
         if data == b"[DONE]":
             raise StopAsyncIteration
         fields: dict[str, Any] = json.loads(data)
+        self._last = fields
         return fields
 
     async def comment(self) -> str:
@@ -279,7 +282,7 @@ class EventStream:
             elif isinstance(event, h11.Data):
                 return bytes(event.data)
             else:
-                raise AssertionError(f"the stream ended without [DONE]: {event}")
+                raise AssertionError(f"the stream ended without [DONE], after {self._last}")
 
 
 @asynccontextmanager

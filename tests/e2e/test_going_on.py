@@ -71,8 +71,11 @@ async def test_a_peer_goes_on_for_another(tmp_path: Path) -> None:
         await check_both_turns(a, "b:breaks")
 
 
+# By what the model happens to say, and when, it may end in an error now and then, which is not
+# understood yet: `tests/mesh/test_handover_model.py` has the seam itself in every run.
 @pytest.mark.e2e
 @pytest.mark.model
+@pytest.mark.interop
 async def test_a_model_goes_on_where_the_other_was_killed(tmp_path: Path) -> None:
     nodes = {"a": "", "b": REAL_MODEL, "c": REAL_MODEL}
     async with mesh(tmp_path, nodes) as (a, b, c):
