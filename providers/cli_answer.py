@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Protocol, Self
 
-import msgspec
 import trio
 
 from .base import Answering, Chunk, GenerateError, Origin, ProviderUnavailable
 from .child import MAX_LINE, Child, ChildError, Folder, open_child, private_folder
-from .stop_strings import StopScanner
 from .tokens import estimated_usage
+from .turn_chunks import UntilStop
 
 #: A file that a program leaves behind is read so far, in bytes.
 MAX_REPORT = 1 << 20
@@ -96,7 +94,7 @@ class CliAnswer:
                     f"{self._origin.provider} cannot be started: {reason}"
                 ) from error
             self._stack = stack.pop_all()
-        chunks = _Chunks(child, self._decoder, launch, StopScanner(self._stop))
+        chunks = _Chunks(child, self._decoder, launch, self._stop)
         return Answering(self._origin, chunks)
 
     async def __aexit__(
@@ -116,31 +114,28 @@ async def _in_thread(work: Callable[[], None]) -> None:
 class _Chunks:
     """The chunks of a run."""
 
-    __slots__ = ("_child", "_decoder", "_launch", "_over", "_ready", "_scanner")
+    __slots__ = ("_child", "_decoder", "_launch", "_until")
 
-    def __init__(
-        self, child: Child, decoder: Decoder, launch: Launch, scanner: StopScanner
-    ) -> None:
+    def __init__(self, child: Child, decoder: Decoder, launch: Launch, stop: Sequence[str]) -> None:
         self._child = child
         self._decoder = decoder
         self._launch = launch
-        self._scanner = scanner
-        self._ready: deque[Chunk] = deque()
-        self._over = False
+        self._until = UntilStop(stop, lambda: estimated_usage(launch.text.decode(), decoder.text))
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Chunk:
-        while not self._ready:
-            if self._over:
+        until = self._until
+        while not until.ready:
+            if until.over:
                 raise StopAsyncIteration
             if self._decoder.failure is not None:
                 raise self._decoder.failure
             await self._read()
             for chunk in self._decoder.take():
-                self._pass_on(chunk)
-        return self._ready.popleft()
+                until.take(chunk)
+        return until.ready.popleft()
 
     async def _read(self) -> None:
         """Take the next line, or the end."""
@@ -156,24 +151,6 @@ class _Chunks:
         code = await self._child.ended()
         report = await trio.to_thread.run_sync(_read_report, self._launch.report)
         self._decoder.ended(code, self._child.errors, report)
-
-    def _pass_on(self, chunk: Chunk) -> None:
-        if self._over:
-            return  # it was said after a stop string
-        if not chunk.text and chunk.finish_reason is None:
-            self._ready.append(chunk)
-            return
-        text = self._scanner.feed(chunk.text)
-        if chunk.finish_reason is not None:
-            text += self._scanner.flush()
-        if text:
-            self._ready.append(Chunk(text=text))
-        if self._scanner.found:
-            chunk = Chunk(finish_reason="stop")
-        if chunk.finish_reason is not None:
-            self._over = True
-            usage = chunk.usage or estimated_usage(self._launch.text.decode(), self._decoder.text)
-            self._ready.append(msgspec.structs.replace(chunk, text="", usage=usage))
 
 
 def _read_report(path: Path | None) -> str:

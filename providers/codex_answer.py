@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Awaitable, Callable
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-import msgspec
 import trio
 
 from .base import (
     Answering,
-    Chunk,
     ContextTooLong,
-    DeadlineExceeded,
     GenerateRequest,
     Message,
     Origin,
-    StreamInterrupted,
 )
 from .cli_prompt import CliPrompt
 from .codex_flags import PLACE
 from .codex_server import CodexServer, Listener, Refused
 from .codex_settings import CodexOptions
 from .codex_turn import CodexTurn
-from .stop_strings import StopScanner
 from .tokens import estimated_usage
+from .turn_chunks import TurnChunks, UntilStop
 
 #: Seconds for a turn to end that was told to; then the process is ended.
 INTERRUPT_GRACE = 1.0
@@ -80,7 +75,10 @@ class CodexAnswer:
                 raise ContextTooLong(error.message) from None
             raise
         assert self._listener is not None
-        chunks = _Chunks(self._listener, self._request, self._limit)
+        until = UntilStop(
+            self._request.sampling.stop, lambda: estimated_usage(self._request, self._decoder.text)
+        )
+        chunks = TurnChunks(self._decoder, self._listener.news, until, self._limit)
         return Answering(self._origin, chunks)
 
     async def _begin(self, server: CodexServer) -> None:
@@ -147,61 +145,3 @@ def _item(message: Message) -> dict[str, Any]:
     kind = "output_text" if message.role == "assistant" else "input_text"
     content = [{"type": kind, "text": message.text}]
     return {"type": "message", "role": message.role, "content": content}
-
-
-class _Chunks:
-    """The chunks of a turn, up to a stop string."""
-
-    __slots__ = ("_limit", "_listener", "_over", "_ready", "_request", "_scanner")
-
-    def __init__(self, listener: Listener, request: GenerateRequest, limit: float) -> None:
-        self._listener = listener
-        self._request = request
-        self._limit = limit
-        self._scanner = StopScanner(request.sampling.stop)
-        self._ready: deque[Chunk] = deque()
-        self._over = False
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> Chunk:
-        decoder = self._listener.decoder
-        while not self._ready:
-            if self._over:
-                raise StopAsyncIteration
-            for chunk in decoder.take():
-                self._pass_on(chunk)
-            if not self._ready and not self._over:
-                if decoder.failure is not None:
-                    raise decoder.failure
-                await self._wait(decoder)
-        return self._ready.popleft()
-
-    async def _wait(self, decoder: CodexTurn) -> None:
-        with trio.move_on_after(self._limit):
-            await self._listener.news()
-            return
-        failure = decoder.broken(f"silent for {self._limit:g} s")
-        if isinstance(failure, StreamInterrupted):
-            raise failure
-        raise DeadlineExceeded(failure.message)
-
-    def _pass_on(self, chunk: Chunk) -> None:
-        if self._over:
-            return  # it was said after a stop string
-        if not chunk.text and chunk.finish_reason is None:
-            self._ready.append(chunk)
-            return
-        text = self._scanner.feed(chunk.text)
-        if chunk.finish_reason is not None:
-            text += self._scanner.flush()
-        if text:
-            self._ready.append(Chunk(text=text))
-        if self._scanner.found:
-            chunk = Chunk(finish_reason="stop")
-        if chunk.finish_reason is not None:
-            self._over = True
-            given = self._listener.decoder.text
-            usage = chunk.usage or estimated_usage(self._request, given)
-            self._ready.append(msgspec.structs.replace(chunk, text="", usage=usage))

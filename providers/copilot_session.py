@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Awaitable, Callable
 from types import TracebackType
-from typing import Self
 from uuid import uuid4
 
-import msgspec
 import trio
 
 from .base import (
     Answering,
-    Chunk,
-    DeadlineExceeded,
     GenerateRequest,
     Origin,
     ProviderRefused,
-    StreamInterrupted,
 )
 from .cli_prompt import CliPrompt
 from .copilot_events import CopilotEvents
 from .copilot_runtime import Call, CopilotRuntime, Listener, Refused
 from .copilot_settings import CopilotOptions, CopilotSettings
 from .copilot_wire import EMPTY_OPTIONS, new_session
-from .stop_strings import StopScanner
 from .tokens import estimated_usage
+from .turn_chunks import TurnChunks, UntilStop
 
 #: Seconds for a session to end that was told to; then the runtime is ended, which takes 2 more.
 ABORT_TIME = 0.8
@@ -81,7 +75,12 @@ class SessionAnswer:
         except BaseException:
             await self._leave()
             raise
-        chunks = _Chunks(listener, self._request, self._prompt, self._settings.read_timeout)
+        until = UntilStop(
+            self._request.sampling.stop,
+            lambda: estimated_usage(self._prompt.text, self._decoder.text),
+        )
+        limit = self._settings.read_timeout
+        chunks = TurnChunks(self._decoder, listener.news, until, limit)
         return Answering(self._origin, chunks)
 
     async def _create(self, runtime: CopilotRuntime) -> None:
@@ -133,63 +132,3 @@ class SessionAnswer:
         listener = self._listener
         if listener is not None and not listener.idle and not runtime.gone:
             await runtime.begin("session.abort", {"sessionId": self._session}).answered.wait()
-
-
-class _Chunks:
-    """The chunks of a turn, up to a stop string."""
-
-    __slots__ = ("_limit", "_listener", "_over", "_prompt", "_ready", "_scanner")
-
-    def __init__(
-        self, listener: Listener, request: GenerateRequest, prompt: CliPrompt, limit: float
-    ) -> None:
-        """`limit` is the longest silence (s)."""
-        self._listener = listener
-        self._prompt = prompt
-        self._limit = limit
-        self._scanner = StopScanner(request.sampling.stop)
-        self._ready: deque[Chunk] = deque()
-        self._over = False
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> Chunk:
-        decoder = self._listener.decoder
-        while not self._ready:
-            if self._over:
-                raise StopAsyncIteration
-            for chunk in decoder.take():
-                self._pass_on(chunk)
-            if not self._ready and not self._over:
-                if decoder.failure is not None:
-                    raise decoder.failure
-                await self._wait(decoder)
-        return self._ready.popleft()
-
-    async def _wait(self, decoder: CopilotEvents) -> None:
-        with trio.move_on_after(self._limit):
-            await self._listener.news()
-            return
-        failure = decoder.broken(f"silent for {self._limit:g} s")
-        if isinstance(failure, StreamInterrupted):
-            raise failure
-        raise DeadlineExceeded(failure.message)
-
-    def _pass_on(self, chunk: Chunk) -> None:
-        if self._over:
-            return  # it was said after a stop string
-        if not chunk.text and chunk.finish_reason is None:
-            self._ready.append(chunk)
-            return
-        text = self._scanner.feed(chunk.text)
-        if chunk.finish_reason is not None:
-            text += self._scanner.flush()
-        if text:
-            self._ready.append(Chunk(text=text))
-        if self._scanner.found:
-            chunk = Chunk(finish_reason="stop")
-        if chunk.finish_reason is not None:
-            self._over = True
-            usage = chunk.usage or estimated_usage(self._prompt.text, self._listener.decoder.text)
-            self._ready.append(msgspec.structs.replace(chunk, text="", usage=usage))

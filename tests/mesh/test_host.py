@@ -293,9 +293,9 @@ async def test_leaving_frees_the_port_and_ends_the_handlers() -> None:
         for _ in range(3):
             async with host("a", listen=f"/ip4/127.0.0.1/tcp/{port}") as a:
                 port = port_of(a)
-                a.handle("/test/work/1", work)
+                a.handle("/test/job/1", work)
                 await b.connect(a.peer_id, a.addresses)
-                await b.open_stream(a.peer_id, "/test/work/1")
+                await b.open_stream(a.peer_id, "/test/job/1")
             await ended.wait()
             with pytest.raises(OSError, match="connect"):
                 await trio.open_tcp_stream("127.0.0.1", port)

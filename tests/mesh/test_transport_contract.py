@@ -354,8 +354,8 @@ async def test_a_lost_connection_is_an_error_and_ends_its_handlers(node: MakeNod
         finally:
             ended.set()
 
-    b.handle("/test/work/1", work)
-    stream = await a.open_stream(b.peer_id, "/test/work/1")
+    b.handle("/test/job/1", work)
+    stream = await a.open_stream(b.peer_id, "/test/job/1")
     await stream.receive_some()
     failed = trio.Event()
 
