@@ -44,7 +44,9 @@ SHORTEST_REFRESH, LONGEST_REFRESH, RETRY = 60.0, 1800.0, 60.0
 class Reservation:
     """A place at a relay."""
 
-    relay: PeerId
+    #: The connection on which it was given. With its end the relay may have forgotten the place,
+    #: though another connection is there.
+    link: Link
     #: When to ask for it again, in monotonic seconds.
     refresh: float
     #: Where this node is reached through it.
@@ -77,6 +79,7 @@ class RelayClient:
         self._wake = trio.Event()
         network.serve(STOP, self._serve)
         network.on_change.append(self._changed)
+        network.on_replaced.append(self._replaced)
 
     @property
     def addresses(self) -> list[str]:
@@ -104,6 +107,10 @@ class RelayClient:
         if peer in self._reserved or not connected:
             self._wake.set()
 
+    def _replaced(self, link: Link) -> None:
+        if link.peer in self._reserved:
+            self._wake.set()
+
     # --- places -----------------------------------------------------------------------------------
 
     async def run(self) -> None:
@@ -128,7 +135,7 @@ class RelayClient:
             link = self._network.direct(ID.from_base58(relay))
             if not self._wanted or link is None:
                 del self._reserved[relay]
-            elif place.refresh <= trio.current_time():
+            elif place.link.is_closed or place.refresh <= trio.current_time():
                 await self._reserve(link)
         if self._wanted and len(self._reserved) < WANTED:
             for link in await self._nearest():
@@ -192,7 +199,7 @@ class RelayClient:
         ways = [f"{where}/p2p/{link.peer}{CIRCUIT}/p2p/{self._own}" for where in found]
         if not ways:
             raise TransportError("it does not say where it is reached")
-        return Reservation(link.peer, refresh, tuple(ways[:MAX_ADDRESSES]))
+        return Reservation(link, refresh, tuple(ways[:MAX_ADDRESSES]))
 
     # --- circuits ---------------------------------------------------------------------------------
 

@@ -19,6 +19,8 @@ import h11
 import httpx
 import trio
 
+from promptmesh.node.home import Home
+
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / ".models" / "SmolLM2-135M-Instruct"
 #: To read the authorities of this machine takes a client 50 ms, for nothing.
@@ -125,9 +127,13 @@ class Daemon:
     async def _answers(self) -> bool:
         assert self._process is not None
         assert self._process.poll() is None, self.log.read_text()
+        # Not what the file says of one that was killed: its port may be somebody else's by now.
+        running = Home(self.home).running()
+        if running is None or running.pid != self.pid:
+            return False
         try:
             return (await self.get("/healthz")).status_code == 200
-        except (OSError, httpx.HTTPError, json.JSONDecodeError, KeyError):
+        except httpx.HTTPError:
             return False
 
     @property

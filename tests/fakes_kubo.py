@@ -43,6 +43,10 @@ class ScriptedKubo:
 
     async def _answer(self, head: str, stream: trio.SocketStream) -> None:
         target = head.split()[1]
+        if not target.startswith("/api/v0/"):
+            # Another test looks for what had this port before.
+            await stream.send_all(reply(b"", 404))
+            return
         self.asked.append(target)
         answer = self.script[target.removeprefix("/api/v0/").partition("?")[0]]
         if isinstance(answer, bytes):

@@ -64,6 +64,11 @@ async def meet(a: Libp2pTransport, b: Libp2pTransport) -> None:
     await a.connect(b.peer_id, b.addresses)
 
 
+def port_of(transport: Libp2pTransport) -> int:
+    """Where it listens."""
+    return int(transport.addresses[0].split("/")[4])
+
+
 async def reserve(node: Libp2pTransport, *relays: Libp2pTransport) -> None:
     """Have a place at each of them."""
     for each in relays:

@@ -82,7 +82,8 @@ async def test_a_model_goes_on_where_the_other_was_killed(tmp_path: Path) -> Non
         await a.wait_for_peers("b", "c")
         await wait_for_both(a, MODEL.name, "b:local_hf", "c:local_hf")
         for peer in ("b", "c"):  # both have loaded it
-            await a.chat("hi", MODEL.name, promptmesh={"peer": peer}, max_tokens=1)
+            hi = await a.chat("hi", MODEL.name, promptmesh={"peer": peer}, max_tokens=1)
+            assert hi.status_code == 200, hi.text
         fields: dict[str, Any] = {"temperature": 1, "max_tokens": 60}
         fields["stream_options"] = {"include_usage": True}
         events: list[dict[str, Any]] = []
@@ -94,6 +95,7 @@ async def test_a_model_goes_on_where_the_other_was_killed(tmp_path: Path) -> Non
                     first = next(n for n in (b, c) if n.name == events[0]["promptmesh"]["node"])
                     await first.kill()
         last, counted = events[-2:]
+        assert "error" not in last | counted, (last, counted, await a.json("/mesh/v1/requests"))
         assert last["promptmesh"]["node"] in {"b", "c"} - {first.name}
         # Who goes on counts the tokens that there were: the whole has no more than it may, and as
         # two made it, it is stored nowhere.

@@ -121,7 +121,8 @@ async def two_behind_routers(folder: Path, nat: Nat) -> AsyncIterator[Sequence[F
 
 async def test_two_behind_routers_meet_by_relays(tmp_path: Path) -> None:
     async with two_behind_routers(tmp_path, "random ports") as (r1, r2, a, b):
-        await a.wait_for_reachability("unreachable")
+        for node in (a, b):
+            await node.wait_for_reachability("unreachable")
         await r1.wait_for_reachability("reachable")
         await a.wait_for_path("b", "relayed")
         await b.wait_for_path("a", "relayed")
@@ -134,9 +135,13 @@ async def test_two_behind_routers_meet_by_relays(tmp_path: Path) -> None:
             return "through a relay" in (await a.json("/mesh/v1/peers"))[0]["warning"]
 
         await until(told, "the owner of a is told that relays are used", FIND_S)
+
+        async def placed() -> bool:  # one is enough for both to meet, and the other comes later
+            relaying = [(await r.json("/mesh/v1/status"))["mesh"]["relaying"] for r in (r1, r2)]
+            return all({p["node"] for p in does["places"]} == {"a", "b"} for does in relaying)
+
+        await until(placed, "both have a place at each relay", FIND_S)
         relaying = [(await r.json("/mesh/v1/status"))["mesh"]["relaying"] for r in (r1, r2)]
-        places = {place["node"] for does in relaying for place in does["places"]}
-        assert places == {"a", "b"}
         ends = [{c["from"]["node"], c["to"]["node"]} for d in relaying for c in d["circuits"]]
         assert {"a", "b"} in ends
         # A place at the other relay is there before the one that is used goes.

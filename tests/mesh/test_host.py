@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager, suppress
 
 import pytest
 import trio
+from hosts import port_of
 from libp2p.peer.id import ID
 from trio.testing import wait_all_tasks_blocked
 
@@ -51,10 +52,6 @@ async def until(condition: Callable[[], bool]) -> None:
     with trio.fail_after(SOON):
         while not condition():  # noqa: ASYNC110 - there is no event for it
             await trio.sleep(0.001)
-
-
-def port_of(transport: Libp2pTransport) -> int:
-    return int(transport.addresses[0].split("/")[4])
 
 
 class Tunnel:

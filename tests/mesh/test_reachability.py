@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 import trio
-from hosts import SOON, host, meet, until
+from hosts import SOON, host, meet, port_of, until
 from libp2p.peer.id import ID
 
 from promptmesh.mesh import reachability
@@ -31,10 +31,6 @@ def link(a: Libp2pTransport, b: Libp2pTransport) -> Link:
 async def answer_to(stream: Stream, data: bytes) -> bytes:
     await stream.send_all(data)
     return await stream.receive_some()
-
-
-def port_of(node: Libp2pTransport) -> int:
-    return int(node.addresses[0].split("/")[4])
 
 
 @asynccontextmanager

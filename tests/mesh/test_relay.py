@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import pytest
 import trio
-from hosts import ECHO, KEY, SOON, STRANGER, TOPIC, circuits, host, meet, reserve, says, until
+from hosts import (
+    ECHO,
+    KEY,
+    SOON,
+    STRANGER,
+    TOPIC,
+    circuits,
+    host,
+    meet,
+    port_of,
+    reserve,
+    says,
+    until,
+)
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.peer.id import ID
 from multiaddr import Multiaddr  # type: ignore[import-untyped]
@@ -132,6 +145,21 @@ async def test_a_place_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> No
         assert r.traversal.relay is not None
         first = dict(r.traversal.relay._reserved)
         await until(lambda: r.traversal.relay._reserved[a.peer_id] > first[a.peer_id])  # type: ignore[union-attr]
+        assert len(a.addresses) == 1
+
+
+async def test_a_place_is_asked_for_again_when_its_connection_ends() -> None:
+    async with host("r", offers=True) as r, host("a", listens=False) as a:
+        await reserve(a, r)
+        assert r.traversal.relay is not None
+        reserved = r.traversal.relay._reserved
+        peer_id = ID.from_base58(r.peer_id)
+        first = a.network.link(peer_id)
+        await a.network.dial("127.0.0.1", port_of(r), peer_id, address=r.addresses[0])
+        # The relay may have seen the end of the one before the other began.
+        del reserved[a.peer_id]
+        await first.close()
+        await until(lambda: a.peer_id in reserved)
         assert len(a.addresses) == 1
 
 
