@@ -22,7 +22,7 @@ from ..mesh.serving import Services
 from ..mesh.transport import TransportError
 from ..providers.admission import Waiting
 from ..providers.base import Answering, Asked, EmbedRequest
-from ..providers.registry import SettingsError
+from ..providers.options import SettingsError
 from .api_cache import CacheApi
 from .api_embeddings import EmbeddingsApi
 from .api_ipfs import IpfsApi

@@ -13,7 +13,7 @@ from functools import partial
 import trio
 
 from ..providers.admission import Admission
-from ..providers.http_client import parse_base_url
+from ..providers.http_address import parse_base_url
 from ..providers.local_servers import Found, look
 from ..providers.registry import build
 from .config import Config, ProviderConfig

@@ -32,7 +32,8 @@ from ..providers.base import (
     Usage,
 )
 from ..providers.event_stream import EventStream, EventTooLong
-from ..providers.http_client import HttpClient, HttpFailure, HttpReply, open_client
+from ..providers.http_client import HttpClient, open_client
+from ..providers.http_reply import HttpFailure, HttpReply
 from ..providers.openai_chat import Quirks, encode_request
 from .home import Home
 from .seed_providers import NOT_RUNNING

@@ -12,7 +12,8 @@ from typing import Any, Protocol, runtime_checkable
 import trio
 
 from ..providers.base import Health
-from ..providers.registry import SettingsError, kinds
+from ..providers.options import SettingsError
+from ..providers.registry import kinds
 from .config import SUBSCRIPTION_KINDS, Config, child_environment, router_settings
 from .finding_servers import find_servers, found_tables
 from .home import Home

@@ -29,7 +29,8 @@ from .base import (
 )
 from .claude_settings import KEY, NO_KEY, ClaudeSettings
 from .http_answer import HttpAnswer, failure_of, read_body, unavailable
-from .http_client import HttpFailure, HttpReply, open_client
+from .http_client import open_client
+from .http_reply import HttpFailure, HttpReply
 from .model_list import ModelList
 from .openai_errors import ErrorReader
 from .tokens import TokenCount

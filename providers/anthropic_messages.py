@@ -23,7 +23,7 @@ from .base import (
     Tool,
     ToolCall,
 )
-from .registry import read_options
+from .options import read_options
 
 Effort = Literal["low", "medium", "high", "xhigh", "max"]
 #: Tokens of thinking, of which the API allows not fewer; or as many as the model likes.

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from .anthropic_messages import ClaudeOptions
-from .http_client import parse_base_url
+from .http_address import parse_base_url
 
 #: Without a version: that is added to it.
 BASE_URL = "https://api.anthropic.com"

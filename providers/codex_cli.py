@@ -50,7 +50,7 @@ from .codex_server import MAX_LINE
 from .codex_settings import CodexOptions, CodexSettings
 from .codex_turn import CodexTurn
 from .openai_errors import ErrorReader
-from .registry import read_options
+from .options import read_options
 
 #: Seconds for a command such as `--version`. `Provider.check` may take 2.
 BRIEF = 1.8

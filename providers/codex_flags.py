@@ -14,7 +14,7 @@ from pathlib import Path
 from .child import Folder
 from .codex_found import home, keyring, login_file
 from .codex_settings import CodexOptions, CodexSettings
-from .http_client import parse_base_url
+from .http_address import parse_base_url
 
 #: The oldest version that was tried, and the oldest whose process can be kept.
 OLDEST = (0, 104, 0)

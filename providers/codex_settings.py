@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from .codex_found import COMMAND, KEY
-from .http_client import parse_base_url
+from .http_address import parse_base_url
 
 #: Where a key of OpenAI's is good. (A login finds its own place.)
 OPENAI = "https://api.openai.com/v1"

@@ -26,7 +26,7 @@ from .copilot_login import Login, child_environment
 from .copilot_output import CopilotOutput
 from .copilot_program import MAX_PROMPT, CopilotProgram
 from .copilot_settings import CopilotOptions, CopilotSettings
-from .registry import read_options
+from .options import read_options
 
 #: The longest line of its output: one repeats the prompt twice, with each character escaped.
 MAX_LINE = 64 << 20

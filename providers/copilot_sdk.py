@@ -40,7 +40,7 @@ from .copilot_wire import (
     is_authenticated,
     listed_models,
 )
-from .registry import read_options
+from .options import read_options
 
 #: The longest line of a frame's head, in bytes.
 MAX_HEAD = 4096

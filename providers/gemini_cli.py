@@ -29,7 +29,7 @@ from .gemini_options import GeminiOptions
 from .gemini_output import GeminiOutput
 from .gemini_settings import BASE_URL, KEYS, GeminiSettings
 from .openai_errors import ErrorReader
-from .registry import read_options
+from .options import read_options
 
 #: The model where none is configured: the command's own. For many newer names it asks others.
 MODEL = "gemini-2.5-pro"

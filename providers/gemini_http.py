@@ -28,10 +28,11 @@ from .gemini_options import GeminiOptions
 from .gemini_settings import KEYS, NO_KEY, GeminiSettings
 from .gemini_stream import GeminiDecoder
 from .http_answer import HttpAnswer, failure_of, read_body, unavailable
-from .http_client import HttpFailure, HttpReply, open_client
+from .http_client import open_client
+from .http_reply import HttpFailure, HttpReply
 from .model_list import ModelList
 from .openai_errors import ErrorReader
-from .registry import read_options
+from .options import read_options
 from .tokens import TokenCount
 
 #: Bytes of a number in a reply; of a whole reply with a count, and with `MAX_BATCH` vectors.

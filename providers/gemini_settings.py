@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from .http_client import parse_base_url
+from .http_address import parse_base_url
 
 #: Without a version: that is added to it.
 BASE_URL = "https://generativelanguage.googleapis.com"

@@ -22,7 +22,7 @@ from .base import (
     ProviderUnavailable,
     Usage,
 )
-from .http_client import BrokenReply, HttpFailure, HttpReply, TimedOut
+from .http_reply import BrokenReply, HttpFailure, HttpReply, TimedOut
 from .openai_errors import ErrorReader
 from .stream_decoder import StreamDecoder
 from .tokens import estimated_usage

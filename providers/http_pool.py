@@ -11,13 +11,13 @@ from typing import Self
 import httptools
 import trio
 
-from .http_client import (
+from .http_address import Address
+from .http_reply import (
     FINISH_TIME,
     IDLE_LIFETIME,
     MAX_BODY,
     MAX_HEAD,
     MAX_IDLE,
-    Address,
     BrokenReply,
     HttpFailure,
     NotConnected,

@@ -12,12 +12,12 @@ from typing import Any, Self
 
 import trio
 
-from .http_client import (
+from .http_address import Address
+from .http_reply import (
     FINISH_TIME,
     IDLE_LIFETIME,
     MAX_BODY,
     MAX_IDLE,
-    Address,
     BrokenReply,
     HttpFailure,
     NotConnected,

@@ -12,7 +12,8 @@ import msgspec
 import trio
 
 from .http_answer import read_body
-from .http_client import HttpClient, HttpFailure, NotConnected, open_client
+from .http_client import HttpClient, open_client
+from .http_reply import HttpFailure, NotConnected
 from .openai_models import read_models
 
 #: Seconds for all that is asked of one port; a server that is loading a model may take its time.

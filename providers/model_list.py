@@ -8,8 +8,10 @@ from collections.abc import Callable
 import trio
 
 from .base import Health
+from .http_address import parse_base_url
 from .http_answer import explain, read_body
-from .http_client import BrokenReply, HttpClient, HttpFailure, parse_base_url
+from .http_client import HttpClient
+from .http_reply import BrokenReply, HttpFailure
 from .openai_errors import ErrorReader, ServerError, blames_key
 
 #: Seconds between two questions for the models; while the server is down first the one, then twice

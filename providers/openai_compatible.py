@@ -24,8 +24,10 @@ from .base import (
     ProviderUnavailable,
     RequestRejected,
 )
+from .http_address import parse_base_url
 from .http_answer import HttpAnswer, failure_of, read_body, unavailable
-from .http_client import HttpFailure, HttpReply, open_client, parse_base_url
+from .http_client import open_client
+from .http_reply import HttpFailure, HttpReply
 from .model_list import ModelList
 from .openai_chat import Continuation, Quirks, encode_request
 from .openai_embeddings import encode_embed, longest_reply, read_embeddings, refuses_base64

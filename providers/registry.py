@@ -5,13 +5,13 @@ A kind that is not known here may be one of another package (`plugins`).
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import msgspec
 
-from .base import TRANSPORT, Provider, RequestRejected
+from .base import Provider, RequestRejected
+from .options import SettingsError, meant, read_options, read_settings
 from .plain import PlainProvider, is_provider
 from .plugins import load_plugin, plugins
 
@@ -20,19 +20,9 @@ Factory = Callable[[str, Mapping[str, Any]], Provider]
 #: Gives the type of a kind's options; it is called, so that nothing is imported before.
 OptionsType = Callable[[], type[msgspec.Struct]]
 
-T = TypeVar("T")
-
 
 class NoOptions(msgspec.Struct, frozen=True):
     """The options of a kind that has none."""
-
-
-class SettingsError(ValueError):
-    """Settings that no provider can be built from; names the one that is wrong."""
-
-    def __init__(self, message: str, key: str | None = None) -> None:
-        super().__init__(message)
-        self.key = key
 
 
 @runtime_checkable
@@ -75,7 +65,7 @@ def build(kind: str, name: str, settings: Mapping[str, Any]) -> Provider:
             return _plugged(plugin, name, settings)
     except ValueError as error:
         raise SettingsError(f"provider {name!r} ({kind}): {error}") from None
-    raise SettingsError(f"provider {name!r}: no kind {kind!r}{_meant(kind, kinds())}")
+    raise SettingsError(f"provider {name!r}: no kind {kind!r}{meant(kind, kinds())}")
 
 
 def options_of(kind: str) -> type[msgspec.Struct] | None:
@@ -86,18 +76,6 @@ def options_of(kind: str) -> type[msgspec.Struct] | None:
     """
     options = _options.get(kind)
     return None if options is None else options()
-
-
-def read_options(type_: type[T], extra: Mapping[str, Any]) -> T:
-    """The options of a request, from its `extra`. Raises `RequestRejected` that names the field.
-
-    Fields that do not bear on the answer, and those without a value, say nothing to a provider.
-    """
-    said = {name: v for name, v in extra.items() if v is not None and name not in TRANSPORT}
-    try:
-        return read_settings(type_, said, what="option")
-    except SettingsError as error:
-        raise RequestRejected(str(error), field=error.key) from None
 
 
 def options_fault(kind: str, extra: Mapping[str, Any]) -> str:
@@ -126,42 +104,6 @@ def _plugged(plugin: Callable[..., Any], name: str, settings: Mapping[str, Any])
         return PlainProvider(name, made, models=models)
     except TypeError as error:  # a keyword that it does not take, or no provider at all
         raise ValueError(str(error)) from error
-
-
-def read_settings(
-    type_: type[T],
-    settings: Mapping[str, Any],
-    *,
-    name: str | None = None,
-    what: str = "setting",
-) -> T:
-    """Typed settings from a table. Raises `SettingsError` that names the key.
-
-    `type_` is a msgspec struct or a dataclass; a `name` is added where it has that field.
-    """
-    info: Any = msgspec.inspect.type_info(type_)
-    fields = [field.encode_name for field in info.fields]
-    known = [field for field in fields if field != "name"]
-    for key in settings:
-        if key not in known:
-            raise SettingsError(f"no {what} {key!r}{_meant(key, known)}", key)
-    values = dict(settings)
-    if name is not None and "name" in fields:
-        values["name"] = name
-    try:
-        return msgspec.convert(values, type_)
-    except msgspec.ValidationError as error:
-        reason, _, path = str(error).partition(" - at `$.")
-        key = path.rstrip("`")
-        raise SettingsError(f"{key}: {reason}" if key else reason, key or None) from None
-
-
-def _meant(word: str, known: Sequence[str]) -> str:
-    """What was probably meant, or what there is."""
-    close = difflib.get_close_matches(word, known, n=1)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; there is {', '.join(sorted(known))}" if known else ""
 
 
 def _echo(name: str, settings: Mapping[str, Any]) -> Provider:

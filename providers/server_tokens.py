@@ -17,7 +17,8 @@ import trio
 
 from .base import GenerateRequest, Image
 from .http_answer import read_body
-from .http_client import HttpFailure, open_client
+from .http_client import open_client
+from .http_reply import HttpFailure
 from .openai_chat import encode_messages, encode_tools
 from .tokens import MESSAGE_TOKENS, TokenCount, estimate
 

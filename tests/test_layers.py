@@ -1,7 +1,7 @@
 """The import direction between the folders (docs/architecture.md)."""
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -38,6 +38,8 @@ ONLY_IN: dict[str, set[str]] = {
     "sqlite3": {f"cache/{p.name}" for p in (ROOT / "cache").glob("*.py")}
     | {"node/node_database.py"},
 }
+#: Folders in which no import is put off into a function to hide a circle.
+WITHOUT_PUT_OFF = ("cache", "mesh", "providers")
 
 
 def imports(tree: ast.AST, package: str) -> Iterator[str]:
@@ -73,6 +75,56 @@ def test_layers(folder: str) -> None:
                 assert not {a.name.split(".")[0] for a in node.names} & set(FOLDERS), path
         for name in imports(tree, folder):
             assert allowed(name, folder), f"{path} imports {name}"
+
+
+class Running(ast.NodeTransformer):
+    """Leaves what runs when a module is imported or, with `put_off`, at any time after."""
+
+    def __init__(self, put_off: bool) -> None:
+        self.put_off = put_off
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST | None:
+        return self.generic_visit(node) if self.put_off else None
+
+    def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> ast.AST | None:
+        return self.generic_visit(node) if self.put_off else None
+
+    def visit_If(self, node: ast.If) -> ast.AST:
+        if isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            node.body = []
+        return self.generic_visit(node)
+
+
+def in_circles(sources: Mapping[str, str], folder: str, *, put_off: bool) -> set[str]:
+    """The modules, by name, that import themselves by way of others."""
+    needs: dict[str, set[str]] = {}
+    for name, source in sources.items():
+        found = imports(Running(put_off).visit(ast.parse(source)), folder)
+        parts = (imported.split(".") for imported in found)
+        needs[name] = {p[1] for p in parts if p[0] == folder and p[1:]} & set(sources)
+    before = None
+    while needs != before:
+        before = needs
+        needs = {name: own.union(*(before[n] for n in own)) for name, own in before.items()}
+    return {name for name, own in needs.items() if name in own}
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_no_module_imports_itself_by_way_of_others(folder: str) -> None:
+    sources = {path.stem: path.read_text() for path in (ROOT / folder).glob("*.py")}
+    assert not in_circles(sources, folder, put_off=folder in WITHOUT_PUT_OFF)
+
+
+def test_circles_are_seen() -> None:
+    sources = {
+        "a": "from .b import x",
+        "b": "def f():\n    from . import c",
+        "c": "if TYPE_CHECKING:\n    from .d import y\nelse:\n    from .a import z",
+        "d": "from .a import x",
+    }
+    assert in_circles(sources, "node", put_off=True) == {"a", "b", "c"}
+    assert in_circles(sources, "node", put_off=False) == set()
+    assert in_circles(sources | {"b": "from . import c"}, "node", put_off=False) == {"a", "b", "c"}
 
 
 @pytest.mark.parametrize("library", ONLY_IN)

@@ -28,7 +28,7 @@ from promptmesh.providers.base import (
     ToolCall,
     ToolChoice,
 )
-from promptmesh.providers.registry import read_options
+from promptmesh.providers.options import read_options
 
 OLD, NEW = "claude-sonnet-4-5", "claude-opus-4-6"
 

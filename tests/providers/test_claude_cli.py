@@ -33,7 +33,8 @@ from promptmesh.providers.base import (
 from promptmesh.providers.claude_cli import MAX_PROMPT, ClaudeCli
 from promptmesh.providers.claude_settings import ClaudeSettings
 from promptmesh.providers.cli_prompt import PLAIN_SYSTEM
-from promptmesh.providers.registry import SettingsError, build
+from promptmesh.providers.options import SettingsError
+from promptmesh.providers.registry import build
 
 KEY = "sk-ant-abcdef0123456789"
 #: Tells how it was started, as its answer; and of itself what the command tells, as it is told.

@@ -29,7 +29,8 @@ from promptmesh.providers.base import (
 )
 from promptmesh.providers.codex_cli import CodexCli
 from promptmesh.providers.codex_settings import CodexSettings
-from promptmesh.providers.registry import SettingsError, build
+from promptmesh.providers.options import SettingsError
+from promptmesh.providers.registry import build
 
 KEY = "sk-nobody-may-see-this"
 

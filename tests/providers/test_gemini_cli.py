@@ -42,7 +42,8 @@ from promptmesh.providers.gemini_home import Login, may_name_a_file, settings_of
 from promptmesh.providers.gemini_http import GeminiHttp
 from promptmesh.providers.gemini_options import GeminiOptions
 from promptmesh.providers.gemini_settings import GeminiSettings
-from promptmesh.providers.registry import SettingsError, build
+from promptmesh.providers.options import SettingsError
+from promptmesh.providers.registry import build
 
 KEY = "AIza-abcdef0123456789"
 LOGIN = {"access_token": "at", "refresh_token": "rt", "expiry_date": 1}

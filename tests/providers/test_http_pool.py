@@ -22,15 +22,15 @@ from hypothesis import strategies as st
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from promptmesh.providers import http_pool
-from promptmesh.providers.http_client import (
+from promptmesh.providers.http_address import parse_base_url
+from promptmesh.providers.http_pool import HttpPool
+from promptmesh.providers.http_reply import (
     BrokenReply,
     HttpFailure,
     HttpReply,
     NotConnected,
     TimedOut,
-    parse_base_url,
 )
-from promptmesh.providers.http_pool import HttpPool
 
 
 @asynccontextmanager

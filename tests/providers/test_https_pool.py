@@ -20,13 +20,8 @@ from fakes_http import (
 )
 
 from promptmesh.providers import https_pool
-from promptmesh.providers.http_client import (
-    BrokenReply,
-    HttpFailure,
-    NotConnected,
-    TimedOut,
-    parse_base_url,
-)
+from promptmesh.providers.http_address import parse_base_url
+from promptmesh.providers.http_reply import BrokenReply, HttpFailure, NotConnected, TimedOut
 from promptmesh.providers.https_pool import HttpsPool
 
 Contexts = tuple[ssl.SSLContext, ssl.SSLContext]

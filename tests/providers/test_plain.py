@@ -21,9 +21,10 @@ from promptmesh.providers.base import (
 )
 from promptmesh.providers.echo import Echo
 from promptmesh.providers.openai_compatible import OpenAICompatible
+from promptmesh.providers.options import SettingsError
 from promptmesh.providers.plain import PlainProvider, is_provider
 from promptmesh.providers.plugins import load_plugin, plugins
-from promptmesh.providers.registry import SettingsError, build, kinds
+from promptmesh.providers.registry import build, kinds
 
 
 def request(*texts: str, model: str = "own", **fields: Any) -> GenerateRequest:

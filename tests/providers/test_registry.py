@@ -4,7 +4,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import msgspec
@@ -14,17 +13,8 @@ from promptmesh.providers import registry
 from promptmesh.providers.base import Provider, RequestRejected
 from promptmesh.providers.echo import Echo, EchoSettings
 from promptmesh.providers.openai_compatible import OpenAICompatible
-from promptmesh.providers.registry import (
-    Runs,
-    SettingsError,
-    build,
-    kinds,
-    options_fault,
-    options_of,
-    read_options,
-    read_settings,
-    register,
-)
+from promptmesh.providers.options import SettingsError, read_options
+from promptmesh.providers.registry import Runs, build, kinds, options_fault, options_of, register
 
 URL = "http://127.0.0.1:9000/v1"
 
@@ -131,26 +121,6 @@ def test_a_kind_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     register("mine", factory)
     assert kinds() == ["mine"]
     assert build("mine", "x", {}).name == "my-x"
-
-
-@dataclass(frozen=True)
-class OfADataclass:
-    model: str
-    batch: int = 16
-
-
-class OfAStruct(msgspec.Struct, forbid_unknown_fields=True):
-    model: str
-    batch: int = 16
-
-
-@pytest.mark.parametrize("type_", [OfADataclass, OfAStruct])
-def test_settings_without_a_name(type_: Any) -> None:
-    assert read_settings(type_, {"model": "m"}, name="n") == type_(model="m", batch=16)
-    with pytest.raises(SettingsError, match="no setting 'bacth'; did you mean 'batch'"):
-        read_settings(type_, {"model": "m", "bacth": 3})
-    with pytest.raises(SettingsError, match="model"):
-        read_settings(type_, {})
 
 
 class Effort(msgspec.Struct, frozen=True):
