@@ -9,6 +9,7 @@ follower who has the most, and where it waits for a slot it is as urgent as the 
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
@@ -24,6 +25,8 @@ from ..providers.base import (
     StreamInterrupted,
 )
 from ..providers.waiting import PRIORITIES
+
+logger = logging.getLogger(__name__)
 
 #: Starts the work of a flight.
 Compute = Callable[[], AbstractAsyncContextManager[Answering]]
@@ -42,7 +45,8 @@ class Flight:
         self.origin: Origin | None = None
         self.chunks: list[Chunk] = []
         self.error: GenerateError | None = None
-        self.finished = False
+        #: It has ended, in whatever way; and: with all its chunks.
+        self.finished = self.whole = False
         self.followers = 0
         self._changed = trio.lowlevel.ParkingLot()
 
@@ -56,11 +60,12 @@ class Flight:
                     async for chunk in answering.chunks:
                         self.chunks.append(chunk)
                         self._changed.unpark_all()
+                self.whole = True
         except GenerateError as error:
             self.error = error
-        except Exception as error:  # the followers see it, as an error of the node's own
+        except Exception as error:  # the log has it; the followers see an error of the node's own
+            logger.exception("a shared computation failed")
             self.error = GenerateError(f"internal error: {error!r}")
-            raise
         finally:
             self.finished = True
             self._changed.unpark_all()
@@ -75,7 +80,7 @@ class Flight:
     async def wait_chunks(self, seen: int) -> bool:
         """Wait for more than `seen` chunks; False at the end. Raises what the work raised."""
         while len(self.chunks) <= seen:
-            if self.finished and self.error is None and not self.scope.cancelled_caught:
+            if self.whole:
                 return False
             await self._raise_if_ended()
             await self._changed.park()

@@ -80,6 +80,8 @@ class _Note:
                 await trio.sleep(EVERY)
                 waiting = await self._waiting(self._id)
                 async with self._writing:
+                    if self._scope.cancel_called:  # while this waited: the lock is its all the same
+                        return
                     await self._tell(waiting)
 
     async def stop(self) -> None:

@@ -15,6 +15,7 @@ from promptmesh.providers.base import (
     Origin,
     Priority,
     ProviderUnavailable,
+    StreamInterrupted,
 )
 
 
@@ -99,6 +100,41 @@ async def test_each_follower_gets_its_own_copy_of_the_error(nursery: trio.Nurser
     assert work.started == 1
     assert errors[0] is not errors[1]
     assert [(str(e), e.retry_after) for e in errors] == [("full", 3), ("full", 3)]
+
+
+async def test_a_bug_in_the_work_is_an_error_for_its_followers_only(
+    nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
+) -> None:
+    flights, other = Flights(nursery), Work()
+
+    @asynccontextmanager
+    async def broken() -> AsyncIterator[Answering]:
+        await trio.lowlevel.checkpoint()
+        raise ZeroDivisionError("a bug")
+        yield
+
+    async with flights.join(b"other", other.compute) as (answering, _):
+        with pytest.raises(GenerateError, match="internal error"):
+            async with flights.join(b"k", broken):
+                pass
+        other.send.send_nowait(Chunk(text="x", finish_reason="stop"))
+        other.send.close()
+        assert (await answering.completion()).text == "x"
+    assert "ZeroDivisionError: a bug" in caplog.text
+
+
+async def test_work_that_is_cancelled_from_outside_is_not_whole() -> None:
+    work = Work()
+    async with (
+        trio.open_nursery() as flying,
+        Flights(flying).join(b"k", work.compute) as (answering, _),
+    ):
+        work.send.send_nowait(Chunk(text="a"))
+        assert (await anext(aiter(answering.chunks))).text == "a"
+        with trio.CancelScope(shield=True):
+            flying.cancel_scope.cancel()
+            with pytest.raises(StreamInterrupted):
+                await anext(aiter(answering.chunks))
 
 
 async def test_the_work_is_as_urgent_as_its_most_urgent_follower(nursery: trio.Nursery) -> None:

@@ -140,6 +140,40 @@ async def test_a_client_that_leaves_is_told_nothing_more(
     assert world.admission.load().waiting == 0
 
 
+class Told:
+    """A responder that remembers what is written."""
+
+    def __init__(self) -> None:
+        self.started = False
+        self.written: list[bytes] = []
+
+    async def start(self, status: int, **_: object) -> None:
+        self.started = True
+
+    async def write(self, data: bytes) -> None:
+        self.written.append(data)
+
+
+async def test_nothing_is_told_once_it_is_stopped(
+    autojump_clock: Clock, nursery: trio.Nursery
+) -> None:
+    for _ in range(20):  # the order of the two tasks is drawn by lot
+        known = trio.Event()
+
+        async def waiting(request_id: str, known: trio.Event = known) -> Waiting:
+            await known.wait()
+            return Waiting(place=1, of=1, wait=None)
+
+        responder: Any = Told()
+        notes = WaitingNotes(nursery, waiting=waiting, busy=lambda: True)
+        async with notes.told(responder, "req-1") as answered:
+            await trio.sleep(EVERY + 1)
+            known.set()
+            await answered()
+            await trio.testing.wait_all_tasks_blocked()
+            assert (responder.started, responder.written) == (False, [])
+
+
 @pytest.mark.parametrize(
     ("place", "text"),
     [(1, "1st"), (2, "2nd"), (3, "3rd"), (4, "4th"), (11, "11th"), (12, "12th"), (23, "23rd")],
