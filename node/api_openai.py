@@ -17,7 +17,7 @@ from .http_server import Request, Responder
 from .names import Names
 from .openai_answers import StreamEncoder, encode_whole, origin_headers
 from .openai_requests import ChatCall, decode_chat
-from .request_headers import with_headers
+from .request_headers import forbid_storing, with_headers
 from .router import Router
 from .waiting_notes import EVENTS, WaitingNotes
 
@@ -51,7 +51,7 @@ class OpenAIApi:
         """`POST /v1/chat/completions`."""
         request_id = new_request_id()
         try:
-            remember = "no-store" not in request.headers.get("cache-control", "")
+            remember = not forbid_storing(request)
             call = decode_chat(request.body, request_id, remember=remember)
             call = msgspec.structs.replace(call, request=with_headers(call.request, request))
             if call.stream:
@@ -144,6 +144,8 @@ async def send_error(
     responder: Responder, error: GenerateError, request_id: str, attempts: int
 ) -> None:
     """The failure as a status and a body, or as the last event of a stream that has begun."""
+    if responder.ended:  # its time was over just as the client had it all
+        return
     if responder.started:
         await responder.write(error_event(error))
         await responder.end()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -164,16 +163,18 @@ _KNOWN = frozenset(_ChatBody.__struct_fields__) | ABOUT_THE_CALLER
 _decode_body = msgspec.json.Decoder(_ChatBody).decode
 #: The fields without what is in them, which only the unknown ones need.
 _decode_names = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+#: The largest number that every provider and every peer can be sent.
+_MOST = 2**63 - 1
 #: The range of a number, by the OpenAI reference.
 _RANGES: dict[str, tuple[float, float]] = {
     "temperature": (0, 2),
     "top_p": (0, 1),
-    "top_k": (0, math.inf),
-    "max_tokens": (1, math.inf),
+    "top_k": (0, _MOST),
+    "max_tokens": (1, _MOST),
     "presence_penalty": (-2, 2),
     "frequency_penalty": (-2, 2),
     "top_logprobs": (0, 20),
-    "seed": (-(2**63), 2**63 - 1),
+    "seed": (-_MOST - 1, _MOST),
 }
 
 

@@ -83,6 +83,12 @@ def with_headers(request: _Request, http: HasHeaders) -> _Request:
     return _replaced(request, changes, type(request))
 
 
+def forbid_storing(http: HasHeaders) -> bool:
+    """Do the headers say that nothing of the request may be stored?"""
+    control = _cache_control(http.headers.get("cache-control", ""))
+    return "bypass" in (control.get("mode"), http.headers.get("x-promptmesh-cache-mode"))
+
+
 def _changes(
     headers: Mapping[str, str], known: dict[str, tuple[str, Callable[[str], Any]]]
 ) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from promptmesh.cache.database import Database
 from promptmesh.cache.keys import key_text, request_key
 from promptmesh.cache.namespaces import Namespaces
 from promptmesh.cache.uses import Kind
+from promptmesh.node import openai_requests
 from promptmesh.node.api_openai import OpenAIApi
 from promptmesh.node.ledger import Ledger
 from promptmesh.node.node_database import NodeDatabase
@@ -199,8 +200,9 @@ def ways(field: dict[str, Any], header: str, control: str | None = None) -> list
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-@pytest.mark.parametrize("way", ways({"mode": "bypass"}, "bypass", "no-store"))
+@pytest.mark.parametrize("way", ways({"mode": "bypass"}, "bypass", "No-Store"))
 async def test_no_store_touches_nothing(way: dict[str, Any], stream: bool) -> None:
+    openai_requests._remembered.clear()
     async with world(shared=Silent(), answers=Untouchable) as w:
         for number in (1, 2):
             answer = await w.ask(stream=stream, **way)
@@ -213,6 +215,7 @@ async def test_no_store_touches_nothing(way: dict[str, Any], stream: bool) -> No
         assert (stat.bypassed, stat.misses, stat.hits, stat.answers) == (2, 0, 0, 0)
         # Whoever computes it is told the same.
         assert [request.cache.mode for request in w.backends.asked] == ["bypass", "bypass"]
+        assert not openai_requests._remembered
 
 
 async def test_no_store_does_not_see_what_is_stored_and_leaves_it() -> None:

@@ -108,6 +108,8 @@ def test_the_promptmesh_object() -> None:
         ({"n": 2}, "n"),
         ({"model": 1}, "model"),
         ({"seed": 2**63}, "seed"),
+        ({"top_k": 2**63}, "top_k"),
+        ({"max_tokens": 2**63}, "max_tokens"),
         ({"promptmesh": {"polcy": "x"}}, "promptmesh"),
         ({"promptmesh": {"deadlines": {"gap_s": 0}}}, "promptmesh.deadlines.gap_s"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0]"),

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import pytest
 
-from promptmesh.node.request_headers import with_headers
+from promptmesh.node.request_headers import forbid_storing, with_headers
 from promptmesh.providers.base import CacheControl, GenerateRequest, RequestRejected, TimeLimits
 
 
@@ -47,6 +47,23 @@ def test_yes_and_no() -> None:
         assert with_headers(BODY, Http({"x-promptmesh-hedge": text})).hedge is hedge
     with pytest.raises(RequestRejected, match="'maybe' is not true or false"):
         with_headers(BODY, Http({"x-promptmesh-hedge": "maybe"}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "forbidden"),
+    [
+        ("cache-control", "no-store", True),
+        ("cache-control", "max-age=5, No-Store", True),
+        ("cache-control", "no-cache", False),
+        ("x-promptmesh-cache-mode", "bypass", True),
+        ("x-promptmesh-cache-mode", "refresh", False),
+        ("accept", "*/*", False),
+    ],
+)
+def test_what_forbids_to_store(name: str, value: str, forbidden: bool) -> None:
+    http = Http({name: value})
+    assert forbid_storing(http) is forbidden
+    assert (with_headers(BODY, http).cache.mode == "bypass") is forbidden
 
 
 def test_time_limits_stand_over_the_bodys_one_by_one() -> None:
