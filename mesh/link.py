@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import trio
+from libp2p.abc import INetStream
 from libp2p.custom_types import TProtocol
 from libp2p.io.exceptions import IOException
 from libp2p.network.connection import swarm_connection
 from libp2p.network.stream.net_stream import NetStream, StreamState
+from libp2p.network.swarm import Swarm
 
 from .pnet import SocketWire
 from .streams import LibraryStream, SecureYamux, negotiate, select
 from .transport import PeerId, TransportError
 from .yamux import YamuxStream
-
-if TYPE_CHECKING:
-    from .patches import Network
 
 log = logging.getLogger(__name__)
 
@@ -32,12 +31,21 @@ class Link(swarm_connection.SwarmConn):
     """One connection to a peer, with the streams on it."""
 
     muxed_conn: SecureYamux
-    swarm: Network
 
     def __init__(
-        self, muxed: SecureYamux, network: Network, *, address: str, relay: PeerId = ""
+        self,
+        muxed: SecureYamux,
+        swarm: Swarm,
+        *,
+        handlers: Mapping[str, Callable[[INetStream], Any]],
+        over: Callable[[Link], None],
+        address: str,
+        relay: PeerId = "",
     ) -> None:
-        super().__init__(muxed, network)
+        """`handlers` serve the streams that the peer opens, by protocol; `over` is told the end."""
+        super().__init__(muxed, swarm)
+        self._handlers = handlers
+        self._over = over
         self.peer: PeerId = muxed.peer_id.to_base58()
         #: Where it was dialled, or where it comes from.
         self.address = address
@@ -78,7 +86,7 @@ class Link(swarm_connection.SwarmConn):
             nursery.start_soon(self.swarm.notify_connected, self)
             await self.muxed_conn.start()
             self.event_closed.set()
-            self.swarm.forget(self)
+            self._over(self)
             nursery.cancel_scope.cancel()
 
     async def _serve(self, nursery: trio.Nursery) -> None:
@@ -91,10 +99,9 @@ class Link(swarm_connection.SwarmConn):
     async def _serve_stream(self, stream: YamuxStream) -> None:
         finished = False
         try:
-            handlers = self.swarm.handlers
             with trio.fail_after(NEGOTIATE_TIMEOUT):
-                stream.protocol = await negotiate(stream, handlers)
-            await handlers[stream.protocol](self.library_stream(stream))
+                stream.protocol = await negotiate(stream, self._handlers)
+            await self._handlers[stream.protocol](self.library_stream(stream))
             finished = True
         except (TransportError, IOException) as error:  # the peer changed its mind: its right
             log.debug("a stream of %s ended: %s", self.peer, error)

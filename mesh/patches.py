@@ -171,7 +171,7 @@ class Network(Swarm):
             wire.abort()
             return
         addresses = wire.get_transport_addresses()
-        await self._live(Link(muxed, self, address=str(addresses[0]) if addresses else ""))
+        await self._live(self._link(muxed, str(addresses[0]) if addresses else ""))
 
     async def _handshake(self, wire: Wire) -> SecureYamux | None:
         """Who is it? None if it did not say in time, or had to give way to others."""
@@ -222,10 +222,15 @@ class Network(Swarm):
 
     async def _join(self, wire: Wire, peer_id: ID, *, address: str, relay: PeerId) -> Link:
         try:
-            return Link(await self._upgrade(wire, peer_id), self, address=address, relay=relay)
+            return self._link(await self._upgrade(wire, peer_id), address, relay)
         except BaseException:
             wire.abort()
             raise
+
+    def _link(self, muxed: SecureYamux, address: str, relay: PeerId = "") -> Link:
+        return Link(
+            muxed, self, handlers=self.handlers, over=self.forget, address=address, relay=relay
+        )
 
     async def prove(self, wire: Wire, peer_id: ID) -> None:
         """See that this peer is at the other end, and hang up. Raises if it is not."""
