@@ -72,7 +72,8 @@ class OwnProvider:
     priced: Priced | None = None
     allowance: Callable[[PeerId], Allowance] = lambda asker: Allowance()
     health: Health = NOT_SEEN
-    _offered: object = None
+    #: Its state and models at the last look.
+    _offered: tuple[str, tuple[str, ...]] = ("", ())
 
     def load(self, priority: Priority = "background") -> Load:
         """How busy it is to a request of that priority; to one in the background all counts."""
@@ -101,12 +102,19 @@ class OwnProvider:
         )
 
     def advert(self) -> ProviderAdvert:
-        """It as peers see it: what waits in the background, they would not wait for."""
+        """It as peers see it: what waits in the background, they would not wait for.
+
+        While it is not ready, a model that came since the last look is left out: the health of
+        that look is older than the model, and peers ask nothing of who is starting. The next look
+        tells both.
+        """
         load = self.load("member")
+        offers = (self.priced or self.admission).models()
+        ready, known = self.health.state == "ready", self._offered[1]
         return ProviderAdvert(
             name=self.name,
             kind=self.kind,
-            models=tuple((self.priced or self.admission).models()),
+            models=tuple(offer for offer in offers if ready or offer.id in known),
             slots=load.slots,
             running=load.running,
             waiting=load.waiting,
