@@ -63,7 +63,7 @@ class Job(Generic[T]):
                 await trio.lowlevel.checkpoint()
                 result = await self._work(owner)
                 self.future.set_result(result)
-        except Exception as error:  # Who submitted it sees it.
+        except (Exception, SystemExit, KeyboardInterrupt) as error:  # Who submitted it sees it.
             self.future.set_exception(error)
         finally:
             self.fail(Closed("the work was cancelled"))
@@ -82,15 +82,15 @@ class LoopThread(Generic[E]):
         self._name = name
         self._lock = threading.Lock()
         self._loop: _Loop[E] | None = None
-        _threads.add(self)
+        with _threads_lock:
+            _threads.add(self)
 
     def submit(self, work: Callable[[E], Awaitable[T]]) -> Job[T]:
         """Begin work, with what is open in the loop. Raises `RuntimeError` in the loop itself."""
         job = Job(work)
         with self._lock:
             if self._loop is None or not self._loop.add(job):
-                self._loop = _Loop(self._opens, self._name)
-                self._loop.add(job)
+                self._loop = _Loop(self._opens, self._name, job)
         return job
 
     @property
@@ -111,15 +111,19 @@ class LoopThread(Generic[E]):
         if loop is not None:
             loop.stop()
 
-    def hold(self) -> None:
-        """Before a fork: let it stand still."""
-        if self._loop is not None:
-            self._loop.hold()
+    def hold(self) -> Callable[[], None]:
+        """Before a fork: let it stand still, and let nobody begin or close one meanwhile.
 
-    def release(self) -> None:
-        """After the fork, in the parent: let it go on."""
-        if self._loop is not None:
-            self._loop.release()
+        Gives what lets it go on, to be called in this thread.
+        """
+        self._lock.acquire()
+        go_on = self._loop.hold() if self._loop is not None else _nothing
+
+        def release() -> None:
+            go_on()
+            self._lock.release()
+
+        return release
 
     def forget(self) -> None:
         """In a forked child: the thread is the parent's, and so is all that is open in it."""
@@ -133,19 +137,20 @@ class LoopThread(Generic[E]):
 class _Loop(Generic[E]):
     """One run of the thread."""
 
-    def __init__(self, opens: Callable[[], AbstractAsyncContextManager[E]], name: str) -> None:
+    def __init__(
+        self, opens: Callable[[], AbstractAsyncContextManager[E]], name: str, job: Job[Any]
+    ) -> None:
+        """Begins with that job."""
         self._opens = opens
-        #: Over all below.
-        self._lock = threading.Lock()
+        #: Over all below. A finalizer that stops it may run wherever the lock is held.
+        self._lock = threading.RLock()
         #: What waits to be begun; None: the loop takes no more.
-        self._jobs: deque[Job[Any]] | None = deque()
+        self._jobs: deque[Job[Any]] | None = deque([job])
         #: Makes the loop begin what waits; None: it has not come so far.
         self._begin: Callable[[], None] | None = None
         self._token: trio.lowlevel.TrioToken | None = None
         self._stop = trio.CancelScope()
         self._stopping = False
-        #: Lets it go on, where it stands still.
-        self._go_on: Callable[[], None] = lambda: None
         # A daemon, as Python waits for others before it calls what `atexit` knows.
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -176,17 +181,18 @@ class _Loop(Generic[E]):
         if threading.current_thread() is not self._thread:
             self._thread.join(CLOSING)
 
-    def hold(self) -> None:
-        """Return when it stands still between two steps, or has not begun or has ended."""
+    def hold(self) -> Callable[[], None]:
+        """Return when it stands still between two steps, or has not begun or has ended.
+
+        Gives what lets it go on.
+        """
         if threading.current_thread() is self._thread or not self._thread.is_alive():
-            return
+            return _nothing
         self._lock.acquire()
         if self._token is None:  # it does not begin without the lock
-            self._go_on = self._lock.release
-            return
+            return self._lock.release
         self._lock.release()
         held, go_on = threading.Event(), threading.Event()
-        self._go_on = go_on.set
 
         def stand_still() -> None:
             held.set()
@@ -197,11 +203,7 @@ class _Loop(Generic[E]):
             until = time.monotonic() + STEP
             while not held.wait(0.01) and self._thread.is_alive() and time.monotonic() < until:
                 pass
-
-    def release(self) -> None:
-        """Let it go on."""
-        self._go_on()
-        self._go_on = lambda: None
+        return go_on.set
 
     def _run(self) -> None:
         failure: Exception = Closed("the router was closed")
@@ -308,28 +310,38 @@ async def _wait_asyncio(future: Future[Any]) -> None:
 # --- processes ----------------------------------------------------------------------------------
 
 _threads: weakref.WeakSet[LoopThread[Any]] = weakref.WeakSet()
+#: Held while the program forks, once at a time, and while `_threads` is read or changed.
+_threads_lock = threading.Lock()
 _inherited: list[object] = []
-#: Those that stand still while the program forks.
-_held: list[LoopThread[Any]] = []
+#: Lets those go on that stand still while the program forks.
+_held: list[Callable[[], None]] = []
+
+
+def _nothing() -> None: ...
 
 
 def _close_all() -> None:
-    for thread in list(_threads):
+    with _threads_lock:
+        threads = list(_threads)
+    for thread in threads:
         thread.close()
 
 
 def _hold_all() -> None:
-    _held.extend(_threads)
-    for thread in _held:
-        thread.hold()
+    _threads_lock.acquire()
+    for thread in list(_threads):
+        _held.append(thread.hold())
 
 
 def _release_all() -> None:
     while _held:
-        _held.pop().release()
+        _held.pop()()
+    _threads_lock.release()
 
 
 def _forget_all() -> None:
+    global _threads_lock
+    _threads_lock = threading.Lock()
     _held.clear()
     for thread in list(_threads):
         thread.forget()

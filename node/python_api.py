@@ -335,7 +335,7 @@ class _Call:
                 self.deps.set_cached(RESPONSE + trace.key, trace.cid)
             return text
 
-        return self.deps.thread().submit(work)
+        return self.deps.submit(work)
 
     def count(self) -> Job[TokenCount]:
         """Count its tokens in the background."""
@@ -343,7 +343,7 @@ class _Call:
         async def work(engine: Engine) -> TokenCount:
             return await engine.count(self.ask)
 
-        return self.deps.thread().submit(work)
+        return self.deps.submit(work)
 
 
 def _call(

@@ -13,15 +13,16 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from .config import Config
-    from .loop_thread import LoopThread
+    from .loop_thread import Job, LoopThread
     from .seed_engine import Engine
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 #: What the names of our own entries begin with.
@@ -100,8 +101,9 @@ class RouterDeps:
         self._home = home
         self._lock = threading.RLock()
         #: Held while the thing of that name is made.
-        self._making: dict[str, threading.Lock] = {}
+        self._making: dict[str, threading.RLock] = {}
         self._thread: LoopThread[Engine] | None = None
+        self._abandons: weakref.finalize[..., Any] | None = None
         self._config: Config | None = None
         _all.add(self)
 
@@ -147,14 +149,15 @@ class RouterDeps:
         if found is not None:
             return found
         with self._lock:
-            making = self._making.setdefault(key, threading.Lock())
-        try:
-            with making:
-                found = self.router_cache.get(key)
-                return self.set_cached(key, factory()) if found is None else found
-        finally:
-            with self._lock:
-                self._making.pop(key, None)
+            making = self._making.setdefault(key, threading.RLock())
+        with making:
+            found = self.router_cache.get(key)
+            if found is None:
+                found = self.set_cached(key, factory())
+        # Only now: whoever comes after a failure waits for the same as those who wait already.
+        with self._lock:
+            self._making.pop(key, None)
+        return found
 
     def _remote(self, call: Callable[..., Any], *args: Any) -> Any:
         try:
@@ -194,6 +197,8 @@ class RouterDeps:
         """Cancel what runs, end the models' processes and the thread. A later call begins anew."""
         with self._lock:
             thread, self._thread, self._config = self._thread, None, None
+            if self._abandons is not None:
+                self._abandons.detach()
         if thread is not None:
             thread.close()
 
@@ -202,13 +207,14 @@ class RouterDeps:
         from .seed_engine import Engine
 
         for key in list(self.router_cache):
-            if key.startswith((PROVIDER, RESPONSE)):
+            if isinstance(key, str) and key.startswith((PROVIDER, RESPONSE)):
                 self.router_cache.pop(key, None)
         self.not_before = time.time()
         with self._lock:
-            thread = self._thread
-        if thread is not None and thread.running:
-            thread.submit(Engine.clear).future.result()
+            if self._thread is None or not self._thread.running:
+                return
+            job = self._thread.submit(Engine.clear)
+        job.future.result()
 
     @property
     def home(self) -> Path:
@@ -226,19 +232,24 @@ class RouterDeps:
                 self._config = library_config(self.home)
             return self._config
 
-    def thread(self) -> LoopThread[Engine]:
-        """The thread, which may not have begun yet. Raises `ConfigError`."""
+    def submit(self, work: Callable[[Engine], Awaitable[T]]) -> Job[T]:
+        """Begin work in the thread, which is begun with it if need be. Raises `ConfigError`."""
+        with self._lock:  # `close` comes before or after, not between
+            if self._thread is None:
+                self._thread = self._make_thread()
+            return self._thread.submit(work)
+
+    def _make_thread(self) -> LoopThread[Engine]:
         from .home import Home
         from .loop_thread import LoopThread
         from .seed_engine import open_engine
 
-        config = self.config()
-        with self._lock:
-            if self._thread is None:
-                home = Home(self.home)
-                self._thread = LoopThread(lambda: open_engine(config, home), "promptmesh")
-                weakref.finalize(self, LoopThread.abandon, self._thread)
-            return self._thread
+        config, home = self.config(), Home(self.home)
+        thread = LoopThread(lambda: open_engine(config, home), "promptmesh")
+        self._abandons = weakref.finalize(self, LoopThread.abandon, thread)
+        # At the end of the program the threads are closed, which waits for them.
+        self._abandons.atexit = False
+        return thread
 
     def _renew_locks(self) -> None:
         """In a forked child: another thread of the parent may have held them."""

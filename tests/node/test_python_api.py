@@ -565,6 +565,7 @@ def test_clearing_forgets_providers_and_answers(deps: RouterDeps, openrouter: Ve
     name = next(names)
     register_llm_provider(name, lambda: made.append(Own()) or made[-1])  # type: ignore[func-returns-value]
     deps.set_cached("mine", 1)
+    deps.router_cache[7] = "seven"  # type: ignore[index]
     generate_text("a b", provider="openrouter")
     generate_text("hi", provider=name)
     clear_llm_router_caches()
@@ -604,6 +605,42 @@ def test_a_thing_is_made_once_for_all_threads() -> None:
     with ThreadPoolExecutor(8) as pool:
         found = set(pool.map(lambda _: deps.get_or_create("x", slow), range(8)))
     assert (len(made), len(found)) == (1, 1)
+
+
+def test_after_a_failure_a_thing_is_still_made_once() -> None:
+    deps, made = RouterDeps(), []
+    failing, waits, twice = threading.Event(), threading.Event(), threading.Event()
+
+    def make() -> object:
+        made.append(1)
+        if len(made) == 1:
+            failing.set()
+            waits.wait(30)
+            raise OSError("not yet")
+        if len(made) == 3:
+            twice.set()
+        twice.wait(0.2)  # for nobody, if all is well
+        return object()
+
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(deps.get_or_create, "x", make)
+        assert failing.wait(30)
+        second = pool.submit(deps.get_or_create, "x", make)
+        waits.set()
+        with pytest.raises(OSError, match="not yet"):
+            first.result(30)
+        third = pool.submit(deps.get_or_create, "x", make)
+        assert second.result(30) is third.result(30)
+    assert len(made) == 2
+
+
+def test_a_factory_that_asks_for_itself_is_told_so(deps: RouterDeps) -> None:
+    name = next(names)
+    register_llm_provider(name, lambda: get_llm_provider(name))
+    with pytest.raises(RecursionError):
+        get_llm_provider(name)
+    with pytest.raises(ProviderUnavailable, match="RecursionError"):
+        generate_text("hi", provider=name, timeout=30)
 
 
 def test_a_manager_of_the_program_is_asked(deps: RouterDeps) -> None:

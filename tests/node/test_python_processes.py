@@ -147,6 +147,37 @@ def test_ctrl_c_cancels_the_work(tmp_path: Path) -> None:
             process.communicate()
 
 
+def test_a_program_ends_after_what_it_began_has_ended(tmp_path: Path) -> None:
+    """Such as a model's process, which takes a moment."""
+    out = run(
+        tmp_path,
+        """
+        import atexit, threading
+
+        @atexit.register  # before the router's own, so it is called after that
+        def over():
+            print(ended, [t.name for t in threading.enumerate() if t.name == "promptmesh"])
+
+        import trio
+        from promptmesh import generate_text
+        from promptmesh.providers.echo import Echo
+
+        class SlowToEnd(Echo):
+            async def run(self):
+                try:
+                    await trio.sleep_forever()
+                finally:
+                    with trio.CancelScope(shield=True):
+                        await trio.sleep(0.5)
+                    ended.append(True)
+
+        ended = []
+        generate_text("a", provider_instance=SlowToEnd())
+        """,
+    )
+    assert out == "[True] []\n"
+
+
 def test_a_program_ends_although_a_class_of_it_hangs(tmp_path: Path) -> None:
     out = run(
         tmp_path,
