@@ -275,15 +275,16 @@ class Connection:
     def _answer_here(self, request: Request) -> Generator[Any, Any, bool]:
         """Answer in this task. Is it still the one that reads?
 
-        This does what `await` does, step by step, to see where the answer first waits: by then the
-        time limit of the reading must be gone, as it would end the answer.
+        This does what `await` does, step by step, to see where the answer first waits. The time
+        limit of the reading would end the answer, and one that asks how much time it has (as soon
+        as it begins) would take it for its own.
         """
+        self._reading.deadline = math.inf
         answer = self._answer(request)
         try:
             trap = answer.send(None)
         except StopIteration:
             return True
-        self._reading.deadline = math.inf
         self._nursery.start_soon(self._read, name="http reading")
         try:
             while True:

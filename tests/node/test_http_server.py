@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -779,6 +780,24 @@ async def test_nothing_limits_the_handler(autojump_clock: trio.testing.MockClock
     async with serving(handler, limits=PATIENCE, within=LONG) as served:
         client = await served.connect()
         assert (await client.ask())[2] == b"at last"
+
+
+@both
+async def test_no_limit_of_the_reading_is_seen_by_the_handler(kind: str) -> None:
+    """Who asks how much time is left, before it first waits, hears nothing of what has ended."""
+    seen: list[float] = []
+
+    async def handler(request: Request, responder: Responder) -> None:
+        seen.append(trio.current_effective_deadline())
+        await responder.send(200, request.body)
+
+    async with serving(handler, kind, within=math.inf) as served:
+        client = await served.connect()
+        await client.ask()
+        await client.ask(b"POST / HTTP/1.1\r\nHost: here\r\nContent-Length: 1\r\n\r\nx")
+        await client.ask(GET + GET)
+        await client.answer()
+    assert seen == [math.inf] * 4
 
 
 async def test_a_stalled_client_is_cut_off(autojump_clock: trio.testing.MockClock) -> None:
