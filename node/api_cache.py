@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from ..providers.base import floats
 from .finding import Claimed
 from .http_server import Request, Responder
 from .openai_answers import usage_fields
-from .routes import Routes, problem
+from .routes import ANY, Routes, problem, send_other_method
 
 JSON = "application/json"
 PATH = "/mesh/v1/cache"
@@ -80,19 +80,16 @@ class CacheApi:
         self._bring = bring
         self._claimed = claimed
         self._node_of = node_of
-        self._whole: dict[str, Callable[[Query], Awaitable[Any]]] = {
-            "GET": self._list,
-            "DELETE": self._purge,
-            "GET stat": self._stat,
-            "POST gc": self._collect,
+        self._whole: dict[str, dict[str, Callable[[Query], Awaitable[Any]]]] = {
+            "": {"GET": self._list, "DELETE": self._purge},
+            "stat": {"GET": self._stat},
+            "gc": {"POST": self._collect},
         }
-        self._each: dict[str, Callable[[bytes], Awaitable[Any]]] = {
-            "GET": self._record,
-            "DELETE": self._remove,
-            "GET answer": self._answer,
-            "GET alternatives": self._alternatives,
-            "PUT pin": self._pin,
-            "DELETE pin": self._unpin,
+        self._each: dict[str, dict[str, Callable[[bytes], Awaitable[Any]]]] = {
+            "": {"GET": self._record, "DELETE": self._remove},
+            "answer": {"GET": self._answer},
+            "alternatives": {"GET": self._alternatives},
+            "pin": {"PUT": self._pin, "DELETE": self._unpin},
         }
 
     def add_to(self, routes: Routes) -> None:
@@ -100,17 +97,15 @@ class CacheApi:
 
         async def answer(request: Request, responder: Responder, rest: str = "") -> None:
             method = "GET" if request.method == "HEAD" else request.method
+            methods = self._methods(rest)
+            if methods and method not in methods:
+                await send_other_method(request, responder, methods)
+                return
             reply = await self.reply(method, rest, request.query)
             await responder.send(reply.status, reply.body, content_type=JSON)
 
-        async def gc(request: Request, responder: Responder) -> None:
-            await answer(request, responder, "gc")
-
-        routes.add("GET", PATH, answer)
-        routes.add("DELETE", PATH, answer)
-        routes.add("POST", f"{PATH}/gc", gc)
-        for method in ("GET", "PUT", "DELETE"):
-            routes.add_below(method, f"{PATH}/", answer)
+        routes.add(ANY, PATH, answer)
+        routes.add_below(ANY, f"{PATH}/", answer)
 
     async def reply(self, method: str, rest: str, query: Query) -> Reply:
         """What is answered to `METHOD /mesh/v1/cache/REST?QUERY`. Never raises."""
@@ -121,14 +116,19 @@ class CacheApi:
         return Reply(200, value if isinstance(value, bytes) else msgspec.json.encode(value))
 
     async def _value(self, method: str, rest: str, query: Query) -> Any:
-        whole = self._whole.get(f"{method} {rest}".strip())
-        if whole is not None:
-            return await whole(query)
-        name, _, action = rest.partition("/")
-        each = self._each.get(f"{method} {action}".strip())
-        if each is None or not name:
+        if method not in self._methods(rest):
             raise Refusal(404, f"there is no {method} {PATH}/{rest} here")
-        return await each(await named(self._answers, name))
+        if rest in self._whole:
+            return await self._whole[rest][method](query)
+        name, _, action = rest.partition("/")
+        return await self._each[action][method](await named(self._answers, name))
+
+    def _methods(self, rest: str) -> Collection[str]:
+        """What `/mesh/v1/cache/REST` takes; nothing: there is no such path."""
+        if rest in self._whole:
+            return self._whole[rest]
+        name, _, action = rest.partition("/")
+        return self._each.get(action, {}) if name else {}
 
     # --- all of them
 

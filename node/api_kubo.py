@@ -18,7 +18,7 @@ import trio
 
 from .api_kubo_call import Call, Command, Failed, Reader, Refused, seconds
 from .http_server import Request, Responder
-from .routes import Routes, foreign
+from .routes import ANY, Routes, foreign
 
 logger = logging.getLogger(__name__)
 
@@ -38,13 +38,13 @@ class KuboApi:
 
     def add_to(self, routes: Routes) -> None:
         """Answer what is below `/api/v0/`."""
-        routes.add_below("POST", PREFIX, self.call)
-        routes.add_below("OPTIONS", PREFIX, self.options)
-        for method in ("GET", "PUT", "PATCH", "DELETE"):
-            routes.add_below(method, PREFIX, self.other_method)
+        routes.add_below(ANY, PREFIX, self.call)
 
     async def call(self, request: Request, responder: Responder, name: str) -> None:
         """`POST /api/v0/NAME`."""
+        if request.method != "POST":
+            await _other_method(request, responder)
+            return
         if not _is_program(request):
             await _say(responder, 403, "403 - Forbidden")
             return
@@ -65,13 +65,13 @@ class KuboApi:
         except Failed as error:
             await _fail(call, name, str(error))
 
-    async def other_method(self, request: Request, responder: Responder, name: str) -> None:
-        """Any other method."""
-        await _say(responder, 405, "405 - Method Not Allowed", [("Allow", "OPTIONS, POST")])
 
-    async def options(self, request: Request, responder: Responder, name: str) -> None:
-        """`OPTIONS`: no page is allowed anything."""
-        await responder.send(204, headers=[("Allow", "OPTIONS, POST")], content_type="")
+async def _other_method(request: Request, responder: Responder) -> None:
+    allow = [("Allow", "OPTIONS, POST")]
+    if request.method == "OPTIONS":  # no page is allowed anything
+        await responder.send(204, headers=allow, content_type="")
+    else:
+        await _say(responder, 405, "405 - Method Not Allowed", allow)
 
 
 async def _fail(call: Call, name: str, message: str) -> None:

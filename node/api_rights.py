@@ -15,7 +15,7 @@ from ..mesh.transport import PeerId
 from .http_server import Request, Responder
 from .node_database import DatabaseError, NodeDatabase
 from .rights import RIGHTS, Restricted, Right, Rights, UnknownPeer, find_peer
-from .routes import Routes, send_problem
+from .routes import ANY, Routes, send_other_method, send_problem
 
 Action = Literal["allow", "deny", "block"]
 PATH = "/mesh/v1/peers/"
@@ -47,13 +47,16 @@ class RightsApi:
 
     def add_to(self, routes: Routes) -> None:
         """Answer the paths."""
-        routes.add_below("POST", PATH, self.change)
+        routes.add_below(ANY, PATH, self.change)
 
     async def change(self, request: Request, responder: Responder, rest: str) -> None:
         """`POST /mesh/v1/peers/PEER/allow`, `deny`, `block`."""
         text, _, action = rest.partition("/")
         if action not in get_args(Action):
             await send_problem(responder, 404, f"there is no {request.path} here")
+            return
+        if request.method != "POST":
+            await send_other_method(request, responder, ["POST"])
             return
         try:
             change = msgspec.json.decode(request.body or b"{}", type=Change)

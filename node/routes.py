@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import ipaddress
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from urllib.parse import urlsplit
 
 import msgspec
@@ -14,6 +14,8 @@ from .http_server import Request, Responder
 Handler = Callable[[Request, Responder], Awaitable[None]]
 #: A handler of the paths below a prefix; it gets what follows the prefix.
 PathHandler = Callable[[Request, Responder, str], Awaitable[None]]
+#: In place of a method: all of them, among which the handler tells.
+ANY = "*"
 
 
 class Routes:
@@ -24,7 +26,7 @@ class Routes:
         self._below: dict[str, dict[str, PathHandler]] = {}
 
     def add(self, method: str, path: str, handler: Handler) -> None:
-        """Answer that path. GET also answers HEAD."""
+        """Answer that path. GET also answers HEAD, and OPTIONS is answered here."""
         self._exact.setdefault(path, {})[method] = handler
 
     def add_below(self, method: str, prefix: str, handler: PathHandler) -> None:
@@ -38,25 +40,47 @@ class Routes:
             return
         method = "GET" if request.method == "HEAD" else request.method
         exact = self._exact.get(request.path)
-        if exact is not None and method in exact:
-            await exact[method](request, responder)
+        if exact is not None:
+            handler = exact.get(method) or exact.get(ANY)
+            if handler is not None:
+                await handler(request, responder)
+            else:
+                await send_other_method(request, responder, exact)
             return
         for prefix, methods in self._below.items():
             rest = request.path[len(prefix) :]
-            if request.path.startswith(prefix) and rest and method in methods:
-                await methods[method](request, responder, rest)
+            if rest and request.path.startswith(prefix):
+                below = methods.get(method) or methods.get(ANY)
+                if below is not None:
+                    await below(request, responder, rest)
+                else:
+                    await send_other_method(request, responder, methods)
                 return
-        await self._not_found(request, responder, exact)
+        await self._not_found(request, responder)
 
-    async def _not_found(
-        self, request: Request, responder: Responder, exact: dict[str, Handler] | None
-    ) -> None:
-        if exact is not None:
-            allow = [("allow", ", ".join(exact))]
-            await send_problem(responder, 405, f"{request.path} takes {', '.join(exact)}", allow)
+    async def _not_found(self, request: Request, responder: Responder) -> None:
+        if request.path == "*":  # `OPTIONS *`: does the server answer?
+            await responder.send(204, content_type="")
             return
         known = ", ".join(sorted([*self._exact, *(f"{p}..." for p in self._below)]))
         await send_problem(responder, 404, f"there is no {request.path} here; there is {known}")
+
+
+async def send_other_method(
+    request: Request, responder: Responder, methods: Collection[str]
+) -> None:
+    """What a path that takes these methods says to another one.
+
+    `OPTIONS` is told which they are; to no page is anything allowed (CORS).
+    """
+    known = {*methods, "OPTIONS"} | ({"HEAD"} if "GET" in methods else set())
+    allow = [("allow", ", ".join(sorted(known)))]
+    if request.method == "OPTIONS":
+        await responder.send(204, content_type="", headers=allow)
+    else:
+        await send_problem(
+            responder, 405, f"{request.path} takes {', '.join(sorted(methods))}", allow
+        )
 
 
 async def send_problem(

@@ -301,13 +301,10 @@ async def test_a_web_page_changes_nothing(method: str, rest: str) -> None:
 @pytest.mark.parametrize(
     ("method", "rest", "status"),
     [
-        ("POST", "", 405),
-        ("PUT", "/{cid}", 404),
-        ("GET", "/{cid}/pin", 404),
+        ("PUT", "/{cid}/nothing", 404),
         ("GET", "/{cid}/nothing", 404),
         ("GET", "/{cid}/answer/more", 404),
-        ("DELETE", "/stat", 400),
-        ("GET", "/gc", 400),
+        ("OPTIONS", "//pin", 404),
         ("GET", "/" + "x" * 3000, 400),
         ("GET", "/%00", 400),
     ],
@@ -316,4 +313,24 @@ async def test_what_there_is_not(method: str, rest: str, status: int) -> None:
     async with world() as w:
         cid = await w.store("one")
         await w.say(method, rest.format(cid=cid), status)
+        assert await w.texts() == {"one"}
+
+
+@pytest.mark.parametrize(
+    ("method", "rest", "allowed"),
+    [
+        ("POST", "", "DELETE, GET, HEAD, OPTIONS"),
+        ("PUT", "/{cid}", "DELETE, GET, HEAD, OPTIONS"),
+        ("DELETE", "/{cid}/answer", "GET, HEAD, OPTIONS"),
+        ("HEAD", "/{cid}/pin", "DELETE, OPTIONS, PUT"),
+        ("DELETE", "/stat", "GET, HEAD, OPTIONS"),
+        ("GET", "/gc", "OPTIONS, POST"),
+    ],
+)
+async def test_another_method_is_told_which_are_taken(method: str, rest: str, allowed: str) -> None:
+    async with world() as w:
+        path = PATH + rest.format(cid=await w.store("one"))
+        for asked, status in ((method, 405), ("OPTIONS", 204)):
+            answer = await w.client.request(asked, path)
+            assert (answer.status_code, answer.headers["allow"]) == (status, allowed)
         assert await w.texts() == {"one"}

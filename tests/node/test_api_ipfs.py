@@ -303,4 +303,5 @@ async def test_an_answer_of_this_node_alone_is_not_given(node: IpfsNode) -> None
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE"])
 async def test_nothing_is_written_here(node: IpfsNode, method: str) -> None:
     response = await node.http.request(method, f"/ipfs/{CID_ROOT}")
-    assert response.status_code in (404, 405)
+    assert response.status_code == 405
+    assert response.headers["allow"] == "GET, HEAD, OPTIONS"

@@ -92,7 +92,7 @@ async def test_other_pages_may_not(node: IpfsNode, headers: dict[str, str]) -> N
     assert not await node.parts.blocks.has(parse_cid(RAW))
 
 
-@pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "PATCH", "DELETE"])
+@pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "PATCH", "DELETE", "TRACE"])
 async def test_only_post_is_taken(node: IpfsNode, method: str) -> None:
     response = await node.http.request(method, "/api/v0/version")
     assert response.status_code == 405
@@ -102,6 +102,7 @@ async def test_only_post_is_taken(node: IpfsNode, method: str) -> None:
 async def test_no_page_is_allowed_by_options(node: IpfsNode) -> None:
     response = await node.http.options("/api/v0/version", headers={"origin": node.url})
     assert response.status_code == 204
+    assert response.headers["allow"] == "OPTIONS, POST"
     assert "access-control-allow-origin" not in response.headers
 
 

@@ -6,10 +6,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from serving import serving
 
-from promptmesh.node.api_rights import Change, apply, change_offline, rights_fields
+from promptmesh.mesh.peers import PeerTable
+from promptmesh.node.api_rights import Change, RightsApi, apply, change_offline, rights_fields
 from promptmesh.node.node_database import DatabaseError, NodeDatabase
 from promptmesh.node.rights import RIGHTS, Right, Rights, UnknownPeer, find_peer, unstored
+from promptmesh.node.routes import Routes
 from promptmesh.providers.base import CacheControl, CacheOnlyMiss, GenerateRequest
 
 OWN, BOB, EVE = "12D3KooWown", "12D3KooWbob", "12D3KooWeve"
@@ -162,3 +165,17 @@ def test_who_may_not_read_gets_no_stored_answer() -> None:
         assert unstored(as_it_is) is as_it_is
     with pytest.raises(CacheOnlyMiss, match="does not let this node read"):
         unstored(GenerateRequest(model="m", messages=(), cache=CacheControl(mode="only")))
+
+
+async def test_what_another_method_is_told(database: NodeDatabase) -> None:
+    async def changed(peer: str) -> None:
+        raise AssertionError("nothing was asked for")
+
+    routes = Routes()
+    api = RightsApi(Rights(database), peer=OWN, node="here", peers=PeerTable(OWN), changed=changed)
+    api.add_to(routes)
+    async with serving(routes) as client:
+        for method, status in (("GET", 405), ("OPTIONS", 204)):
+            answer = await client.request(method, f"/mesh/v1/peers/{BOB}/deny")
+            assert (answer.status_code, answer.headers["allow"]) == (status, "OPTIONS, POST")
+            assert (await client.request(method, f"/mesh/v1/peers/{BOB}")).status_code == 404
