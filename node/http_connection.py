@@ -1,4 +1,4 @@
-"""One HTTP/1.1 connection on a trio stream, and the answers on it.
+"""One HTTP/1.1 connection on a trio stream: its requests are read ahead and answered in turn.
 
 One task of a connection reads all the time, also while a request is being answered: it keeps what a
 client sends ahead, and when the input ends it cancels the handler at once. So the end of input
@@ -19,13 +19,14 @@ import socket
 import struct
 import sys
 import types
-from collections.abc import Awaitable, Callable, Generator, Sequence
+from collections.abc import Generator
 from typing import Any, Protocol
 
 import trio
 
 from .http_messages import CONTINUE, Limits, RefusedRequest, Request, answer_head, error_body
 from .http_reader import RequestReader
+from .http_responder import Handler, Responder
 
 log = logging.getLogger(__name__)
 
@@ -46,88 +47,6 @@ class Server(Protocol):
     limits: Limits
     stopping: bool
     handler: Handler
-
-
-class Responder:
-    """The answer to one request: either `send`, or `start`, `write` as often as wanted, `end`.
-
-    For one task at a time. When the client leaves, the handler is cancelled; in a shielded part of
-    it, writes then do nothing.
-    """
-
-    __slots__ = ("_chunked", "_connection", "_request", "ended", "started")
-
-    def __init__(self, connection: Connection, request: Request) -> None:
-        self._connection = connection
-        self._request = request
-        self._chunked = request.version == "1.1"
-        #: Has (the head of) an answer been given, and the whole of it?
-        self.started = False
-        self.ended = False
-
-    async def send(
-        self,
-        status: int,
-        body: bytes = b"",
-        *,
-        content_type: str = "application/json",
-        headers: Sequence[tuple[str, str]] = (),
-    ) -> None:
-        """A whole answer. Raises `ValueError` for headers that cannot be sent."""
-        self._begin()
-        bodiless = status in (204, 304)
-        framing = "" if bodiless else f"content-length: {len(body)}\r\n"
-        head = answer_head(status, content_type, headers, framing + self._connection_field())
-        self.started = self.ended = True
-        if bodiless or self._request.method == "HEAD":
-            body = b""
-        await self._connection.send(head + body)
-
-    async def start(
-        self, status: int, *, content_type: str, headers: Sequence[tuple[str, str]] = ()
-    ) -> None:
-        """The head of a streamed answer. Raises `ValueError` for headers that cannot be sent."""
-        self._begin()
-        if status in (204, 304):
-            raise ValueError(f"an answer {status} has no body")
-        if self._chunked:
-            framing = "transfer-encoding: chunked\r\n" + self._connection_field()
-        else:  # HTTP/1.0: the body ends with the connection
-            self._request.keep_alive = False
-            framing = "connection: close\r\n"
-        head = answer_head(status, content_type, headers, framing)
-        self.started = True
-        await self._connection.send(head)
-
-    async def write(self, data: bytes) -> None:
-        """A piece of a streamed answer, sent at once."""
-        if not self.started or self.ended:
-            raise RuntimeError("write() belongs between start() and end()")
-        if not data or self._request.method == "HEAD":
-            return
-        if self._chunked:
-            data = b"%x\r\n%b\r\n" % (len(data), data)
-        await self._connection.send(data)
-
-    async def end(self) -> None:
-        """The end of a streamed answer. Without it the client sees that the answer was cut."""
-        if not self.started or self.ended:
-            raise RuntimeError("end() belongs after start(), once")
-        self.ended = True
-        if self._chunked and self._request.method != "HEAD":
-            await self._connection.send(b"0\r\n\r\n")
-
-    def _begin(self) -> None:
-        if self.started:
-            raise RuntimeError("this request has its answer already")
-
-    def _connection_field(self) -> str:
-        if not self._connection.stays_open(self._request):
-            return "connection: close\r\n"
-        return "" if self._chunked else "connection: keep-alive\r\n"
-
-
-Handler = Callable[[Request, Responder], Awaitable[None]]
 
 
 class _Pipe(Protocol):

@@ -218,6 +218,3 @@ class RequestReader:
         body = bytes(self._buffer[: self._length])
         del self._buffer[: self._length]
         return body
-
-
-# --- answers ------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The HTTP/1.1 server: accepts connections, bounds their number, stops them. No routes.
 
-What happens on a connection is in `http_connection`, what the bytes mean in `http_reader` and
-`http_messages`.
+What happens on a connection is in `http_connection`, what an answer is in `http_responder`, and
+what the bytes mean in `http_reader` and `http_messages`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Protocol
 
 import trio
 
-from .http_connection import GONE, RECEIVE_SIZE, Connection, Handler, Responder
+from .http_connection import GONE, RECEIVE_SIZE, Connection
 from .http_messages import Limits, Request, answer_head, error_body
+from .http_responder import Handler, Responder
 
 __all__ = ["Handler", "HttpServer", "Limits", "Request", "Responder", "open_listeners"]
 
