@@ -1,9 +1,10 @@
 """One request's way through its candidates: who may be asked, who is next, when to give up. Pure.
 
 A failure leads to the next candidate; after the first token only to such a one as can go on from
-there (`continuing`). Each is asked at most once for a request. Where nobody else is left, one whose
-failure may pass is asked once more, after a pause. What is asked beyond a second candidate is
-inside a budget that all requests of the node share.
+there (`continuing`). Each is asked at most once for a request. One that cannot be asked for a while
+is looked at again each time that somebody is needed. Where nobody else is left, one whose failure
+may pass is asked once more, or one whose obstacle is soon over, after a pause. What is asked beyond
+a second candidate is inside a budget that all requests of the node share.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ RETRY_SHARE, MOST_RETRIES, RETRIES_A_SECOND = 0.2, 20.0, 0.2
 #: Seconds until the same candidate is asked again, on average; the pauses of several requests lie
 #: half of it to both sides.
 PAUSE = 0.3
-#: A caller waits no longer than this (s) for a candidate to be asked again: else it is told when.
+#: A caller waits no longer than this (s) for a candidate that failed or is held back: else it is
+#: told when.
 LONGEST_PAUSE = 1.5
 
 
@@ -117,6 +119,7 @@ class Attempts:
         What a peer asks for is tried once: the peer decides what is next.
         """
         self.request = request
+        #: Who could not be asked when the request came.
         self.ruled_out = ruled_out
         self.tried: list[Attempt] = []
         #: Who may still be asked.
@@ -142,9 +145,11 @@ class Attempts:
         self._rng = rng
         self._until = until
         self._for_peer = for_peer
-        self._repeated = False
-        #: Those that could be asked at first, and could not when it was their turn.
-        self._held_back: list[RuledOut] = []
+        #: Was a pause made?
+        self._paused = False
+        #: Those that may be asked once their obstacle is over, and those that never may.
+        self._held_back = [r for r in ruled_out if r.held_back]
+        self._excluded = [r for r in ruled_out if not r.held_back]
         #: Why nobody further was asked.
         self._stopped = ""
 
@@ -152,10 +157,11 @@ class Attempts:
     def may_go_on(self) -> bool:
         """If the answer breaks after its first token, is there anybody who could go on?"""
         request = self.request
+        able = [*self.left, *(r.candidate for r in self._held_back)]
         return (
-            len(self.left) > 1
+            len(able) > 1
             and isinstance(request, GenerateRequest)
-            and any(way_of(request, (), c.offer) for c in self.left)
+            and any(way_of(request, (), c.offer) for c in able)
         )
 
     @property
@@ -165,8 +171,12 @@ class Attempts:
 
     @property
     def may_be_asked(self) -> list[Candidate]:
-        """Those left that can give the answer, or go on from what there is of it."""
-        return [c for c in self.left if self._way(c)]
+        """Those left that can give the answer, or go on from what there is of it.
+
+        Among them are those that were held back, and are no longer.
+        """
+        free = [r.candidate for r in self._held_back if self._obstacle(r.candidate) is None]
+        return [c for c in (*self.left, *free) if self._way(c)]
 
     @property
     def may_go_elsewhere(self) -> bool:
@@ -177,10 +187,10 @@ class Attempts:
         """Whom to ask now. Raises the error that ends the request if there is nobody."""
         while left := self.may_be_asked:
             chosen = self._choose(left)
-            self.left.remove(chosen)
+            self._take_out(chosen)
             obstacle = self._obstacle(chosen)
-            if dear := too_much(chosen, self.request, self._spent):
-                self._held_back.append(RuledOut(chosen, dear, too_dear=True))
+            if dear := self._too_much(chosen):
+                self._excluded.append(RuledOut(chosen, dear, too_dear=True))
             elif obstacle is not None:
                 self._held_back.append(held_back(chosen, obstacle))
             elif len(self.tried) < 2 or self._budget.take(now):
@@ -189,9 +199,16 @@ class Attempts:
                 self._stopped = "too many requests were tried again lately"
                 break
         else:
-            if (step := self._once_more(now)) is not None:
+            if (step := self._after_a_pause(now)) is not None:
                 return step
         raise self._end()
+
+    def passed_over(self, step: Step, obstacle: Obstacle) -> None:
+        """It cannot be asked after its pause, either."""
+        del self.under_way[step.candidate]
+        self._asked -= 1
+        if all(a.candidate is not step.candidate for a in self.tried):
+            self._held_back.append(held_back(step.candidate, obstacle))
 
     def failed(self, candidate: Candidate, error: GenerateError, seconds: float) -> None:
         """It failed before its first token. Raises the error where nobody else may be asked."""
@@ -199,9 +216,8 @@ class Attempts:
         if isinstance(error, DeadlineExceeded):  # it read the prompt, as far as anybody knows
             self._spent += spent_at(candidate, self.request, 0)
         if isinstance(error, ContextTooLong):
-            size = candidate.offer.context_length or 0
-            self.left = [c for c in self.left if (c.offer.context_length or 0) > size]
-            if not self.left:
+            self._keep_larger(candidate.offer.context_length or 0)
+            if not self.left and not self._held_back:
                 raise self._told(error)
         elif isinstance(error, ModelNotFound):
             pass  # what that peer offered was old news
@@ -231,6 +247,21 @@ class Attempts:
         answered = self.tried.pop()
         self.tried.append(replace(answered, error=error, seconds=seconds, outcome="failed"))
         return self._told(error)
+
+    def _keep_larger(self, size: int) -> None:
+        """Nobody else with a context of that size or less is of use."""
+        self.left = [c for c in self.left if (c.offer.context_length or 0) > size]
+        self._held_back = [
+            r for r in self._held_back if (r.candidate.offer.context_length or 0) > size
+        ]
+
+    def _too_much(self, candidate: Candidate) -> str:
+        return too_much(candidate, self.request, self._spent)
+
+    def _take_out(self, chosen: Candidate) -> None:
+        """It is its turn."""
+        self.left = [c for c in self.left if c is not chosen]
+        self._held_back = [r for r in self._held_back if r.candidate is not chosen]
 
     def _way(self, candidate: Candidate) -> Way | None:
         request = self.request
@@ -268,7 +299,7 @@ class Attempts:
         if not left or self._hedges is None or not self._hedges.take(now):
             return None
         chosen = self._choose(left)
-        self.left.remove(chosen)
+        self._take_out(chosen)
         return self._step(chosen, role="hedge")
 
     def outrun(self, candidate: Candidate, by: Candidate, seconds: float) -> None:
@@ -277,36 +308,47 @@ class Attempts:
         self._tried(candidate, error, seconds, "outrun")
         self.left.append(candidate)
 
-    # --- once more where it failed
+    # --- after a pause
 
-    def _once_more(self, now: float) -> Step | None:
-        """The candidate that may be asked again first."""
-        if self._repeated or self._for_peer:
+    def _after_a_pause(self, now: float) -> Step | None:
+        """The candidate that may be asked first of those that failed or are held back.
+
+        Only once for a request, and not before anybody was asked: what has cost nobody anything
+        ends at once, and its caller is told when to come back.
+        """
+        if self._paused or self._for_peer or not self.tried:
             return None
-        steps = [
-            (self._pause(a.candidate, a.error), a.candidate)
-            for a in self.tried
-            if a.error is not None
-            and _may_pass(a.error)
-            and self._way(a.candidate)
-            and not too_much(a.candidate, self.request, self._spent)
-        ]
-        if not steps:
-            return None
-        pause, candidate = min(steps, key=lambda step: step[0])
-        if pause > min(LONGEST_PAUSE, self._until - now):
+        pauses = self._pauses()
+        candidate = min(pauses, key=pauses.__getitem__, default=None)
+        if candidate is None or pauses[candidate] > min(LONGEST_PAUSE, self._until - now):
             return None
         if not self._budget.take(now):
             self._stopped = "too many requests were tried again lately"
             return None
-        self._repeated = True
-        return self._step(candidate, pause, "again")
+        self._paused = True
+        self._take_out(candidate)
+        failed = any(a.candidate is candidate for a in self.tried)
+        return self._step(candidate, pauses[candidate], "again" if failed else "turn")
 
-    def _pause(self, candidate: Candidate, error: GenerateError) -> float:
-        """Seconds until it may be asked again, as it said itself and as its breaker says."""
+    def _pauses(self) -> dict[Candidate, float]:
+        """Seconds until each may be asked that failed and may not do so again, or is held back."""
+        said = {
+            a.candidate: a.error.retry_after
+            for a in self.tried
+            if a.error is not None and _may_pass(a.error)
+        }
+        said |= {r.candidate: None for r in self._held_back}
+        return {
+            c: self._pause(c, wait)
+            for c, wait in said.items()
+            if self._way(c) and not self._too_much(c)
+        }
+
+    def _pause(self, candidate: Candidate, retry_after: float | None) -> float:
+        """Seconds until it may be asked, as it said itself and as its obstacle says."""
         obstacle = self._obstacle(candidate)
         jittered = PAUSE * self._rng.uniform(0.5, 1.5)
-        return max(jittered, error.retry_after or 0.0, obstacle.wait if obstacle else 0.0)
+        return max(jittered, retry_after or 0.0, obstacle.wait if obstacle else 0.0)
 
     # --- what is said at the end
 
@@ -315,23 +357,30 @@ class Attempts:
             return self._told()
         return self._all_failed() if self.tried else self._no_candidate()
 
+    @property
+    def _not_asked(self) -> list[RuledOut]:
+        """Those that were not asked, but for whom the request is not meant."""
+        return [r for r in (*self._excluded, *self._held_back) if not r.pinned]
+
     def _told(self, error: GenerateError | None = None) -> GenerateError:
         """The error for the caller, which hides no earlier failure of an answer that had begun."""
         if self._broke is None or self.so_far is None:
             assert error is not None
             return error
         later = [str(a) for a in self.tried if a.error is not self._broke]
-        later += map(str, self._held_back)
+        later += map(str, self._not_asked)
         why = self._stopped or "nobody can go on from there"
-        reasons = "; ".join([self._broke.message, *later, *([] if error else [why])])
+        reasons = [self._broke.message, *([_listed(later, "; ")] if later else [])]
         return StreamInterrupted(
-            reasons, partial=self.so_far.text, retry_after=self._broke.retry_after
+            "; ".join([*reasons, *([] if error else [why])]),
+            partial=self.so_far.text,
+            retry_after=self._broke.retry_after,
         )
 
     def _all_failed(self) -> GenerateError:
         errors = [a.error for a in self.tried if a.error is not None]
         reasons = [str(a) for a in self.tried]
-        reasons += [str(r) for r in (*self.ruled_out, *self._held_back) if not r.pinned]
+        reasons += map(str, self._not_asked)
         reasons += [self._stopped] if self._stopped else []
         message = f"every candidate for `{self.request.model}` failed: {_listed(reasons, '; ')}"
         if all(isinstance(e, ModelNotFound) for e in errors):
@@ -348,12 +397,11 @@ class Attempts:
 
     def _no_candidate(self) -> GenerateError:
         model = self.request.model
-        ruled_out = [*self.ruled_out, *self._held_back]
-        if not ruled_out:
+        reasons = self._not_asked or self._excluded
+        if not reasons:
             models = sorted(set(self._models()))
             there = f"there are: {_listed(models, ', ')}" if models else "there is no model at all"
             return ModelNotFound(f"nobody offers the model `{model}`; {there}", field="model")
-        reasons = [r for r in ruled_out if not r.pinned] or ruled_out
         text = _listed([str(r) for r in reasons], "; ")
         message = f"nobody can answer with `{model}` now: {text}"
         waits = [r.wait for r in reasons if r.wait is not None]

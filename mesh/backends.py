@@ -257,8 +257,10 @@ class BackendManager:
             if not step.pause:
                 return step
             await trio.sleep(step.pause)
-            if self._candidates.obstacle(step.candidate, trio.current_time()) is None:
+            obstacle = self._candidates.obstacle(step.candidate, trio.current_time())
+            if obstacle is None:
                 return step
+            attempts.passed_over(step, obstacle)
 
     def _attempts(
         self, request: Asked, policy: Policy, local_only: bool, key: bytes

@@ -23,6 +23,10 @@ from .policies import Allowance, Candidate
 from .ruling_out import Obstacle, RuledOut, rule_out
 from .transport import PeerId
 
+#: Seconds after which a node may be back that was lost no longer than `JUST_LOST` (s) ago; after
+#: which any other node may be, or a provider that is not ready.
+BACK_SOON, JUST_LOST, BACK_LATER = 1.0, 10.0, 5.0
+
 
 class HasLoad(Protocol):
     """How busy a provider of this node is."""
@@ -187,7 +191,7 @@ class Candidates:
                         yield candidate, self.obstacle(candidate, now)
         for offered in self._peers.offers(request.model) if with_peers else ():
             candidate = self._remote(offered, now, request, bill)
-            yield candidate, self.obstacle(candidate, now) or _not_ready(offered.provider)
+            yield candidate, self.obstacle(candidate, now)
 
     def _own(
         self, backend: LocalBackend, offer: ModelOffer, request: Asked, bill: Bill
@@ -244,10 +248,11 @@ class Candidates:
         """What keeps it from being asked now. It may be news since the candidates were sorted."""
         peer = None if candidate.own else self._peers.get(candidate.peer)
         if peer is not None and peer.state == "unreachable":
-            return Obstacle(f"its node is not reachable: {peer.reason}")
+            wait = BACK_SOON if now < peer.since + JUST_LOST else BACK_LATER
+            return Obstacle(f"its node is not reachable: {peer.reason}", wait)
         held = self._experience.held_back(candidate.measured, now)
         if held is None:
-            return None
+            return None if peer is None else _not_ready(peer, candidate.provider)
         what = "refused such a request" if held.refused else "failed"
         reason = f"it {what} and is left alone for {held.wait:.1f} s more: {held.reason}"
         return Obstacle(reason, held.wait, held.refused)
@@ -259,7 +264,9 @@ def _load(backend: LocalBackend, priority: Priority) -> Load:
     return Load(running=load.running, waiting=load.waiting, slots=slots, wait=load.wait)
 
 
-def _not_ready(provider: ProviderAdvert) -> Obstacle | None:
-    if provider.state == "ready":
-        return None
-    return Obstacle(f"it is {provider.state}: {provider.reason}", wait=5.0)
+def _not_ready(peer: PeerState, name: str) -> Obstacle | None:
+    """What its node says of the provider of that name."""
+    for provider in peer.providers:
+        if provider.name == name and provider.state != "ready":
+            return Obstacle(f"it is {provider.state}: {provider.reason}", BACK_LATER)
+    return None

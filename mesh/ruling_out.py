@@ -28,7 +28,7 @@ class Obstacle(NamedTuple):
 
     reason: str
     #: Seconds after which it may be worth another try.
-    wait: float = 1.0
+    wait: float
     #: It works, and refused such a request.
     refused: bool = False
 
@@ -50,6 +50,11 @@ class RuledOut(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.candidate}: {self.reason}"
+
+    @property
+    def held_back(self) -> bool:
+        """Could it answer, but for an obstacle that may be over while the request goes on?"""
+        return self.wait is not None and not self.too_dear
 
 
 def rule_out(candidate: Candidate, request: Asked, obstacle: Obstacle | None) -> RuledOut | None:

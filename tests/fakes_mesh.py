@@ -77,12 +77,13 @@ class FakeProvider:
     embeddings: Sequence[Embedding] | None = None
     embed_requests: list[EmbedRequest] = field(default_factory=list)
     kind: str = "fake"
+    health: Health = field(default_factory=Health)
 
     def models(self) -> Sequence[ModelOffer]:
         return self.offers
 
     async def check(self) -> Health:
-        return Health()
+        return self.health
 
     def load(self) -> Load:
         return Load(running=self.running, slots=self.slots)
@@ -209,7 +210,13 @@ class Node:
             node=self.name,
             version="0",
             providers=tuple(
-                ProviderAdvert(name=p.name, models=p.offers, slots=p.slots, running=p.running)
+                ProviderAdvert(
+                    name=p.name,
+                    models=p.offers,
+                    slots=p.slots,
+                    running=p.running,
+                    state=p.health.state,
+                )
                 for p in shared
             ),
         )

@@ -61,17 +61,21 @@ def attempts(
     for_peer: bool = False,
     budget: Budget | None = None,
     obstacles: Mapping[Candidate, Obstacle] = MappingProxyType({}),
+    held: Mapping[Candidate, Obstacle] = MappingProxyType({}),
     until: float = math.inf,
     rng: Random | None = None,
     **fields: Any,
 ) -> Attempts:
+    """`held`: the candidates with an obstacle from the beginning, until that is taken out."""
+    request = asking(**fields)
+    out = [r for c, obstacle in held.items() if (r := rule_out(c, request, obstacle))]
     return Attempts(
-        asking(**fields),
+        request,
         candidates,
-        ruled_out,
+        [*ruled_out, *out],
         choose=lambda left: left[0],
         models=lambda: models,
-        obstacle=obstacles.get,
+        obstacle=lambda c: obstacles.get(c) or held.get(c),
         budget=budget or retry_budget(0.0),
         rng=rng or Random(1),
         until=until,
@@ -141,9 +145,7 @@ def test_only_a_larger_model_is_asked_when_the_context_is_too_long() -> None:
 
 
 def test_each_is_asked_once_and_the_error_names_all_with_their_reasons() -> None:
-    out = rule_out(C, asking(), Obstacle("its node is not reachable: refused", 2.0))
-    assert out is not None
-    way = attempts(A, B, ruled_out=[out])
+    way = attempts(A, B, held={C: Obstacle("its node is not reachable: refused", 2.0)})
     way.failed(ask(way), ProviderUnavailable("500 from vllm"), 0.1)
     way.failed(ask(way), DeadlineExceeded("no token within 120 s", retry_after=7.0), 120.0)
     with pytest.raises(ProviderUnavailable) as raised:
@@ -152,7 +154,7 @@ def test_each_is_asked_once_and_the_error_names_all_with_their_reasons() -> None
     assert not isinstance(error, DeadlineExceeded)
     for part in ("`m`", "a:vllm: 500 from vllm", "b:vllm: no token within 120 s", "c:vllm: its no"):
         assert part in error.message
-    assert error.retry_after == 7.0
+    assert error.retry_after == 2.0
 
 
 def test_deadlines_alone_stay_deadlines_and_missing_models_missing() -> None:
@@ -286,6 +288,116 @@ def test_a_budget_is_a_share_of_the_requests() -> None:
     assert fills.take(2.0)
 
 
+# --- held back for a while
+
+
+LATER = Obstacle("it is starting", 5.0)
+SOON = Obstacle("its node is not reachable", 1.0)
+
+
+def test_one_that_was_held_back_is_asked_once_it_may_be() -> None:
+    for at_first in (True, False):
+        obstacles = {B: LATER}
+        way = attempts(A, held=obstacles) if at_first else attempts(B, A, obstacles=obstacles)
+        assert ask(way) is A
+        way.failed(A, ProviderUnavailable("500"), 0.1)
+        assert not way.may_go_elsewhere
+        obstacles.clear()
+        assert way.may_go_elsewhere
+        assert ask(way) is B
+        way.failed(B, ProviderUnavailable("501"), 0.1)
+        with pytest.raises(ProviderUnavailable, match="501") as raised:
+            ask(way)
+        assert "starting" not in raised.value.message
+
+
+def test_an_answer_may_be_gone_on_with_by_one_that_is_held_back_at_first() -> None:
+    first, second = candidate("a", can_continue=True), candidate("b", can_continue=True)
+    obstacles = {second: LATER}
+    way = attempts(first, held=obstacles)
+    assert way.may_go_on
+    assert not attempts(first).may_go_on
+    way.answered(ask(way), 0.1)
+    break_off(way)
+    obstacles.clear()
+    step = way.next(1.0)
+    assert (step.candidate, step.way, step.after) == (second, "continue", first)
+
+
+def test_it_is_told_why_nobody_goes_on() -> None:
+    first, second = candidate("a", can_continue=True), candidate("b", can_continue=True)
+    way = attempts(first, held={second: LATER})
+    way.answered(ask(way), 0.1)
+    break_off(way)
+    with pytest.raises(StreamInterrupted, match="gone; b:vllm: it is starting; nobody can go on"):
+        way.next(1.0)
+
+
+def break_off(way: Attempts) -> None:
+    so_far = SoFar()
+    so_far.add(Chunk(text="one "))
+    way.broke(StreamInterrupted("gone", partial="one "), 0.2, so_far)
+
+
+def test_a_short_obstacle_is_waited_for_where_nobody_else_is_left() -> None:
+    obstacles = {B: SOON}
+    way = attempts(A, B, obstacles=obstacles)
+    assert ask(way) is A
+    way.failed(A, ProviderUnavailable("connection refused"), 0.1)
+    step = way.next(0.0)
+    assert (step.candidate, step.pause, step.role, step.number) == (B, 1.0, "turn", 2)
+    # It is still held back after that, or again.
+    way.passed_over(step, SOON)
+    assert not way.under_way
+    with pytest.raises(ProviderUnavailable, match="b:vllm: its node is not reachable"):
+        way.next(1.0)
+    obstacles.clear()
+    assert way.next(2.0)[:3] == (B, 2, 0.0)
+
+
+def test_one_that_failed_comes_before_one_whose_obstacle_takes_longer() -> None:
+    way = attempts(A, held={B: SOON})
+    way.failed(ask(way), SERVER, 0.1)
+    step = way.next(0.0)
+    assert (step.candidate, step.role) == (A, "again")
+    way.passed_over(step, SOON)
+    with pytest.raises(ProviderUnavailable):
+        way.next(1.0)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"held": {B: LATER}},
+        {"held": {B: SOON}, "until": 0.9},
+        {"held": {B: SOON}, "for_peer": True},
+        {"held": {B: SOON}, "budget": Budget(0.0, most=20.0, now=0.0)},
+    ],
+)
+def test_it_is_not_waited_for(fields: dict[str, Any]) -> None:
+    way = attempts(A, **fields)
+    way.failed(ask(way), ProviderUnavailable("connection refused"), 0.1)
+    with pytest.raises(ProviderUnavailable):
+        way.next(0.0)
+
+
+def test_where_nobody_was_asked_yet_it_ends_at_once() -> None:
+    with pytest.raises(ProviderUnavailable) as raised:
+        attempts(held={A: SOON}).next(0.0)
+    assert raised.value.retry_after == 1.0
+
+
+def test_a_larger_model_that_is_held_back_is_not_taken_for_none() -> None:
+    small, same, large = (
+        candidate(n, context_length=s) for n, s in (("s", 9), ("t", 9), ("l", 99))
+    )
+    way = attempts(small, same, held={large: LATER})
+    way.failed(ask(way), ContextTooLong("10 tokens"), 0.1)
+    with pytest.raises(ProviderUnavailable, match="l:vllm: it is starting") as raised:
+        way.next(0.0)
+    assert raised.value.retry_after == 5.0
+
+
 # --- nobody to ask
 
 
@@ -305,7 +417,9 @@ def test_a_long_list_is_cut() -> None:
 
 def reasons(*candidates: Candidate, obstacle: Obstacle | None = None, **fields: Any) -> Any:
     request = asking(**fields)
-    found = [rule_out(c, request, obstacle) for c in candidates]
+    if obstacle is not None:
+        return attempts(held=dict.fromkeys(candidates, obstacle), **fields)
+    found = [rule_out(c, request, None) for c in candidates]
     assert all(found)
     return attempts(ruled_out=[r for r in found if r], **fields)
 
@@ -332,10 +446,9 @@ def test_a_prompt_that_fits_nowhere_is_too_long() -> None:
 
 
 def test_another_peer_than_the_one_asked_for_is_not_listed_as_a_reason() -> None:
-    request = asking(peer="b")
-    found = [rule_out(A, request, None), rule_out(B, request, Obstacle("starting"))]
+    obstacle = Obstacle("starting", 5.0)
     with pytest.raises(ProviderUnavailable) as raised:
-        attempts(ruled_out=[r for r in found if r]).next(0.0)
+        attempts(held=dict.fromkeys((A, B), obstacle), peer="b").next(0.0)
     assert "b:vllm: starting" in raised.value.message
     assert "a:vllm" not in raised.value.message
 

@@ -11,7 +11,7 @@ import pytest
 import trio
 import trio.testing
 from fakes import MemoryNetwork
-from fakes_mesh import FakeProvider, Node, asking, mesh_of
+from fakes_mesh import FakeProvider, Node, asking, mesh_of, wait_until
 
 from promptmesh.mesh.asking import Deadlines
 from promptmesh.mesh.backend_id import BackendId, Measured
@@ -27,6 +27,7 @@ from promptmesh.providers.base import (
     ContentFiltered,
     GenerateError,
     GenerateRequest,
+    Health,
     ModelOffer,
     Origin,
     ProviderUnavailable,
@@ -387,6 +388,67 @@ async def test_a_peer_that_dies_is_gone_on_for_by_another(
     assert last.origin is not None
     assert last.origin.begun_by.startswith(f"{dead.name}:")
     assert last.origin.node != dead.name
+
+
+async def three(nursery: trio.Nursery) -> tuple[Node, Node, Node]:
+    """A node that asks, and two that can go on for each other; the first of these is chosen."""
+    network = MemoryNetwork(nursery)
+    asker = Node(network, "asker", policy="least_loaded")
+    first, second = (
+        Node(network, name, Continuing(name, (CONTINUES,), TEXT * 3, gap=0.5))
+        for name in ("first", "second")
+    )
+    second.providers[0].running = 1
+    await mesh_of(nursery, asker, first, second)
+    return asker, first, second
+
+
+def says(asker: Node, other: Node, state: str) -> Callable[[], bool]:
+    """Does the asker know the other one's provider to be in that state?"""
+
+    def known() -> bool:
+        peer = asker.table.get(other.peer_id)
+        return peer is not None and [p.state for p in peer.providers] == [state]
+
+    return known
+
+
+async def test_one_that_was_only_starting_when_the_answer_began_goes_on(
+    autojump_clock: Clock, nursery: trio.Nursery
+) -> None:
+    asker, first, second = await three(nursery)
+    second.providers[0].health = Health(state="starting", reason="it was not looked at yet")
+    second.network.changed()
+    await wait_until(says(asker, second, "starting"))
+    async with asker.manager.open(asking()) as answering:
+        got, last = "", Chunk()
+        async for chunk in answering.chunks:
+            got, last = got + chunk.text, chunk
+            if len(got) == 5:
+                second.providers[0].health = Health()
+                second.network.changed()
+                await wait_until(says(asker, second, "ready"))
+                await first.kill()
+    assert got == TEXT * 3
+    assert last.origin is not None
+    assert (last.origin.node, last.origin.begun_by) == ("second", "first:first")
+
+
+async def test_one_whose_connection_is_lost_for_a_moment_goes_on(
+    autojump_clock: Clock, nursery: trio.Nursery
+) -> None:
+    asker, first, second = await three(nursery)
+    async with asker.manager.open(asking()) as answering:
+        got, last = "", Chunk()
+        async for chunk in answering.chunks:
+            got, last = got + chunk.text, chunk
+            if len(got) == 5:
+                await asker.network.disconnect(second.peer_id, "it did not answer 2 pings")
+                await first.kill()
+                assert asker.state_of(second) == "unreachable"
+    assert got == TEXT * 3
+    assert last.origin is not None
+    assert last.origin.node == "second"
 
 
 # --- once more where it failed
