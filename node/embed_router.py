@@ -191,7 +191,7 @@ class EmbedRouter:
     ) -> tuple[Embedding, ...]:
         kept = []
         for number, (key, embedding) in enumerate(zip(keys, chunk.embeddings, strict=True), 1):
-            cid = await self._router.keep(key, request, embedding, origin, seconds)
+            cid = await self._router.keeping.keep(key, request, embedding, origin, seconds)
             if cid and embedding.cid and cid != embedding.cid:
                 logger.warning("%s sent an embedding that is not what its CID names", origin.peer)
             kept.append(msgspec.structs.replace(embedding, cid=cid))

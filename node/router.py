@@ -7,7 +7,6 @@ peers' requests, so that who computes also stores and signs.
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -27,22 +26,17 @@ from ..providers.base import (
     CacheControl,
     CacheOnlyMiss,
     CacheStatus,
-    Chunk,
-    Completion,
-    CompletionBuilder,
     DeadlineExceeded,
-    Embedding,
     GenerateRequest,
     ModelRequest,
     Origin,
 )
 from .accounts import Account, Accounts
 from .flights import Flights, Urge
+from .keeping import Keeping, Recording
 from .ledger import Ledger
-from .replays import Replayed, cost
+from .replays import Replayed
 from .trace import MAX_NAME, Record, Trace
-
-logger = logging.getLogger(__name__)
 
 Reuse = Literal["deterministic", "always", "never"]
 _Request = TypeVar("_Request", bound=ModelRequest)
@@ -120,6 +114,7 @@ class Router:
         self._answers = answers
         self.accounts = Accounts(answers.uses, ledger, peer)
         self._shared = shared
+        self.keeping = Keeping(answers, shared.announce)
         self.flights = Flights(nursery, urge)
         self._peer = peer
         #: The name of a peer's node, as far as it is known.
@@ -273,7 +268,15 @@ class Router:
     ) -> AsyncIterator[Answering]:
         async with self.ask(key, request, local_only) as (answering, started):
             if request.cache.mode != "bypass":
-                answering.chunks = _Recording(self, key, request, answering, started, record)
+                answering.chunks = Recording(
+                    self.keeping,
+                    key,
+                    request,
+                    answering,
+                    started,
+                    record,
+                    lambda origin: self._seen_from_here(origin, request),
+                )
             yield answering
 
     @asynccontextmanager
@@ -294,10 +297,10 @@ class Router:
             cache=self._cache_at_peers(request.cache),
         )
         async with self._backends.open(forwarded, local_only=local_only, key=key) as answering:
-            answering.origin = self.seen_from_here(answering.origin, request)
+            answering.origin = self._seen_from_here(answering.origin, request)
             yield answering, started
 
-    def seen_from_here(self, origin: Origin, request: Asked) -> Origin:
+    def _seen_from_here(self, origin: Origin, request: Asked) -> Origin:
         """What a backend says of the cache, as this node's callers are to see it."""
         cache = origin.cache
         if request.cache.mode == "bypass":
@@ -314,45 +317,6 @@ class Router:
         if cache.min_agreement is None and self._min_agreement > 1:
             return msgspec.structs.replace(cache, min_agreement=self._min_agreement)
         return cache
-
-    async def keep(
-        self,
-        key: bytes,
-        request: Asked,
-        content: Completion | Embedding,
-        origin: Origin,
-        seconds: float,
-    ) -> str | None:
-        """Store a whole answer or an embedding, tell the others, and return its CID.
-
-        None if it may not be kept: it is cut, or two engines made parts of it. `seconds`: how long
-        it took to come.
-        """
-        shared = request.cache.scope == "mesh" and request.privacy != "local"
-        if isinstance(content, Completion) and (origin.begun_by or _is_cut(content, request)):
-            return None
-        computed = origin.cache == "miss"  # and not a peer's stored answer
-        stored = await self._answers.store(
-            key,
-            content,
-            model=origin.model or request.model,
-            weights=origin.weights,
-            engine=origin.engine,
-            numerics=origin.numerics,
-            now=time.time(),
-            age=origin.age or 0.0,
-            ttl=_least(request.cache.ttl, origin.ttl),
-            source=origin.peer,
-            namespace=request.cache.namespace,
-            shared=shared,
-            seconds=seconds if computed else None,
-            money=cost(origin.price, content.usage) if computed else None,
-        )
-        if stored is None:
-            return None
-        if shared:
-            self._shared.announce(key, request, stored)
-        return stored.cid_text
 
 
 def _noted(answering: Answering, key: bytes, record: Record, account: Account) -> Answering:
@@ -374,19 +338,6 @@ def flight_key(key: bytes, request: Asked) -> bytes:
     return key + "\0".join(part or "" for part in who).encode()
 
 
-def _is_cut(completion: Completion, request: Asked) -> bool:
-    """Is it less than the model would have said?"""
-    if completion.finish_reason == "length" and isinstance(request, GenerateRequest):
-        most, usage = request.sampling.max_tokens, completion.usage
-        # Fewer tokens than it was allowed: the model's context was full.
-        return most is None or (usage.exact and 0 < usage.completion_tokens < most)
-    return completion.finish_reason == "content_filter"
-
-
-def _least(*seconds: float | None) -> float | None:
-    return min((s for s in seconds if s is not None), default=None)
-
-
 class _Given:
     """What an answer has given so far."""
 
@@ -397,50 +348,3 @@ class _Given:
     def text(self) -> str:
         """Backends' answers and flights remember theirs; what else there is takes no time."""
         return getattr(self.chunks, "text", "")
-
-
-class _Recording:
-    """Passes an answer on, and stores it when it is whole: its last chunk gets the CID."""
-
-    def __init__(
-        self,
-        router: Router,
-        key: bytes,
-        request: GenerateRequest,
-        answering: Answering,
-        started: float,
-        record: Record,
-    ) -> None:
-        self._router = router
-        self._key = key
-        self._request = request
-        self._answering = answering
-        self._started = started
-        self._record = record
-        self._chunks = aiter(answering.chunks)
-        self._builder = CompletionBuilder()
-
-    @property
-    def text(self) -> str:
-        """The text given so far."""
-        return self._builder.text
-
-    def __aiter__(self) -> _Recording:
-        return self
-
-    async def __anext__(self) -> Chunk:
-        chunk = await anext(self._chunks)
-        self._builder.add(chunk)
-        if chunk.finish_reason is None:
-            return chunk
-        if chunk.origin is not None:  # another backend ended it
-            origin = self._router.seen_from_here(chunk.origin, self._request)
-            chunk = msgspec.structs.replace(chunk, origin=origin)
-        origin = chunk.origin or self._answering.origin
-        seconds = trio.current_time() - self._started
-        whole = self._builder.completion()
-        cid = await self._router.keep(self._key, self._request, whole, origin, seconds)
-        self._record.stored(origin, cid)
-        if cid and chunk.cid and cid != chunk.cid:
-            logger.warning("%s sent an answer that is not what its CID names", origin.peer)
-        return msgspec.structs.replace(chunk, cid=cid)
