@@ -22,6 +22,8 @@ from .addresses import check_dialable
 logger = logging.getLogger(__name__)
 
 IDENTITY_BYTES = 32
+#: What to say to who needs a running node.
+NOT_RUNNING = "no node runs here: start one with `promptmesh up`"
 #: Of any of the small files here; what is larger was not written by us.
 _MAX_FILE_BYTES = 1 << 20
 #: No epoch is so great: what peers accept, and room to rise.

@@ -21,8 +21,8 @@ from weakref import WeakKeyDictionary
 from ..providers.base import GenerateError, Sampling
 from .config import router_settings
 from .home import Home
-from .router_deps import PROVIDER, RESPONSE, RouterDeps, get_default_router_deps
-from .seed_ask import Ask, Options
+from .router_deps import RouterDeps, get_default_router_deps
+from .seed_ask import PROVIDER, RESPONSE, Ask, Options
 from .seed_providers import BackendManagerHandle, LLMProvider, Plan, Planner, Unusable, register
 from .seed_trace import GenerationTrace, begin_trace
 

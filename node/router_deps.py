@@ -17,6 +17,8 @@ from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from .seed_ask import PROVIDER, RESPONSE
+
 if TYPE_CHECKING:
     from .config import Config
     from .loop_thread import Job, LoopThread
@@ -25,8 +27,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-#: What the names of our own entries begin with.
-PROVIDER, RESPONSE = "llm_provider::", "llm_response::"
 #: Entries of a `RouterCache`.
 MAX_ENTRIES = 4096
 
@@ -242,7 +242,7 @@ class RouterDeps:
     def _make_thread(self) -> LoopThread[Engine]:
         from .home import Home
         from .loop_thread import LoopThread
-        from .seed_engine import open_engine
+        from .seed_opening import open_engine
 
         config, home = self.config(), Home(self.home)
         thread = LoopThread(lambda: open_engine(config, home), "promptmesh")

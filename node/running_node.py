@@ -35,8 +35,7 @@ from ..providers.event_stream import EventStream, EventTooLong
 from ..providers.http_client import HttpClient, open_client
 from ..providers.http_reply import HttpFailure, HttpReply
 from ..providers.openai_chat import Quirks, encode_request
-from .home import Home
-from .seed_providers import NOT_RUNNING
+from .home import NOT_RUNNING, Home
 
 #: Bytes of an error's body that are read.
 MAX_ERROR = 1 << 20

@@ -11,6 +11,9 @@ from .config import RouterSettings
 from .seed_providers import Plan, Planner
 from .seed_trace import GenerationTrace
 
+#: What the names of our own entries begin with, in a `router_cache` and a `remote_cache`.
+PROVIDER, RESPONSE = "llm_provider::", "llm_response::"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:

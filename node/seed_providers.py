@@ -24,15 +24,13 @@ from .config import (
     RouterSettings,
     child_environment,
 )
-from .home import Home
+from .home import NOT_RUNNING, Home
 from .seed_vendors import VENDORS, obstacle
 
 if TYPE_CHECKING:
     from .own_providers import OwnProvider
     from .pricing import Purse
 
-#: What to say where `backend_manager` finds nobody.
-NOT_RUNNING = "no node runs here: start one with `promptmesh up`"
 #: Other names of the same.
 ALIASES = {
     "codex": "codex_cli",

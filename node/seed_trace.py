@@ -47,6 +47,10 @@ class GenerationTrace:
         self.model, self.node, self.peer = origin.model, origin.node or None, origin.peer or None
         self.cache, self.cid, self.policy = origin.cache, origin.cid, origin.policy or None
 
+    def found(self, provider: str, model: str) -> None:
+        """Note that a `remote_cache` had the answer of that one."""
+        self.provider, self.model, self.cache = provider, model, "hit-remote"
+
     def ended(self, completion: Completion, closing: Chunk) -> None:
         """Note a whole answer."""
         self.finish_reason = completion.finish_reason

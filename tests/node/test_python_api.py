@@ -540,7 +540,7 @@ def test_a_remote_cache_that_fails_is_a_miss(
     assert deps.get_cached_or_remote("x") is None
     deps.set_cached_and_remote("x", 1)
     assert deps.get_cached("x") == 1
-    warnings = [r for r in caplog.records if r.levelname == "WARNING" and "seed_engine" in r.name]
+    warnings = [r for r in caplog.records if r.levelname == "WARNING" and "seed_remote" in r.name]
     assert len(warnings) == 1
 
 
