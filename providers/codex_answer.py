@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Any
 
+import msgspec
 import trio
 
 from .base import (
@@ -17,9 +18,10 @@ from .base import (
 )
 from .cli_prompt import CliPrompt
 from .codex_flags import PLACE
-from .codex_server import CodexServer, Listener, Refused
+from .codex_server import CodexServer
 from .codex_settings import CodexOptions
 from .codex_turn import CodexTurn
+from .kept_process import Listener, Refused
 from .tokens import estimated_usage
 from .turn_chunks import TurnChunks, UntilStop
 
@@ -62,7 +64,7 @@ class CodexAnswer:
         self._decoder = decoder
         self._limit = limit
         self._thread = ""
-        self._listener: Listener | None = None
+        self._listener: Listener[CodexTurn] | None = None
 
     async def __aenter__(self) -> Answering:
         server = self._server = await self._find()
@@ -71,7 +73,7 @@ class CodexAnswer:
             await self._begin(server)
         except BaseException as error:
             await self._leave()
-            if isinstance(error, Refused) and error.word == "input_too_large":
+            if isinstance(error, Refused) and _is_too_large(error):
                 raise ContextTooLong(error.message) from None
             raise
         assert self._listener is not None
@@ -96,7 +98,7 @@ class CodexAnswer:
                 "baseInstructions": self._prompt.system,
             },
         )
-        self._thread = str(started["thread"]["id"])
+        self._thread = str(msgspec.json.decode(started)["thread"]["id"])
         *earlier, last = (m for m in self._request.messages if m.role in ("user", "assistant"))
         if earlier:
             items = [_item(message) for message in earlier]
@@ -122,22 +124,27 @@ class CodexAnswer:
         """End the turn, by the process if it does not end otherwise."""
         server = self._server
         with trio.CancelScope(shield=True):
-            if self._listener is not None and not self._decoder.over:
+            if (listener := self._listener) is not None and not listener.over:
                 with trio.move_on_after(INTERRUPT_GRACE):
-                    await self._interrupt(server, self._listener)
-                if not self._decoder.over:
+                    await self._interrupt(server, listener)
+                if not listener.over:
                     server.scope.cancel()
         if self._thread:
             server.forget(self._thread)
         server.leave()
 
-    async def _interrupt(self, server: CodexServer, listener: Listener) -> None:
-        decoder, told = self._decoder, False
-        while not decoder.over:
-            if decoder.turn and not told:
+    async def _interrupt(self, server: CodexServer, listener: Listener[CodexTurn]) -> None:
+        told = False
+        while not listener.over:
+            if (turn := self._decoder.turn) and not told:
                 told = True
-                server.request("turn/interrupt", {"threadId": self._thread, "turnId": decoder.turn})
+                server.request("turn/interrupt", {"threadId": self._thread, "turnId": turn})
             await listener.news()
+
+
+def _is_too_large(refused: Refused) -> bool:
+    data = refused.data
+    return isinstance(data, dict) and data.get("input_error_code") == "input_too_large"
 
 
 def _item(message: Message) -> dict[str, Any]:

@@ -45,7 +45,7 @@ from .codex_found import (
     look,
     native_program,
 )
-from .codex_kept import NO_MODELS, KeptCodex
+from .codex_keeper import NO_MODELS, CodexKeeper
 from .codex_server import MAX_LINE
 from .codex_settings import CodexOptions, CodexSettings
 from .codex_turn import CodexTurn
@@ -54,6 +54,8 @@ from .options import read_options
 
 #: Seconds for a command such as `--version`. `Provider.check` may take 2.
 BRIEF = 1.8
+#: Seconds for `run` to begin, where the provider is asked at once.
+RUN_TIME = 0.5
 _TOO_OLD = "npm install -g @openai/codex@latest"
 _LOGIN_HINT = "log in again: type `codex login`"
 
@@ -68,7 +70,7 @@ class CodexCli:
         hint = {"key": _LOGIN_HINT} if settings.needs_login else {}
         self._errors = ErrorReader(settings.name, [settings.key], **hint)
         self._offers = tuple(_offer(model) for model in settings.models)
-        self._kept = KeptCodex(settings, self._errors, self._program)
+        self._kept = CodexKeeper(settings, self._errors, self._program)
         self._version: Remembered[Health] = Remembered()
         self._found: tuple[int, ...] = ()
         #: Why the login, or the key, is not taken, which login that was, and until when that holds.
@@ -99,7 +101,7 @@ class CodexCli:
                 request,
                 prompt,
                 options,
-                self._kept.server,
+                self._kept.process,
                 CodexTurn(self._errors, self._refused),
                 self._settings.read_timeout,
             )
@@ -137,7 +139,7 @@ class CodexCli:
 
     async def _keeps(self) -> bool:
         """Can a process be kept? Raises `ProviderUnavailable`."""
-        if self._settings.mode == "exec" or not await self._kept.runs():
+        if self._settings.mode == "exec" or not await self._kept.runs(RUN_TIME):
             return False
         await self._look_at_program(await trio.to_thread.run_sync(self._program))
         return not self._found or self._found >= KEPT_SINCE

@@ -16,9 +16,10 @@ from .base import (
 )
 from .cli_prompt import CliPrompt
 from .copilot_events import CopilotEvents
-from .copilot_runtime import Call, CopilotRuntime, Listener, Refused
+from .copilot_runtime import CopilotRuntime
 from .copilot_settings import CopilotOptions, CopilotSettings
 from .copilot_wire import EMPTY_OPTIONS, new_session
+from .kept_process import Call, Listener, Refused
 from .tokens import estimated_usage
 from .turn_chunks import TurnChunks, UntilStop
 
@@ -62,7 +63,7 @@ class SessionAnswer:
         self._find = find
         self._session = str(uuid4())
         self._created: Call | None = None
-        self._listener: Listener | None = None
+        self._listener: Listener[CopilotEvents] | None = None
 
     async def __aenter__(self) -> Answering:
         runtime = self._runtime = await self._find()
@@ -130,5 +131,5 @@ class SessionAnswer:
         if self._created is not None:
             await self._created.answered.wait()
         listener = self._listener
-        if listener is not None and not listener.idle and not runtime.gone:
+        if listener is not None and not listener.over and not runtime.gone:
             await runtime.begin("session.abort", {"sessionId": self._session}).answered.wait()

@@ -7,18 +7,18 @@ sends in its mode "empty", in which an agent is left with nothing but a model.
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 import msgspec
 
 from .copilot_settings import CopilotOptions, CopilotSettings
+from .json_rpc import WireError, read
 
 #: The version of the protocol, which the runtime tells at the first request.
 PROTOCOL = 3
 #: The longest frame, in bytes. The longest of all has a prompt twice, with each character escaped.
 MAX_FRAME = 64 << 20
-#: Nobody answers what a runtime asks; by this code it knows that.
-METHOD_NOT_FOUND = -32601
 
 #: The flags of a runtime that talks on its pipes and does nothing by itself.
 FLAGS = ("--headless", "--stdio", "--no-auto-update", "--log-level", "none")
@@ -28,30 +28,7 @@ TOKEN_FLAGS = ("--auth-token-env", TOKEN_VARIABLE)
 #: Where nobody was named, or a server of one's own answers.
 NO_LOGIN_FLAG = "--no-auto-login"
 
-T = TypeVar("T")
-
 _encode = msgspec.json.Encoder().encode
-
-
-class WireError(Exception):
-    """A message that makes no sense."""
-
-
-class RpcError(msgspec.Struct, frozen=True):
-    """Why a request was refused."""
-
-    code: int = 0
-    message: str = ""
-
-
-class Incoming(msgspec.Struct, frozen=True):
-    """What the runtime sends: an answer, an event, or a question of its own."""
-
-    id: int | str | None = None
-    method: str | None = None
-    params: msgspec.Raw = msgspec.Raw(b"null")
-    result: msgspec.Raw = msgspec.Raw(b"null")
-    error: RpcError | None = None
 
 
 class Event(msgspec.Struct, frozen=True):
@@ -75,7 +52,7 @@ class Connected(msgspec.Struct, frozen=True, rename="camel"):
     version: str = ""
 
 
-def frame(message: dict[str, Any]) -> bytes:
+def frame(message: Mapping[str, Any]) -> bytes:
     """A message as it is sent."""
     body = _encode({"jsonrpc": "2.0", **message})
     return b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
@@ -92,24 +69,9 @@ def length_in(header: bytes) -> int | None:
     return int(text)
 
 
-def decode(body: bytes) -> Incoming:
-    """A frame's body. Raises `WireError`."""
-    return _convert(body, Incoming)
-
-
-def session_event(params: msgspec.Raw) -> SessionEvent:
-    """What an event says. Raises `WireError`."""
-    return _convert(params, SessionEvent)
-
-
-def connected(result: msgspec.Raw) -> Connected:
-    """What `connect` answers. Raises `WireError`."""
-    return _convert(result, Connected)
-
-
 def is_authenticated(result: msgspec.Raw) -> bool:
     """Does `auth.getStatus` say that somebody is logged in? Raises `WireError`."""
-    return _convert(result, _AuthStatus).is_authenticated
+    return read(result, _AuthStatus).is_authenticated
 
 
 def listed_models(result: msgspec.Raw) -> tuple[tuple[str, int | None], ...]:
@@ -117,7 +79,7 @@ def listed_models(result: msgspec.Raw) -> tuple[tuple[str, int | None], ...]:
 
     Not `auto`, which would be another model each time.
     """
-    usable = (m for m in _convert(result, _Models).models if m.policy.state != "disabled")
+    usable = (m for m in read(result, _Models).models if m.policy.state != "disabled")
     return tuple((m.id, m.capabilities.limits.context) for m in usable if m.id not in ("", "auto"))
 
 
@@ -151,13 +113,6 @@ class _Model(msgspec.Struct, frozen=True):
 
 class _Models(msgspec.Struct, frozen=True):
     models: list[_Model] = []
-
-
-def _convert(body: bytes | msgspec.Raw, type_: type[T]) -> T:
-    try:
-        return msgspec.json.decode(body, type=type_)
-    except (ValueError, RecursionError) as error:
-        raise WireError(f"a message that makes no sense: {error}") from None
 
 
 def new_session(

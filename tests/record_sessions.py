@@ -23,6 +23,7 @@ from promptmesh.providers.copilot_runtime import CopilotRuntime
 from promptmesh.providers.copilot_sdk import CopilotSdk
 from promptmesh.providers.copilot_settings import CopilotSettings
 from promptmesh.providers.copilot_wire import SessionEvent
+from promptmesh.providers.json_rpc import Incoming, read
 
 #: What a session tells of that bears on its answer. The others say how it came about.
 TOLD = ("assistant.", "session.idle", "session.error", "model.call_failure", "abort")
@@ -37,9 +38,10 @@ async def record(case: str, server: VendorServer, cache: str) -> list[SessionEve
     seen: list[SessionEvent] = []
     hear = CopilotRuntime._hear
 
-    def note(self: CopilotRuntime, told: SessionEvent) -> None:
-        seen.append(told)
-        hear(self, told)
+    def note(self: CopilotRuntime, message: Incoming) -> None:
+        if message.method == "session.event":
+            seen.append(read(message.params, SessionEvent))
+        hear(self, message)
 
     settings = CopilotSettings(
         name="copilot_sdk",

@@ -14,7 +14,7 @@ import pytest
 import trio
 from fakes_codex import fake_codex
 
-from promptmesh.providers import codex_answer, codex_server
+from promptmesh.providers import codex_answer
 from promptmesh.providers.base import (
     ContextTooLong,
     DeadlineExceeded,
@@ -28,6 +28,7 @@ from promptmesh.providers.base import (
     Tool,
 )
 from promptmesh.providers.codex_cli import CodexCli
+from promptmesh.providers.codex_server import CodexServer
 from promptmesh.providers.codex_settings import CodexSettings
 from promptmesh.providers.options import SettingsError
 from promptmesh.providers.registry import build
@@ -256,7 +257,7 @@ async def test_an_idle_process_ends(folder: Path) -> None:
 async def test_a_worn_out_process_is_replaced(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(codex_server, "MAX_TURNS", 2)
+    monkeypatch.setattr(CodexServer, "MAX_ANSWERS", 2)
     async with running(settings(folder)) as provider:
         for number in range(5):
             assert await ask(provider, f"say {number}") == str(number)

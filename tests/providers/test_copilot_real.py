@@ -193,11 +193,11 @@ async def test_an_abort_reaches_the_server(cache: Path, tmp_path: Path) -> None:
                 nursery.start_soon(provider.run)
                 async with provider.open(asked()) as answering:
                     assert (await anext(answering.chunks)).text == PARTIAL
-                assert provider._runtime is not None
-                group = provider._runtime._child.pid
+                assert provider._kept._process is not None
+                group = provider._kept._process._child.pid
                 async with provider.open(asked()) as answering:  # the same one answers on
                     assert (await anext(answering.chunks)).text == PARTIAL
-                assert provider._runtime._child.pid == group
+                assert provider._kept._process._child.pid == group
                 nursery.cancel_scope.cancel()
 
         async def gone() -> bool:
