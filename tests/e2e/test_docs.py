@@ -17,7 +17,7 @@ from doc_blocks import Command, all_blocks, anchors, blocks, code_spans, command
 from doc_shown import Ids
 from doc_terminals import person
 
-from promptmesh.node.cli import parser
+from promptmesh.node.cli_parser import parser
 from promptmesh.node.config import load_config
 
 README = ROOT / "README.md"

@@ -15,7 +15,7 @@ from types import ModuleType
 import pytest
 from fakes_cli import FakeNode, Problem, made, run
 
-from promptmesh.node.cli import parser
+from promptmesh.node.cli_parser import parser
 
 ROOT = Path(__file__).parent.parent.parent
 MAIN = "import sys; from promptmesh.node.cli import main; sys.exit(main())"
