@@ -13,13 +13,12 @@ import trio
 
 from .http_address import Address
 from .http_reply import (
-    FINISH_TIME,
     IDLE_LIFETIME,
     MAX_BODY,
     MAX_HEAD,
     MAX_IDLE,
     BrokenReply,
-    HttpFailure,
+    HttpReply,
     NotConnected,
     TimedOut,
     reason_of,
@@ -196,7 +195,7 @@ class _Connection:
             self.keep = self._parser.should_keep_alive()
 
 
-class _PooledReply:
+class _PooledReply(HttpReply):
     """One request and its reply on a connection of the pool."""
 
     __slots__ = ("_connection", "_message", "_pool", "headers", "status")
@@ -238,25 +237,6 @@ class _PooledReply:
             await connection.receive()
         parts, connection.parts = connection.parts, []
         return parts[0] if len(parts) == 1 else b"".join(parts)
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> bytes:
-        piece = await self.receive()
-        if not piece:
-            raise StopAsyncIteration
-        return piece
-
-    async def finish(self) -> None:
-        if self._connection.complete:
-            return
-        with trio.move_on_after(FINISH_TIME):
-            try:
-                while await self.receive():
-                    pass
-            except HttpFailure:
-                pass  # The content was whole; only the connection is of no more use.
 
     async def __aexit__(
         self,

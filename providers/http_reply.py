@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import AsyncIterator, Mapping
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Self
+
+import trio
 
 MAX_HEAD = 64 * 1024
 #: A hundred thousand streamed tokens with twenty log probabilities each stay below it.
@@ -46,19 +49,33 @@ def reason_of(error: OSError) -> str:
     return (error.strerror or str(error)).lower()
 
 
-class HttpReply(Protocol):
+class HttpReply(ABC):
     """A reply whose head has arrived. Iterating gives the body as it comes."""
+
+    __slots__ = ()
 
     status: int
     #: By lower-case name; repeated ones are joined by a comma.
     headers: Mapping[str, str]
 
+    @abstractmethod
     async def receive(self) -> bytes:
         """What arrived since, or wait for more; empty at the end. Raises `HttpFailure`."""
-        ...
 
-    def __aiter__(self) -> AsyncIterator[bytes]: ...
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
+        piece = await self.receive()
+        if not piece:
+            raise StopAsyncIteration
+        return piece
 
     async def finish(self) -> None:
         """Read the little that follows what is known to be the end of the content."""
-        ...
+        with trio.move_on_after(FINISH_TIME):
+            try:
+                while await self.receive():
+                    pass
+            except HttpFailure:
+                pass  # The content was whole; only the connection is of no more use.

@@ -14,12 +14,12 @@ import trio
 
 from .http_address import Address
 from .http_reply import (
-    FINISH_TIME,
     IDLE_LIFETIME,
     MAX_BODY,
     MAX_IDLE,
     BrokenReply,
     HttpFailure,
+    HttpReply,
     NotConnected,
     TimedOut,
     reason_of,
@@ -111,7 +111,7 @@ def _reason(error: BaseException) -> str:
     return reason or "TLS failed"
 
 
-class _HttpxReply:
+class _HttpxReply(HttpReply):
     """One request and its reply by httpx."""
 
     def __init__(self, pool: HttpsPool, method: str, url: str, body: bytes | None) -> None:
@@ -147,23 +147,6 @@ class _HttpxReply:
         if self._size > MAX_BODY:
             raise BrokenReply(f"the reply is larger than {MAX_BODY} bytes")
         return piece
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> bytes:
-        piece = await self.receive()
-        if not piece:
-            raise StopAsyncIteration
-        return piece
-
-    async def finish(self) -> None:
-        with trio.move_on_after(FINISH_TIME):
-            try:
-                while await self.receive():
-                    pass
-            except HttpFailure:
-                pass  # The content was whole; only the connection is of no more use.
 
     async def __aexit__(
         self,
