@@ -15,7 +15,7 @@ from .cli_mesh import typed
 from .cli_output import fail, prepare_streams
 from .cli_parser import parser
 from .client import NodeError, NodeNotRunning
-from .config import ConfigError
+from .config_values import ConfigError
 from .home import HomeError
 
 

@@ -19,7 +19,8 @@ from ..providers.base import (
 from .cli_mesh import home_of, typed
 from .cli_output import fail, print_json, printable, read_input, say, warn
 from .client import NodeClient, NodeError, NodeNotRunning
-from .config import Config, load_config
+from .config import load_config
+from .config_sections import Config
 from .home import Home
 
 #: As much as fits into a request's body by default.

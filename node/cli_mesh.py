@@ -11,7 +11,9 @@ from typing import Any
 from .addresses import best_for_others, dialable
 from .cli_output import fail, print_json, read_input, say, warn
 from .client import NodeClient, NodeNotRunning
-from .config import Config, Flag, home_path, load_config
+from .config import home_path, load_config
+from .config_loading import Flag
+from .config_sections import Config
 from .config_template import starting_config
 from .home import Home, KnownPeers
 from .join_link import MAX_ADDRESSES, MAX_LINK, JoinLink, decode, encode

@@ -1,91 +1,31 @@
-"""The sections of the configuration: typed values, each with its default, unit and documentation.
+"""The configuration and its sections: typed values, each with its default, unit and documentation.
 
 `docs/configuration.md` is generated from these classes.
 """
 
 from __future__ import annotations
 
-import ipaddress
 import re
-import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..cache.kubo_address import endpoint
-from ..providers.base import Policy, Prefer, Price, TimeLimits
+from ..providers.base import Policy, Prefer, TimeLimits
 from .addresses import check_dialable, check_listen
-from .config_values import Secret, setting
+from .config_checks import (
+    check_http_listen,
+    check_kubo_api,
+    check_multibase,
+    check_name,
+    check_trusted,
+    host_name,
+    split_host_port,
+)
+from .config_providers import LocalHFConfig, LocalServersConfig, ProviderConfig
+from .config_values import plain, setting, settings_of
 
-MAX_NAME = 63
-
-
-def host_name() -> str:
-    """The host's name, made fit to name a node."""
-    return re.sub(r"[^\w.-]+", "-", socket.gethostname().partition(".")[0])[:MAX_NAME] or "node"
-
-
-def check_name(text: str) -> str:
-    """A name that fits into PEER-NAME:PROVIDER/MODEL. Raises `ValueError`."""
-    if not 0 < len(text) <= MAX_NAME or re.search(r"[\s:/]", text):
-        raise ValueError(f"expected 1 to {MAX_NAME} characters without spaces, ':' and '/'")
-    return text
-
-
-def check_trusted(text: str) -> str:
-    """`all`, `me`, a peer id or a node's name. Raises `ValueError`."""
-    return check_name(text)
-
-
-def split_host_port(text: str) -> tuple[str, int]:
-    """`127.0.0.1:7411` or `[::1]:7411` taken apart. Raises `ValueError`."""
-    host, colon, port = text.rpartition(":")
-    if not host or not colon or not re.fullmatch(r"\d{1,5}", port) or int(port) > 65535:
-        raise ValueError("expected HOST:PORT, such as 127.0.0.1:7411")
-    return host.removeprefix("[").removesuffix("]"), int(port)
-
-
-def check_http_listen(text: str) -> str:
-    """An address that only this machine reaches. Raises `ValueError`."""
-    host, _ = split_host_port(text)
-    try:
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        raise ValueError(
-            f"expected an address of this machine such as 127.0.0.1, not {host!r}"
-        ) from None
-    if not loopback:
-        raise ValueError(
-            "other machines could reach this address, and whoever reaches it could spend your "
-            "models and keys. The HTTP interface listens on 127.0.0.1 or [::1] only; other "
-            "machines run a node of their own (`promptmesh invite`)"
-        )
-    return text
-
-
-def check_multibase(text: str) -> str:
-    """A base that CIDs can be written in. Raises `ValueError`."""
-    from ..cache.cid import cid_of, cid_text
-
-    try:
-        cid_text(cid_of(bytes(32)), text)
-    except ValueError as error:
-        raise ValueError(f"expected a multibase such as base58btc: {error}") from None
-    return text
-
-
-def check_port(text: str) -> str:
-    """The number of a port. Raises `ValueError`."""
-    if not re.fullmatch(r"[0-9]{1,5}", text) or not 0 < int(text) < 65536:
-        raise ValueError("expected a port from 1 to 65535")
-    return text
-
-
-def check_kubo_api(text: str) -> str:
-    """The address of a Kubo's RPC, or nothing. Raises `ValueError`."""
-    if text:
-        endpoint(text)
-    return text
+#: The file in the node's folder.
+FILE_NAME = "config.toml"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,81 +160,6 @@ class KuboConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LocalHFConfig:
-    """The model that this node runs itself, by transformers and torch."""
-
-    model: str = setting(
-        "", "A transformers id or a folder; empty for none.", left_out="no model of its own"
-    )
-    embedding_model: str = setting(
-        "",
-        "A transformers id or a folder of a model that makes embeddings; it runs in a process of "
-        "its own, as the provider `local_hf_embed`.",
-        left_out="none",
-    )
-    device: str = setting("auto", "`auto`, `cpu`, `cuda`, `cuda:1`...: where it runs.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
-        "auto",
-        "The numbers it computes with. `auto`: float32 on a CPU, where greedy answers are then the "
-        "same alone and in a batch, and the model's own on a GPU.",
-    )
-    threads: int | None = setting(
-        None,
-        "Processor threads.",
-        left_out="one for each processor, or `OMP_NUM_THREADS`",
-        low=1,
-        high=1024,
-    )
-    max_context: int | None = setting(
-        None,
-        "The longest prompt and answer together.",
-        unit="tokens",
-        left_out="what the model was made for, as far as memory allows",
-        low=16,
-    )
-    max_batch: int = setting(16, "Requests computed at once.", low=1, high=1024)
-    max_waiting: int | None = setting(
-        None,
-        "Requests that wait until it is free.",
-        left_out="`limits.max_waiting`",
-        high=65536,
-    )
-    memory_fraction: float | None = setting(
-        None,
-        "The share of the free memory that running requests may take.",
-        left_out="what `max_batch` requests need, at most a quarter of a CPU's free memory and 0.6 "
-        "of a GPU's",
-        low=0.01,
-        high=1,
-    )
-    share: bool = setting(True, "May peers use it?")
-    deadlines: TimeLimits | None = setting(  # noqa: RUF009 (makes a dataclass field)
-        None,
-        "Its own, as `{first_token = 300, gap = 30}`.",
-        unit="seconds",
-        left_out="`[deadlines]`",
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class LocalServersConfig:
-    """Model servers on this machine that are found without being configured."""
-
-    enabled: bool = setting(
-        True,
-        "Look for them, at the start and while the node runs. A server that has a table of its own "
-        "(`[[providers]]` with its `base_url`) is not looked for.",
-    )
-    ports: tuple[str, ...] = setting(
-        ("8000", "30000", "11434", "8080", "1234"),
-        "The ports of 127.0.0.1 that are looked at: those of vLLM, SGLang, Ollama, llama.cpp and "
-        "LM Studio.",
-        check=check_port,
-    )
-    share: bool = setting(True, "May peers use what is found?")
-
-
-@dataclass(frozen=True, kw_only=True)
 class DeadlinesConfig:
     """How long a request may take before the next candidate is tried, or it fails."""
 
@@ -341,88 +206,6 @@ class LimitsConfig:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class ProviderConfig:
-    """An LLM server, or another source of answers, that this node offers. One table each."""
-
-    kind: str = setting(doc="What it is, such as `openai_compatible`.", check=check_name)
-    name: str = setting(doc="Its name in PROVIDER/MODEL.", left_out="its kind", check=check_name)
-    share: bool = setting(
-        doc="May peers use it?",
-        left_out="yes; no where a key pays (`api_key_env`), a `price` says that it costs, its kind "
-        "spends a subscription (as `codex_cli`), or is one of another package",
-    )
-    slots: int | None = setting(
-        None, "Requests it takes at once.", left_out="the kind's own default", low=1, high=4096
-    )
-    max_waiting: int | None = setting(
-        None,
-        "Requests that wait until it is free.",
-        left_out="`limits.max_waiting`",
-        high=65536,
-    )
-    requests_per_minute: int | None = setting(
-        None,
-        "Requests that may begin in any 60 s. Providers with the same key share their limits.",
-        left_out="as many as come",
-        low=1,
-    )
-    tokens_per_minute: int | None = setting(
-        None,
-        "Tokens of the prompts and answers of all requests that began in any 60 s.",
-        left_out="as many as come",
-        low=1,
-    )
-    requests_at_once: int | None = setting(
-        None,
-        "Requests under way with one key, where several providers have it; `slots` are each "
-        "one's own.",
-        left_out="as many as their `slots`",
-        low=1,
-    )
-    when_limited: Literal["wait", "refuse"] = setting(
-        "wait",
-        "What becomes of a request at such a limit: it waits in the queue for its turn, or is "
-        "refused, so that another provider is asked.",
-    )
-    member_requests_per_minute: int | None = setting(
-        None,
-        "Requests that each other member may have here in any 60 s. More are refused.",
-        left_out="as many as all",
-        low=1,
-    )
-    member_tokens_per_minute: int | None = setting(
-        None,
-        "Tokens that each other member may have here in any 60 s.",
-        left_out="as many as all",
-        low=1,
-    )
-    api_key_env: str = setting(
-        "", "The environment variable that holds its key. Never the key itself.", left_out="no key"
-    )
-    price: Price | None = setting(  # noqa: RUF009 (makes a dataclass field)
-        None,
-        "What it charges, as `{prompt = 0.5, completion = 1.5}`.",
-        unit="US dollars for a million tokens",
-        left_out="nothing; where a key pays, not known",
-    )
-    prices: dict[str, Price] = setting(  # noqa: RUF009 (makes a dataclass field)
-        factory=dict,
-        doc='The same of single models, as `{"MODEL" = {prompt = 3, completion = 15}}`.',
-        left_out="`price`",
-    )
-    deadlines: TimeLimits | None = setting(  # noqa: RUF009 (makes a dataclass field)
-        None,
-        "Its own, as `{first_token = 300, gap = 30}`. How long connecting to a server may take is "
-        "its kind's business (`connect_timeout`).",
-        unit="seconds",
-        left_out="`[deadlines]`",
-    )
-    api_key: Secret | None = None
-    #: The keys that only its kind understands, such as `base_url`.
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-
 SECTIONS: dict[str, Any] = {
     "node": NodeConfig,
     "http": HttpConfig,
@@ -434,3 +217,51 @@ SECTIONS: dict[str, Any] = {
     "deadlines": DeadlinesConfig,
     "limits": LimitsConfig,
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The whole configuration, and where each value came from."""
+
+    node: NodeConfig = field(default_factory=NodeConfig)
+    http: HttpConfig = field(default_factory=HttpConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    kubo: KuboConfig = field(default_factory=KuboConfig)
+    local_hf: LocalHFConfig = field(default_factory=LocalHFConfig)
+    local_servers: LocalServersConfig = field(default_factory=LocalServersConfig)
+    deadlines: DeadlinesConfig = field(default_factory=DeadlinesConfig)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    providers: tuple[ProviderConfig, ...] = ()
+    #: `mesh.policy` -> `default`, the file's name, the variable or the flag.
+    sources: Mapping[str, str] = field(default_factory=dict)
+    #: Sentences about what is not wrong but probably not meant.
+    warnings: tuple[str, ...] = ()
+
+    def values(self) -> Iterator[tuple[str, Any, str]]:
+        """(key, value, source) of each setting, for people; keys and headers stay hidden."""
+        for section, type_ in SECTIONS.items():
+            for each in settings_of(section, type_):
+                value = plain(getattr(getattr(self, section), each.name))
+                yield each.key, value, self.sources.get(each.key, "default")
+        for provider in self.providers:
+            yield from self._provider_values(provider)
+
+    def _provider_values(self, provider: ProviderConfig) -> Iterator[tuple[str, Any, str]]:
+        prefix = f"providers.{provider.name}"
+        for each in settings_of(prefix, ProviderConfig):
+            value = plain(getattr(provider, each.name))
+            yield each.key, value, self.sources.get(each.key, "default")
+        for name, value in provider.options.items():
+            yield (
+                f"{prefix}.{name}",
+                _without_secrets(value),
+                self.sources.get(f"{prefix}.{name}", FILE_NAME),
+            )
+
+
+def _without_secrets(value: Any) -> Any:
+    """A provider's own setting for people: `headers` and the user in a URL may be keys."""
+    if isinstance(value, dict):
+        return dict.fromkeys(value, "...")
+    return re.sub(r"//[^/]*@", "//...@", value) if isinstance(value, str) else value

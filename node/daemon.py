@@ -34,7 +34,8 @@ from .api_requests import RequestsApi
 from .api_rights import RightsApi
 from .api_share import ShareApi
 from .api_usage import UsageApi
-from .config import Config, child_environment, home_path
+from .config import child_environment, home_path
+from .config_sections import Config
 from .embed_router import EmbedRouter
 from .finding_servers import ServerFinder
 from .home import Home, HomeError

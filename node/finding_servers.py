@@ -16,7 +16,8 @@ from ..providers.admission import Admission
 from ..providers.http_address import parse_base_url
 from ..providers.local_servers import Found, look
 from ..providers.registry import build
-from .config import Config, ProviderConfig
+from .config_providers import ProviderConfig
+from .config_sections import Config
 from .own_providers import DEFAULT_SLOTS, OwnProvider, OwnProviders
 
 logger = logging.getLogger(__name__)

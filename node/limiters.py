@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from ..providers.rate_limits import RateLimiter, Rates
 from ..providers.throttle import Throttle
-from .config import ProviderConfig
+from .config_providers import ProviderConfig
 
 
 class Limiters:

@@ -17,7 +17,8 @@ from ..providers.base import (
     ProviderUnavailable,
 )
 from .api_openai import new_request_id
-from .config import Config, child_environment
+from .config import child_environment
+from .config_sections import Config
 from .home import Home
 from .openai_answers import origin_fields, usage_fields
 from .own_providers import OwnProviders

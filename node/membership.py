@@ -29,7 +29,7 @@ from ..mesh.network import Network
 from ..mesh.peers import PeerTable
 from ..mesh.serving import Services
 from ..mesh.transport import BLOCKED, PeerId, Reach, Relaying, Transport, TransportError
-from .config import MeshConfig
+from .config_sections import MeshConfig
 from .home import Home, HomeError, KnownPeers
 from .reading import Reading
 from .sharing import Sharing

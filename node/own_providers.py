@@ -22,7 +22,8 @@ from ..providers.base import Health, Priority
 from ..providers.registry import Runs, build
 from ..providers.throttle import Throttle
 from ..providers.variables import VARIABLES, environment_of
-from .config import SUBSCRIPTION_KINDS, Config, ProviderConfig
+from .config_providers import SUBSCRIPTION_KINDS, ProviderConfig
+from .config_sections import Config
 from .limiters import Limiters
 from .pricing import Priced, Purse
 

@@ -28,7 +28,7 @@ from ..mesh.peers import PeerTable
 from ..mesh.policies import Candidate
 from ..providers.base import TimeLimits
 from ..providers.registry import options_fault
-from .config import Config
+from .config_sections import Config
 from .home import Home
 from .ledger import Ledger
 from .metrics import Metrics

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from .seed_ask import PROVIDER, RESPONSE
 
 if TYPE_CHECKING:
-    from .config import Config
+    from .config_sections import Config
     from .loop_thread import Job, LoopThread
     from .seed_engine import Engine
 

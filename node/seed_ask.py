@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..providers.base import Sampling
-from .config import RouterSettings
 from .seed_providers import Plan, Planner
+from .seed_settings import RouterSettings
 from .seed_trace import GenerationTrace
 
 #: What the names of our own entries begin with, in a `router_cache` and a `remote_cache`.

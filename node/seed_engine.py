@@ -32,7 +32,8 @@ from ..providers.base import (
 )
 from ..providers.registry import options_fault
 from ..providers.tokens import TokenCount, count_tokens
-from .config import CacheConfig, ProviderConfig
+from .config_providers import ProviderConfig
+from .config_sections import CacheConfig
 from .finding_servers import find_servers, found_tables
 from .parts import Parts
 from .router import Router

@@ -14,7 +14,8 @@ import trio
 from ..cache.answers import AnswerCache
 from ..cache.blocks import SqliteBlocks
 from ..cache.database import Database
-from .config import Config, child_environment
+from .config import child_environment
+from .config_sections import Config
 from .home import Home, HomeError
 from .parts import Parts, open_parts
 from .seed_engine import Engine

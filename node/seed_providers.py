@@ -17,14 +17,11 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from ..providers.base import Price
 from ..providers.plugins import load_plugin, plugins
 from ..providers.variables import environment_of
-from .config import (
-    SUBSCRIPTION_KINDS,
-    Config,
-    ProviderConfig,
-    RouterSettings,
-    child_environment,
-)
+from .config import child_environment
+from .config_providers import SUBSCRIPTION_KINDS, ProviderConfig
+from .config_sections import Config
 from .home import NOT_RUNNING, Home
+from .seed_settings import RouterSettings
 from .seed_vendors import VENDORS, obstacle
 
 if TYPE_CHECKING:

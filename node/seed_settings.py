@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .config_sections import check_multibase
+from .config_checks import check_multibase
 from .config_values import Secret, setting
 
 

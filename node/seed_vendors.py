@@ -12,7 +12,7 @@ from typing import Any
 
 from ..providers.base import Health
 from ..providers.variables import environment_of
-from .config import Secret
+from .config_values import Secret
 from .seed_settings import RouterSettings
 
 

@@ -14,7 +14,9 @@ import trio
 from ..providers.base import Health
 from ..providers.options import SettingsError
 from ..providers.registry import kinds
-from .config import SUBSCRIPTION_KINDS, Config, child_environment, router_settings
+from .config import child_environment, router_settings
+from .config_providers import SUBSCRIPTION_KINDS
+from .config_sections import Config
 from .finding_servers import find_servers, found_tables
 from .home import Home
 from .ledger import Ledger

@@ -40,8 +40,8 @@ from promptmesh import (
     set_default_router_deps,
     stream_text,
 )
-from promptmesh.node.config import UNPREFIXED, router_variables
 from promptmesh.node.config_values import settings_of
+from promptmesh.node.config_variables import UNPREFIXED, router_variables
 from promptmesh.node.seed_settings import RouterSettings
 from promptmesh.providers.variables import VARIABLES
 

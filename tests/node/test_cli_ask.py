@@ -17,7 +17,7 @@ import pytest
 from fakes_cli import Cut, FakeNode, Problem, made, run
 
 from promptmesh.node import cli_ask
-from promptmesh.node.config import Config
+from promptmesh.node.config_sections import Config
 from promptmesh.node.home import Home
 from promptmesh.node.openai_answers import StreamEncoder
 from promptmesh.providers.base import (

@@ -12,7 +12,8 @@ import pytest
 from fakes_cli import FakeNode, Problem, Turns, made, run
 
 from promptmesh.node import cli_mesh
-from promptmesh.node.config import Config, load_config
+from promptmesh.node.config import load_config
+from promptmesh.node.config_sections import Config
 from promptmesh.node.home import Home, HomeInUse, KnownPeers
 from promptmesh.node.join_link import JoinLink, decode, encode
 

@@ -13,19 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from promptmesh.mesh.policies import Candidate
-from promptmesh.node.config import (
-    SECTIONS,
-    Config,
-    ConfigError,
-    Flag,
-    Secret,
-    home_path,
-    load_config,
-    variables_of,
-    wants_colour,
-)
+from promptmesh.node.config import home_path, load_config, wants_colour
+from promptmesh.node.config_loading import Flag
+from promptmesh.node.config_sections import SECTIONS, Config
 from promptmesh.node.config_template import starting_config
-from promptmesh.node.config_values import settings_of
+from promptmesh.node.config_values import ConfigError, Secret, settings_of
+from promptmesh.node.config_variables import variables_of
 from promptmesh.node.parts import time_limits
 from promptmesh.providers.base import ModelOffer, Price, TimeLimits
 

@@ -14,8 +14,8 @@ from fakes_cli import made, run
 from fakes_http import Received, Script, ServerSide, json_reply, reply, scripted_server
 
 from promptmesh.node import finding_servers
-from promptmesh.node.config import Config, ProviderConfig
-from promptmesh.node.config_sections import LocalServersConfig
+from promptmesh.node.config_providers import LocalServersConfig, ProviderConfig
+from promptmesh.node.config_sections import Config
 from promptmesh.node.finding_servers import ServerFinder, find_servers, found_tables, ports_of
 from promptmesh.node.own_providers import OwnProviders
 from promptmesh.providers.local_servers import look

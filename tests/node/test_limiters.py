@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import trio.testing
 
-from promptmesh.node.config import Config, ConfigError, load_config
+from promptmesh.node.config import load_config
+from promptmesh.node.config_sections import Config
+from promptmesh.node.config_values import ConfigError
 from promptmesh.node.ledger import Ledger
 from promptmesh.node.limiters import Limiters
 from promptmesh.node.node_database import NodeDatabase

@@ -37,7 +37,8 @@ from promptmesh import (
     stream_text,
 )
 from promptmesh.node import config
-from promptmesh.node.config import ConfigError
+from promptmesh.node.config_values import ConfigError
+from promptmesh.node.config_variables import router_variables
 from promptmesh.providers.base import (
     DeadlineExceeded,
     GenerateRequest,
@@ -777,7 +778,7 @@ def test_all_names_are_there() -> None:
 
 def test_every_prefix_and_the_strongest_first() -> None:
     for setting in ("llm_model", "openrouter_model", "router_cache"):
-        known = config.router_variables(setting)
+        known = router_variables(setting)
         assert len(known) == 4
         values = dict.fromkeys(known, "1")
         assert str(getattr(config.router_settings(values), setting)) in ("1", "True")

@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 
 from promptmesh.node import seed_providers
-from promptmesh.node.config import Config, ProviderConfig, Secret, router_settings
+from promptmesh.node.config import router_settings
+from promptmesh.node.config_providers import ProviderConfig
+from promptmesh.node.config_sections import Config
+from promptmesh.node.config_values import Secret
 from promptmesh.node.seed_providers import Planner, Unusable
 from promptmesh.node.seed_vendors import VENDORS, obstacle
 from promptmesh.providers.variables import VARIABLES

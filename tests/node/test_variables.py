@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from promptmesh.node.config import SUBSCRIPTION_KINDS, load_config
+from promptmesh.node.config import load_config
+from promptmesh.node.config_providers import SUBSCRIPTION_KINDS
 from promptmesh.node.ledger import Ledger
 from promptmesh.node.node_database import NodeDatabase
 from promptmesh.node.own_providers import DEFAULT_SLOTS, build_providers
