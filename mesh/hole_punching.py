@@ -31,7 +31,7 @@ from .relay_messages import DCUTR, MAX_MESSAGE, Punch, PunchMessage
 from .sockets import connect, is_ip
 from .streams import read_delimited
 from .transport import PeerId, TransportError
-from .yamux import YamuxStream
+from .yamux_stream import YamuxStream
 
 log = logging.getLogger(__name__)
 

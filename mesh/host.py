@@ -40,7 +40,7 @@ from .transport import (
     TransportError,
 )
 from .traversal import Traversal
-from .yamux import YamuxStream
+from .yamux_stream import YamuxStream
 
 log = logging.getLogger(__name__)
 

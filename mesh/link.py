@@ -17,7 +17,7 @@ from libp2p.network.swarm import Swarm
 from .pnet import SocketWire
 from .streams import LibraryStream, SecureYamux, negotiate, select
 from .transport import PeerId, TransportError
-from .yamux import YamuxStream
+from .yamux_stream import YamuxStream
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ happens without them:
 ========================================  ======================================================
 mend                                      without it
 ========================================  ======================================================
-yamux.py, streams.py: our own muxer       cancelling a task that reads or writes kills the
+yamux*.py, streams.py: our own muxer      cancelling a task that reads or writes kills the
                                           connection; a peer fills our memory (see there)
 pnet.py: our own socket layer, XSalsa20   a private network of Python nodes only; a stranger makes
                                           dials hang; two system calls and two locks a read
@@ -64,8 +64,8 @@ from .pnet import SocketWire, StreamWire, Wire
 from .sockets import connect
 from .streams import LibraryStream, SecureYamux
 from .transport import BLOCKED, PeerId, TransportError
-from .yamux import PROTOCOL_ID as YAMUX
-from .yamux import YamuxStream
+from .yamux_frames import PROTOCOL_ID as YAMUX
+from .yamux_stream import YamuxStream
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from libp2p.io.exceptions import ConnectionClosedError, IOException
 from multiaddr import Multiaddr  # type: ignore[import-untyped]
 
 from .transport import TransportError
-from .yamux import YamuxStream
+from .yamux_stream import YamuxStream
 
 NONCE_SIZE = 24
 #: What both sides send first on any libp2p connection.

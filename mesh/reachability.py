@@ -27,7 +27,7 @@ from .patches import Network
 from .protobuf import varint
 from .streams import read_delimited
 from .transport import PeerId, Reach, TransportError
-from .yamux import YamuxStream
+from .yamux_stream import YamuxStream
 
 log = logging.getLogger(__name__)
 

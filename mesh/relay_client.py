@@ -24,7 +24,7 @@ from .patches import Network
 from .relay_messages import HOP, MAX_MESSAGE, STOP, Hop, HopMessage, Status, Stop, StopMessage
 from .streams import read_delimited
 from .transport import PeerId, TransportError
-from .yamux import YamuxStream
+from .yamux_stream import YamuxStream
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,9 @@ from noise.exceptions import NoiseInvalidMessage  # type: ignore[import-untyped]
 
 from .pnet import HIGH_WATER, Wire
 from .transport import NotSpoken, Stream, TransportError
-from .yamux import YamuxSession, YamuxStream, YamuxViolation
+from .yamux import YamuxSession
+from .yamux_frames import YamuxViolation
+from .yamux_stream import YamuxStream
 
 log = logging.getLogger(__name__)
 

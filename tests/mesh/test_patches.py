@@ -32,9 +32,11 @@ from libp2p.tools.anyio_service import background_trio_service
 from libp2p.utils import encode_varint_prefixed
 from multiaddr import Multiaddr  # type: ignore[import-untyped]
 
-from promptmesh.mesh import gossipsub, patches, yamux
+from promptmesh.mesh import gossipsub, patches
 from promptmesh.mesh.host import HostSettings, Libp2pTransport, open_host
 from promptmesh.mesh.transport import Stream, TransportError
+from promptmesh.mesh.yamux_frames import DATA
+from promptmesh.mesh.yamux_stream import INITIAL_WINDOW, YamuxStream
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 ECHO = "/test/echo/1"
@@ -180,9 +182,9 @@ async def test_a_peer_that_ignores_its_window_is_cut_off() -> None:
 
         b.handle("/test/sleep/1", sleep)
         stream = await a.open_stream(b.peer_id, "/test/sleep/1")
-        assert isinstance(stream, yamux.YamuxStream)
-        for _ in range(yamux.INITIAL_WINDOW // 50_000 + 1):
-            stream.session.send(yamux.DATA, 0, stream.number, 50_000, bytes(50_000))
+        assert isinstance(stream, YamuxStream)
+        for _ in range(INITIAL_WINDOW // 50_000 + 1):
+            stream.session.send(DATA, 0, stream.number, 50_000, bytes(50_000))
         await until(lambda: not a.connected() and not b.connected())
 
 

@@ -23,10 +23,11 @@ from promptmesh.cache.cid import cid_text
 from promptmesh.cache.claims import DOMAIN, Batch, Entry, seal, unseal
 from promptmesh.cache.keys import mesh_key, namespace_secret, namespace_tag, request_key
 from promptmesh.cache.records import AnswerRecord, encode
-from promptmesh.mesh import adverts, gossip, mdns, protocol, reachability, relay_messages, yamux
+from promptmesh.mesh import adverts, gossip, mdns, protocol, reachability, relay_messages
 from promptmesh.mesh.frames import Done, Frame, Generate, Head, Load, Piece, Reply, Request
 from promptmesh.mesh.identity import Identity, verify
 from promptmesh.mesh.protocol import TRANSITIONS, Asker, Server, State
+from promptmesh.mesh.yamux_frames import PROTOCOL_ID as YAMUX
 from promptmesh.node import join_link
 from promptmesh.providers.base import (
     ERRORS,
@@ -237,7 +238,7 @@ def test_the_tables_of_fields(what: str, fields: tuple[str, ...]) -> None:
         protocol.PROTOCOL,
         gossip.ADVERTS,
         gossip.CLAIMS,
-        yamux.PROTOCOL_ID,
+        YAMUX,
         NOISE,
         IDENTIFY,
         MESHSUB,

@@ -11,7 +11,7 @@ import trio
 from fakes import MemoryNetwork
 from trio.testing import wait_all_tasks_blocked
 
-from promptmesh.mesh import yamux
+from promptmesh.mesh import yamux_stream
 from promptmesh.mesh.host import HostSettings, open_host
 from promptmesh.mesh.transport import NotSpoken, PeerId, Stream, Transport, TransportError
 
@@ -329,7 +329,7 @@ async def test_who_sends_to_a_closed_stream_is_told(node: MakeNode) -> None:
 async def test_a_reader_that_takes_nothing_is_given_up(
     node: MakeNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(yamux, "WINDOW_TIMEOUT", 0.05)
+    monkeypatch.setattr(yamux_stream, "WINDOW_TIMEOUT", 0.05)
     monkeypatch.setattr(fakes, "WINDOW_TIMEOUT", 0.05)
     a, b = await pair(node)
 

@@ -14,21 +14,23 @@ from trio.testing import wait_all_tasks_blocked
 
 from promptmesh.mesh import yamux
 from promptmesh.mesh.transport import TransportError
-from promptmesh.mesh.yamux import (
+from promptmesh.mesh.yamux import MAX_STREAMS, YamuxSession
+from promptmesh.mesh.yamux_frames import (
     ACK,
     DATA,
     FIN,
-    FULL_WINDOW,
     GO_AWAY,
-    INITIAL_WINDOW,
-    MAX_STREAMS,
     PING,
     RST,
     SYN,
     WINDOW_UPDATE,
-    YamuxSession,
-    YamuxStream,
     YamuxViolation,
+)
+from promptmesh.mesh.yamux_stream import (
+    FULL_WINDOW,
+    INITIAL_WINDOW,
+    WINDOW_TIMEOUT,
+    YamuxStream,
 )
 
 
@@ -242,7 +244,7 @@ async def test_a_peer_that_gives_no_credit_is_given_up(
     started = trio.current_time()
     with pytest.raises(TransportError, match="took nothing"):
         await near.send_all(bytes(INITIAL_WINDOW + 1))
-    assert trio.current_time() - started == pytest.approx(yamux.WINDOW_TIMEOUT)
+    assert trio.current_time() - started == pytest.approx(WINDOW_TIMEOUT)
     assert pair.from_client.frames()[-1] == (WINDOW_UPDATE, RST, 1, 0)
 
 
