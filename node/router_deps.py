@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .seed_ask import PROVIDER, RESPONSE
+from .seed_call import make_manager
 
 if TYPE_CHECKING:
     from .config_sections import Config
@@ -176,14 +177,10 @@ class RouterDeps:
         load_balancing_strategy: str | None = None,
     ) -> Any:
         """The `backend_manager`, one of `get_backend_manager()` if there is none yet."""
-        from .python_api import get_backend_manager
-
         with self._lock:
             if self.backend_manager is None:
-                self.backend_manager = get_backend_manager(
-                    purpose=purpose,
-                    enable_health_checks=enable_health_checks,
-                    load_balancing_strategy=load_balancing_strategy,
+                self.backend_manager = make_manager(
+                    lambda: self, load_balancing_strategy, enable_health_checks
                 )
             return self.backend_manager
 

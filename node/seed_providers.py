@@ -99,6 +99,14 @@ class Plan:
     key: tuple[object, ...] = field(default=())
 
 
+@dataclass
+class NodeWishes:
+    """How the running node is to be asked, for a call or by what a program keeps of it."""
+
+    load_balancing_strategy: str = ""
+    enable_health_checks: bool = False
+
+
 _registered: dict[str, Registered] = {}
 _lock = threading.Lock()
 _numbers = itertools.count(1)
@@ -212,18 +220,18 @@ class Planner:
         )
 
     def _node(self, model: str | None) -> Plan:
-        if self.manager is not None and not isinstance(self.manager, BackendManagerHandle):
+        if self.manager is not None and not isinstance(self.manager, NodeWishes):
             # One of the program's own, which is asked as any of its providers.
             return self._plain("backend_manager", lambda: self.manager, model, id(self.manager))
         if self.home.running() is None:
             raise Unusable(NOT_RUNNING)
-        handle = self.manager or BackendManagerHandle()
-        policy = handle.load_balancing_strategy or self.settings.llm_load_balancing
+        wishes = self.manager or NodeWishes()
+        policy = wishes.load_balancing_strategy or self.settings.llm_load_balancing
         return Plan(
             name="backend_manager",
             kind="backend_manager",
             model=model or self.settings.llm_model or "auto",
-            key=("backend_manager", policy, handle.enable_health_checks),
+            key=("backend_manager", policy, wishes.enable_health_checks),
         )
 
     def _openrouter(self, model: str | None) -> Plan:
@@ -329,17 +337,3 @@ def _plugged(name: str) -> Any:
     if plugin is None:
         raise ValueError("its package was removed")
     return plugin()
-
-
-@dataclass
-class BackendManagerHandle:
-    """What `get_backend_manager` gives: the running node, asked as it says."""
-
-    load_balancing_strategy: str = ""
-    enable_health_checks: bool = False
-
-    def generate(self, prompt: str, *, model_name: str | None = None, **kwargs: Any) -> str:
-        """Ask the running node. Takes and raises what `generate_text` does."""
-        from .python_api import generate_text
-
-        return generate_text(prompt, model_name=model_name, provider_instance=self, **kwargs)

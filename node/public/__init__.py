@@ -12,13 +12,15 @@ if TYPE_CHECKING:
         acount_tokens,
         agenerate_text,
         astream_text,
-        clear_llm_router_caches,
         count_tokens,
         generate_text,
+        stream_text,
+    )
+    from promptmesh.node.python_providers import (
+        clear_llm_router_caches,
         get_backend_manager,
         get_llm_provider,
         register_llm_provider,
-        stream_text,
     )
     from promptmesh.node.router_deps import (
         RouterDeps,
@@ -53,8 +55,12 @@ llm_router_available = True
 _HOMES = {
     "LLMProvider": "seed_providers",
     "RouterDeps": "router_deps",
+    "clear_llm_router_caches": "python_providers",
+    "get_backend_manager": "python_providers",
     "get_default_router_deps": "router_deps",
     "get_last_generation_trace": "seed_trace",
+    "get_llm_provider": "python_providers",
+    "register_llm_provider": "python_providers",
     "set_default_router_deps": "router_deps",
 }
 

@@ -652,6 +652,18 @@ def test_a_manager_of_the_program_is_asked(deps: RouterDeps) -> None:
     assert len(own.calls) == 2
 
 
+def test_the_manager_of_a_container_asks_the_node_of_its_folder(
+    deps: RouterDeps, tmp_path: Path
+) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.toml").write_text("nonsense")
+    with RouterDeps(home=tmp_path / "other") as other:
+        manager = other.get_backend_manager()
+        for call in (manager.generate, partial(generate_text, provider_instance=manager)):
+            with pytest.raises(ConfigError, match="other"):
+                call("hi")
+
+
 def test_without_a_node_it_says_how_to_start_one(deps: RouterDeps) -> None:
     with pytest.raises(RuntimeError, match="promptmesh up"):
         generate_text("hi", provider="backend_manager")
