@@ -16,7 +16,7 @@ import trio
 from ..mesh.policies import Candidate, Decision
 from ..mesh.route import Route, Tried
 from ..mesh.ruling_out import RuledOut
-from ..providers.admission import Waiting
+from ..providers.slots import Waiting
 from .http_server import Request, Responder
 from .openai_answers import usage_fields
 from .router import Reuse

@@ -20,9 +20,9 @@ from ..mesh.adverts import Advert
 from ..mesh.frames import Place
 from ..mesh.serving import Services
 from ..mesh.transport import TransportError
-from ..providers.admission import Waiting
 from ..providers.base import Answering, Asked, EmbedRequest
 from ..providers.options import SettingsError
+from ..providers.slots import Waiting
 from .api_cache import CacheApi
 from .api_embeddings import EmbeddingsApi
 from .api_ipfs import IpfsApi

@@ -17,9 +17,10 @@ from ..mesh.candidates import LocalBackend
 from ..mesh.frames import Load
 from ..mesh.policies import Allowance
 from ..mesh.transport import PeerId
-from ..providers.admission import Admission, Waiting
+from ..providers.admission import Admission
 from ..providers.base import Health, Priority
 from ..providers.registry import Runs, build
+from ..providers.slots import Waiting
 from ..providers.throttle import Throttle
 from ..providers.variables import VARIABLES, environment_of
 from .config_providers import SUBSCRIPTION_KINDS, ProviderConfig
@@ -78,7 +79,7 @@ class OwnProvider:
 
     def load(self, priority: Priority = "background") -> Load:
         """How busy it is to a request of that priority; to one in the background all counts."""
-        load = self.admission.load(priority)
+        load = self.admission.slots.load(priority)
         if load.limited:  # It takes no more now than what runs, whatever its slots are.
             running = max(load.running, 1)
             return Load(running=running, waiting=load.waiting, slots=running, wait=load.wait)
@@ -173,17 +174,17 @@ class OwnProviders:
 
     def busy(self) -> bool:
         """Might one that comes now have to wait for a slot?"""
-        return not all(own.admission.free for own in self._providers)
+        return not all(own.admission.slots.free for own in self._providers)
 
     def waiting(self, request_id: str) -> Waiting | None:
         """Where the request of that id stands in a queue; None: it waits for no slot here."""
-        found = (own.admission.waiting(request_id) for own in self._providers)
+        found = (own.admission.slots.waiting(request_id) for own in self._providers)
         return next((waiting for waiting in found if waiting), None)
 
     def urge(self, request_id: str, priority: Priority) -> None:
         """The request of that id, wherever it waits here, is so urgent at least."""
         for own in self._providers:
-            own.admission.urge(request_id, priority)
+            own.admission.slots.urge(request_id, priority)
 
     async def run(self, *, task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run what needs running, and watch all, until cancelled."""

@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from ..providers.admission import Waiting
+from ..providers.slots import Waiting
 from .http_server import Responder
 
 EVENTS = "text/event-stream; charset=utf-8"

@@ -62,4 +62,4 @@ def test_it_is_handed_its_part_and_is_not_shared(
     assert (one.paid, one.shared) == (True, False)
     assert (two.paid, two.shared) == (True, True)
     assert (echo.paid, echo.shared) == (False, True)
-    assert one.admission.load("own").slots == DEFAULT_SLOTS[kind]
+    assert one.admission.slots.load("own").slots == DEFAULT_SLOTS[kind]

@@ -47,7 +47,7 @@ class Slotted(FakeProvider):
 
     def told(self, priority: Priority) -> frames.Load:
         """Its load as a request of that priority sees it."""
-        load = self.admission.load(priority)
+        load = self.admission.slots.load(priority)
         return frames.Load(running=load.running, waiting=load.waiting, slots=1, wait=load.wait)
 
     def backend(self, *, shared: bool = True) -> LocalBackend:
@@ -81,7 +81,7 @@ class RoutingNode(Node):
         return dataclasses.replace(super()._services(), answer=self._answer, place=self._place)
 
     def _place(self, request_id: str, peer: str) -> frames.Place | None:
-        found = (p.admission.waiting(request_id) for p in self._slotted)
+        found = (p.admission.slots.waiting(request_id) for p in self._slotted)
         waiting = next((w for w in found if w is not None), None)
         if waiting is None:
             return None
@@ -120,7 +120,7 @@ async def busy(server: RoutingNode, provider: Slotted) -> AsyncIterator[None]:
     """While the node works for its owner."""
     async with trio.open_nursery() as nursery:
         nursery.start_soon(server.text, asking(text="own"))
-        await wait_until(lambda: provider.admission.load().running == 1)
+        await wait_until(lambda: provider.admission.slots.load().running == 1)
         yield
         nursery.cancel_scope.cancel()
 
@@ -157,8 +157,8 @@ async def test_one_whose_time_is_over_leaves_the_queue_of_the_peer(
         assert type(error) is DeadlineExceeded
         assert trio.current_time() - started == pytest.approx(5, abs=0.1)
         await trio.sleep(0.1)  # until the reset is there
-        assert provider.admission.load().waiting == 0
-        assert provider.admission.load().running == 1
+        assert provider.admission.slots.load().waiting == 0
+        assert provider.admission.slots.load().running == 1
 
 
 async def test_a_full_queue_of_the_peer_is_told_and_own_requests_still_go_first(
@@ -178,7 +178,7 @@ async def test_a_full_queue_of_the_peer_is_told_and_own_requests_still_go_first(
         for number in range(4):
             nursery.start_soon(ask, asker, f"guest {number}")
             await trio.sleep(0.1)
-        assert provider.admission.load().waiting == 2
+        assert provider.admission.slots.load().waiting == 2
         assert provider.told("own").waiting == 0
         nursery.start_soon(ask, server, "own")
     assert order == [
@@ -188,7 +188,7 @@ async def test_a_full_queue_of_the_peer_is_told_and_own_requests_still_go_first(
         "own",
         "guest 1",
     ]
-    assert provider.admission.load().running == 0
+    assert provider.admission.slots.load().running == 0
 
 
 async def test_the_peer_says_where_a_request_stands(
@@ -208,7 +208,7 @@ async def test_the_peer_says_where_a_request_stands(
         for number in (1, 2):
             nursery.start_soon(ask, number)
             await trio.sleep(0.1)
-        assert provider.admission.load().waiting == 2
+        assert provider.admission.slots.load().waiting == 2
         for number in (1, 2):
             told = await place(number)
             assert told is not None

@@ -19,8 +19,9 @@ from promptmesh.node.http_server import HttpServer
 from promptmesh.node.router import Router
 from promptmesh.node.routes import Routes
 from promptmesh.node.waiting_notes import EVERY, WaitingNotes, comment
-from promptmesh.providers.admission import Admission, Waiting
+from promptmesh.providers.admission import Admission
 from promptmesh.providers.base import Answering, Asked, ProviderUnavailable
+from promptmesh.providers.slots import Waiting
 
 #: A test names the clock itself: it works only for who does.
 Clock = trio.testing.MockClock
@@ -38,7 +39,7 @@ class World:
         """Answer by that router."""
         names: Any = None  # only `GET /v1/models` needs them
         notes = WaitingNotes(
-            self.nursery, waiting=self._waiting, busy=lambda: not self.admission.free
+            self.nursery, waiting=self._waiting, busy=lambda: not self.admission.slots.free
         )
         routes = Routes()
         routes.add("POST", "/", OpenAIApi(router, names, notes).chat_completions)
@@ -46,7 +47,7 @@ class World:
 
     async def _waiting(self, request_id: str) -> Waiting | None:
         await trio.lowlevel.checkpoint()
-        return self.admission.waiting(request_id)
+        return self.admission.slots.waiting(request_id)
 
     def open(
         self, request: Asked, *, local_only: bool = False, key: bytes = b""
@@ -134,10 +135,10 @@ async def test_a_client_that_leaves_is_told_nothing_more(
 ) -> None:
     _, client = [await world.ask() for _ in range(2)]
     await trio.sleep(EVERY + 1)
-    assert world.admission.load().waiting == 1
+    assert world.admission.slots.load().waiting == 1
     await client.aclose()
     await trio.testing.wait_all_tasks_blocked()
-    assert world.admission.load().waiting == 0
+    assert world.admission.slots.load().waiting == 0
 
 
 class Told:

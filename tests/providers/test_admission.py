@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from promptmesh.providers.admission import Admission, Load, Waiting
+from promptmesh.providers.admission import Admission
 from promptmesh.providers.base import (
     Answering,
     Chunk,
@@ -28,6 +28,7 @@ from promptmesh.providers.base import (
     Text,
 )
 from promptmesh.providers.echo import Echo, EchoSettings
+from promptmesh.providers.slots import Load, Waiting
 from promptmesh.providers.waiting import LEFT, MAX_KINDS, MOST_OVERTAKEN, PRIORITIES
 
 
@@ -80,18 +81,18 @@ async def test_slots_and_order() -> None:
             nursery.start_soon(one, number)
             await wait_all_tasks_blocked()
         assert order == [0, 1]
-        assert wrapped.load() == Load(running=2, waiting=3, slots=2)
+        assert wrapped.slots.load() == Load(running=2, waiting=3, slots=2)
         go[1].set()
         await wait_all_tasks_blocked()
         assert order == [0, 1, 2]
-        assert (wrapped.load().running, wrapped.load().waiting) == (2, 2)
+        assert (wrapped.slots.load().running, wrapped.slots.load().waiting) == (2, 2)
         go[0].set()
         await wait_all_tasks_blocked()
         assert order == [0, 1, 2, 3]
         for event in go:
             event.set()
     assert order == [0, 1, 2, 3, 4]
-    assert wrapped.load() == Load(slots=2)
+    assert wrapped.slots.load() == Load(slots=2)
 
 
 async def test_the_wait_is_told_by_what_those_inside_are_expected_to_take(
@@ -105,19 +106,19 @@ async def test_the_wait_is_told_by_what_those_inside_are_expected_to_take(
             await trio.sleep(seconds)
 
     async with trio.open_nursery() as nursery:
-        assert wrapped.load().wait is None
+        assert wrapped.slots.load().wait is None
         for tokens, seconds in ((10, 2.0), (1000, 20.0)):
             await one(tokens, seconds)
-        assert wrapped.load().wait is None  # a slot is free
+        assert wrapped.slots.load().wait is None  # a slot is free
         nursery.start_soon(one, 10, 2.0)
         nursery.start_soon(one, 1000, 50.0)
         await trio.sleep(0.5)
-        assert wrapped.load().wait == pytest.approx(1.5)
+        assert wrapped.slots.load().wait == pytest.approx(1.5)
         nursery.start_soon(one, 1000, 20.0)
         await trio.sleep(0.5)
-        assert wrapped.load().wait == pytest.approx(19.0)  # behind the other long one's slot
+        assert wrapped.slots.load().wait == pytest.approx(19.0)  # behind the other long one's slot
         await trio.sleep(20.0)  # the first long one takes longer than was expected, and may go on
-        assert wrapped.load().wait == pytest.approx(LEFT * 20.0)
+        assert wrapped.slots.load().wait == pytest.approx(LEFT * 20.0)
 
 
 async def test_a_kind_that_never_came_is_taken_for_the_average(autojump_clock: MockClock) -> None:
@@ -134,8 +135,8 @@ async def test_a_kind_that_never_came_is_taken_for_the_average(autojump_clock: M
             await wait_all_tasks_blocked()
             if tokens == 1:
                 await trio.sleep(1.0)
-                assert wrapped.load().wait == pytest.approx(3.0)
-    assert len(wrapped._times._by_kind) == MAX_KINDS
+                assert wrapped.slots.load().wait == pytest.approx(3.0)
+    assert len(wrapped.slots._times._by_kind) == MAX_KINDS
 
 
 async def test_newcomer_does_not_overtake_the_queue() -> None:
@@ -161,9 +162,9 @@ async def test_unlimited() -> None:
         for _ in range(50):
             nursery.start_soon(ask, wrapped, "[[echo hang]]")
         await wait_all_tasks_blocked()
-        assert wrapped.load() == Load(running=50)
+        assert wrapped.slots.load() == Load(running=50)
         nursery.cancel_scope.cancel()
-    assert wrapped.load() == Load()
+    assert wrapped.slots.load() == Load()
 
 
 async def test_full_queue(autojump_clock: MockClock) -> None:
@@ -175,7 +176,7 @@ async def test_full_queue(autojump_clock: MockClock) -> None:
         with pytest.raises(ProviderBusy, match="queue of echo is full") as caught:
             await ask(wrapped)
         assert caught.value.retry_after == 1.0  # nothing was measured
-        assert wrapped.load() == Load(running=2, waiting=1, slots=2)
+        assert wrapped.slots.load() == Load(running=2, waiting=1, slots=2)
     async with trio.open_nursery() as nursery:
         for _ in range(3):
             nursery.start_soon(ask, wrapped)
@@ -207,11 +208,11 @@ async def test_cancelled_request_leaves_the_queue_at_once() -> None:
         nursery.start_soon(wait)
         nursery.start_soon(ask, wrapped)
         await wait_all_tasks_blocked()
-        assert wrapped.load().waiting == 2
+        assert wrapped.slots.load().waiting == 2
         scope.cancel()
         await wait_all_tasks_blocked()
-        assert wrapped.load().waiting == 1
-    assert wrapped.load() == Load(slots=1)
+        assert wrapped.slots.load().waiting == 1
+    assert wrapped.slots.load() == Load(slots=1)
 
 
 async def test_slot_is_not_lost_if_it_is_handed_to_a_cancelled_request() -> None:
@@ -227,7 +228,7 @@ async def test_slot_is_not_lost_if_it_is_handed_to_a_cancelled_request() -> None
             nursery.start_soon(wait)
             await wait_all_tasks_blocked()
         scope.cancel()  # it was woken, but has not run yet
-    assert wrapped.load() == Load(slots=1)
+    assert wrapped.slots.load() == Load(slots=1)
     assert (await ask(wrapped)).text == "one two three"
 
 
@@ -238,8 +239,8 @@ async def test_slot_is_given_back_after_a_failure(text: str) -> None:
         async with wrapped.open(request(text)) as answering:
             with pytest.raises((ProviderUnavailable, StreamInterrupted)):
                 await answering.completion()
-            assert wrapped.load().running == 0
-        assert wrapped.load().running == 0
+            assert wrapped.slots.load().running == 0
+        assert wrapped.slots.load().running == 0
 
 
 async def test_slot_is_given_back_if_the_provider_does_not_begin() -> None:
@@ -247,7 +248,7 @@ async def test_slot_is_given_back_if_the_provider_does_not_begin() -> None:
     for _ in range(3):
         with pytest.raises(Exception, match="do not fit"):
             await ask(wrapped)
-    assert wrapped.load() == Load(slots=1)
+    assert wrapped.slots.load() == Load(slots=1)
 
 
 async def test_slot_is_held_until_the_closing_chunk() -> None:
@@ -255,13 +256,13 @@ async def test_slot_is_held_until_the_closing_chunk() -> None:
     async with wrapped.open(request("a")) as answering:
         chunks = aiter(answering.chunks)
         assert (await anext(chunks)).text == "a"
-        assert wrapped.load().running == 1
+        assert wrapped.slots.load().running == 1
         assert (await anext(chunks)).finish_reason == "stop"
-        assert wrapped.load().running == 0
+        assert wrapped.slots.load().running == 0
         with pytest.raises(StopAsyncIteration):
             await anext(chunks)
-        assert wrapped.load().running == 0
-    assert wrapped.load().running == 0
+        assert wrapped.slots.load().running == 0
+    assert wrapped.slots.load().running == 0
 
 
 async def test_leaving_cancels_the_work() -> None:
@@ -270,7 +271,7 @@ async def test_leaving_cancels_the_work() -> None:
     async with wrapped.open(request()) as answering:
         await anext(aiter(answering.chunks))
     assert wrapped.provider.stats().cancelled == 1
-    assert wrapped.load().running == 0
+    assert wrapped.slots.load().running == 0
 
 
 async def test_chunks_that_are_a_generator_are_closed() -> None:
@@ -378,11 +379,11 @@ async def test_the_load_is_what_a_request_of_that_priority_waits_for(
         for priority in ("own", "background", "own", "member", "background"):
             nursery.start_soon(_completed, wrapped, request(priority=priority))
             await wait_all_tasks_blocked()
-        waiting = [wrapped.load(priority).waiting for priority in PRIORITIES]
-        waits = [wrapped.load(priority).wait for priority in PRIORITIES]
+        waiting = [wrapped.slots.load(priority).waiting for priority in PRIORITIES]
+        waits = [wrapped.slots.load(priority).wait for priority in PRIORITIES]
         assert waiting == [1, 2, 4]
         assert waits == [pytest.approx(seconds) for seconds in (20, 30, 50)]
-        assert wrapped.load() == wrapped.load("background")
+        assert wrapped.slots.load() == wrapped.slots.load("background")
 
 
 async def _completed(wrapped: Admission, asked: GenerateRequest) -> None:
@@ -397,14 +398,14 @@ async def test_who_waits_is_told_its_place_and_how_long(autojump_clock: MockCloc
             asked = request(priority=priority, id=f"r{number}")
             nursery.start_soon(_completed, wrapped, asked)
             await wait_all_tasks_blocked()
-        assert wrapped.waiting("r3") == Waiting(place=1, of=3)  # nothing was measured
+        assert wrapped.slots.waiting("r3") == Waiting(place=1, of=3)  # nothing was measured
         await trio.sleep(14)  # r0 is done, and r3 has the slot
-        assert [wrapped.waiting(f"r{n}") for n in (0, 3, 4)] == [None] * 3
-        assert wrapped.waiting("") is None
-        assert wrapped.waiting("r2") == Waiting(place=1, of=2, wait=6.0)
-        assert wrapped.waiting("r1") == Waiting(place=2, of=2, wait=16.0)
-        wrapped.urge("r1", "own")
-        assert wrapped.waiting("r1") == Waiting(place=1, of=2, wait=6.0)
+        assert [wrapped.slots.waiting(f"r{n}") for n in (0, 3, 4)] == [None] * 3
+        assert wrapped.slots.waiting("") is None
+        assert wrapped.slots.waiting("r2") == Waiting(place=1, of=2, wait=6.0)
+        assert wrapped.slots.waiting("r1") == Waiting(place=2, of=2, wait=16.0)
+        wrapped.slots.urge("r1", "own")
+        assert wrapped.slots.waiting("r1") == Waiting(place=1, of=2, wait=6.0)
 
 
 async def test_a_flood_of_own_requests_lets_a_member_have_its_turn(
@@ -445,7 +446,7 @@ async def test_who_would_wait_in_vain_is_refused_at_once(autojump_clock: MockClo
             await ask(wrapped)
         assert limit.cancelled_caught
         assert trio.current_time() - started == pytest.approx(11)
-    assert wrapped.load() == Load(slots=1)
+    assert wrapped.slots.load() == Load(slots=1)
 
 
 async def test_one_whose_time_is_over_leaves_the_queue(autojump_clock: MockClock) -> None:
@@ -454,7 +455,7 @@ async def test_one_whose_time_is_over_leaves_the_queue(autojump_clock: MockClock
         with trio.move_on_after(3) as limit:
             await ask(wrapped)
         assert limit.cancelled_caught
-        assert wrapped.load() == Load(running=1, slots=1)
+        assert wrapped.slots.load() == Load(running=1, slots=1)
 
 
 class Visit(NamedTuple):
@@ -494,7 +495,7 @@ async def _visited(given: list[Visit], slots: int, max_waiting: int) -> None:
     ended = 0
 
     def check() -> None:
-        load = wrapped.load()
+        load = wrapped.slots.load()
         assert 0 <= load.running <= slots
         assert load.waiting <= max_waiting
         assert load.running == slots or not load.waiting
@@ -516,5 +517,5 @@ async def _visited(given: list[Visit], slots: int, max_waiting: int) -> None:
         for one in given:
             nursery.start_soon(visit, one)
     assert ended == len(given)
-    assert wrapped.load() == Load(slots=slots)
-    assert not wrapped._gates
+    assert wrapped.slots.load() == Load(slots=slots)
+    assert not wrapped.slots._gates

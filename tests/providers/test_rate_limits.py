@@ -176,16 +176,16 @@ class Asking:
 
 async def test_requests_wait_for_their_minute(autojump_clock: Clock) -> None:
     admission = limited(Rates(2))
-    assert admission.free
+    assert admission.slots.free
     began = trio.current_time()
     async with trio.open_nursery() as nursery:
         asking = Asking(nursery)
         await asking.start(admission, "a", "b", "c", "d", "e")
-        waiting = admission.waiting("e")
+        waiting = admission.slots.waiting("e")
         assert waiting is not None
         assert (waiting.place, waiting.of) == (3, 3)
         assert waiting.wait == pytest.approx(120)
-        load = admission.load()
+        load = admission.slots.load()
         assert (load.waiting, load.limited) == (3, True)
         assert load.wait == pytest.approx(120)
     assert sorted(asking.order[2:4]) == ["c", "d"], "they begin in the same moment"
