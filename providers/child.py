@@ -11,16 +11,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
 import signal
 import subprocess
-import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple, Self
 
 import trio
+
+from .private_folder import Folder, private_folder
 
 logger = logging.getLogger(__name__)
 
@@ -55,55 +54,6 @@ async def insist(
         if not scope.cancelled_caught:
             return
         step()
-
-
-class Folder(NamedTuple):
-    """A private folder, which others cannot look into."""
-
-    path: Path
-
-    @property
-    def work(self) -> Path:
-        """An empty one to work in."""
-        return self.path / "work"
-
-    @property
-    def temporary(self) -> Path:
-        """For its temporary files."""
-        return self.path / "tmp"
-
-    def write(self, name: str, text: str) -> Path:
-        """Put a small file into it, beside the folder to work in."""
-        path = self.path / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text, encoding="utf-8", newline="")
-        return path
-
-
-@contextlib.asynccontextmanager
-async def private_folder() -> AsyncIterator[Folder]:
-    """A folder that is removed with all that is in it. Raises `OSError`."""
-    with trio.CancelScope(shield=True):  # it must not be made and be forgotten
-        folder = await trio.to_thread.run_sync(_make_folder)
-    try:
-        yield folder
-    finally:
-        with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(_remove, folder.path)
-
-
-def _make_folder() -> Folder:
-    folder = Folder(Path(tempfile.mkdtemp(prefix="promptmesh-")))
-    folder.work.mkdir()
-    folder.temporary.mkdir()
-    return folder
-
-
-def _remove(path: Path) -> None:
-    try:
-        shutil.rmtree(path)
-    except OSError as error:  # the owner of the disk sees it
-        logger.warning("a private folder is left behind: %s", error)
 
 
 class Child:

@@ -18,7 +18,7 @@ from .base import (
     Origin,
     ProviderUnavailable,
 )
-from .child import MAX_LINE, Folder
+from .child import MAX_LINE
 from .claude_found import BRIEF, LOGIN, NOT_INSTALLED, QUIET, Said, ask, login_file, look
 from .claude_output import ClaudeOutput
 from .claude_settings import BASE_URL, KEY, TOKEN, URL, ClaudeSettings
@@ -26,6 +26,7 @@ from .cli_answer import CliAnswer, Launch
 from .cli_found import LIFETIME, Remembered, find, state_of
 from .cli_prompt import PLAIN_SYSTEM, CliPrompt, cli_prompt
 from .openai_errors import ErrorReader
+from .private_folder import Folder
 
 #: The model where none is configured: what the command calls the newest of that size.
 MODEL = "sonnet"

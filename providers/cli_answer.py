@@ -11,7 +11,8 @@ from typing import NamedTuple, Protocol, Self
 import trio
 
 from .base import Answering, Chunk, GenerateError, Origin, ProviderUnavailable
-from .child import MAX_LINE, Child, ChildError, Folder, open_child, private_folder
+from .child import MAX_LINE, Child, ChildError, open_child
+from .private_folder import Folder, private_folder
 from .tokens import estimated_usage
 from .turn_chunks import UntilStop
 

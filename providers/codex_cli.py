@@ -23,7 +23,7 @@ from .base import (
     Origin,
     ProviderUnavailable,
 )
-from .child import Folder, run_briefly
+from .child import run_briefly
 from .cli_answer import CliAnswer, Launch
 from .cli_found import LIFETIME, Remembered, find, version_in, version_text
 from .cli_prompt import CliPrompt, cli_prompt
@@ -51,6 +51,7 @@ from .codex_settings import CodexOptions, CodexSettings
 from .codex_turn import CodexTurn
 from .openai_errors import ErrorReader
 from .options import read_options
+from .private_folder import Folder
 
 #: Seconds for a command such as `--version`. `Provider.check` may take 2.
 BRIEF = 1.8

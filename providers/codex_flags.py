@@ -11,10 +11,10 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from .child import Folder
 from .codex_found import home, keyring, login_file
 from .codex_settings import CodexOptions, CodexSettings
 from .http_address import parse_base_url
+from .private_folder import Folder
 
 #: The oldest version that was tried, and the oldest whose process can be kept.
 OLDEST = (0, 104, 0)

@@ -10,7 +10,6 @@ import msgspec
 import trio
 
 from .base import GenerateError, Health
-from .child import Folder
 from .cli_found import state_of
 from .codex_flags import environment, kept_command
 from .codex_found import login_file
@@ -19,6 +18,7 @@ from .codex_settings import CodexSettings
 from .keeper import Keeper
 from .kept_process import Refused
 from .openai_errors import ErrorReader
+from .private_folder import Folder
 
 logger = logging.getLogger(__name__)
 

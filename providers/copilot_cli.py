@@ -19,7 +19,6 @@ from .base import (
     Origin,
     ProviderUnavailable,
 )
-from .child import Folder
 from .cli_answer import CliAnswer, Launch
 from .cli_prompt import CliPrompt, cli_prompt
 from .copilot_login import Login, child_environment
@@ -27,6 +26,7 @@ from .copilot_output import CopilotOutput
 from .copilot_program import MAX_PROMPT, CopilotProgram
 from .copilot_settings import CopilotOptions, CopilotSettings
 from .options import read_options
+from .private_folder import Folder
 
 #: The longest line of its output: one repeats the prompt twice, with each character escaped.
 MAX_LINE = 64 << 20

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from .base import ModelOffer, ProviderRefused, ProviderUnavailable
-from .child import Folder
 from .copilot_login import LOG_IN, child_environment
 from .copilot_program import CopilotProgram
 from .copilot_runtime import CopilotRuntime
@@ -18,6 +17,7 @@ from .copilot_wire import (
 from .json_rpc import WireError
 from .keeper import Keeper
 from .kept_process import Refused
+from .private_folder import Folder
 
 
 class CopilotKeeper(Keeper[CopilotRuntime]):

@@ -18,7 +18,6 @@ from .base import (
     Origin,
     ProviderUnavailable,
 )
-from .child import Folder
 from .cli_answer import CliAnswer, Launch
 from .cli_found import LIFETIME, find
 from .cli_prompt import CliPrompt, cli_prompt
@@ -30,6 +29,7 @@ from .gemini_output import GeminiOutput
 from .gemini_settings import BASE_URL, KEYS, GeminiSettings
 from .openai_errors import ErrorReader
 from .options import read_options
+from .private_folder import Folder
 
 #: The model where none is configured: the command's own. For many newer names it asks others.
 MODEL = "gemini-2.5-pro"

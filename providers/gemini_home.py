@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from .base import GenerateRequest, ProviderUnavailable
-from .child import MAX_LINE, Folder
+from .child import MAX_LINE
 from .cli_answer import Launch
 from .cli_prompt import PLAIN_SYSTEM, CliPrompt
 from .gemini_found import NOT_LOGGED_IN, home, login_file
 from .gemini_messages import MAX_STOP, sampling_fields
 from .gemini_options import GeminiOptions, least_thoughts, safety_settings, thinking_config
+from .private_folder import Folder
 
 #: The command reads no more than 8 MiB and drops the rest without a word; above the context window
 #: of 1,048,576 tokens, which is less, it asks nobody, and ends as if all were well.

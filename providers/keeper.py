@@ -9,9 +9,10 @@ from typing import Any, ClassVar, Generic, TypeVar
 import trio
 
 from .base import ProviderUnavailable
-from .child import Folder, open_child, private_folder
+from .child import open_child
 from .kept_process import KeptProcess
 from .openai_errors import ErrorReader
+from .private_folder import Folder, private_folder
 
 P = TypeVar("P", bound=KeptProcess[Any])
 

@@ -21,9 +21,9 @@ from promptmesh.providers.child import (
     Child,
     ChildError,
     open_child,
-    private_folder,
     run_briefly,
 )
+from promptmesh.providers.private_folder import private_folder
 
 BARE: Mapping[str, str] = {"PATH": os.environ["PATH"]}
 

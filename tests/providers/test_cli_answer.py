@@ -18,9 +18,9 @@ from promptmesh.providers.base import (
     StreamInterrupted,
     ToolCallDelta,
 )
-from promptmesh.providers.child import Folder
 from promptmesh.providers.cli_answer import CliAnswer, Launch
 from promptmesh.providers.openai_errors import ErrorReader
+from promptmesh.providers.private_folder import Folder
 from promptmesh.providers.stream_decoder import StreamDecoder
 
 ORIGIN = Origin(provider="tool", model="m")

@@ -21,12 +21,12 @@ from promptmesh.providers.base import (
     Sampling,
     Text,
 )
-from promptmesh.providers.child import Folder
 from promptmesh.providers.cli_answer import Launch
 from promptmesh.providers.copilot_cli import CopilotCli
 from promptmesh.providers.copilot_found import copilot_program, look
 from promptmesh.providers.copilot_login import login_of
 from promptmesh.providers.copilot_settings import CopilotSettings, with_environment
+from promptmesh.providers.private_folder import Folder
 
 KEY = "sk-nobody-may-see-this"
 

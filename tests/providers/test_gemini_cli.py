@@ -34,7 +34,6 @@ from promptmesh.providers.base import (
     Sampling,
     Text,
 )
-from promptmesh.providers.child import Folder
 from promptmesh.providers.cli_prompt import PLAIN_SYSTEM, CliPrompt
 from promptmesh.providers.gemini_cli import GeminiCli
 from promptmesh.providers.gemini_found import installed_version, look
@@ -43,6 +42,7 @@ from promptmesh.providers.gemini_http import GeminiHttp
 from promptmesh.providers.gemini_options import GeminiOptions
 from promptmesh.providers.gemini_settings import GeminiSettings
 from promptmesh.providers.options import SettingsError
+from promptmesh.providers.private_folder import Folder
 from promptmesh.providers.registry import build
 
 KEY = "AIza-abcdef0123456789"
