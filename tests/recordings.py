@@ -114,7 +114,7 @@ KEPT: Mapping[str, Callable[[str], str]] = {
 _UUID = re.compile(r"\b[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b")
 _TIME = re.compile(r"\b20\d\d-\d\d-\d\d([T ])\d\d[:-]\d\d[:-]\d\d([.-]\d+)?(Z|\+00:00)?")
 _SECONDS = re.compile(r'("(?:\w*_ms|\w*Ms|\w*DurationMs|duration\w*|ttft\w*)": ?)\d+(?:\.\d+)?')
-_PORT = re.compile(r"127\.0\.0\.1:\d+")
+_PORT = re.compile(r"\b(127\.0\.0\.1:|(?:local|remote)Port: )\d+")
 
 
 class Normal:
@@ -131,7 +131,7 @@ class Normal:
         text = _UUID.sub(self._uuid, text)
         text = _TIME.sub(r"2026-01-01\g<1>00:00:00.000Z", text)
         text = _SECONDS.sub(r"\g<1>1", text)
-        return _PORT.sub("127.0.0.1:1", text)
+        return _PORT.sub(r"\g<1>1", text)
 
     def _uuid(self, match: re.Match[str]) -> str:
         number = self._uuids.setdefault(match[0], str(len(self._uuids) + 1))
