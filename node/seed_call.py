@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
-from .config import Config, router_settings
+from .config import router_settings
+from .config_sections import Config
 from .home import Home
 from .seed_ask import PROVIDER, RESPONSE, Ask
 from .seed_keywords import options_of

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..providers.base import Sampling
-from .config import RouterSettings
 from .seed_ask import Options
+from .seed_settings import RouterSettings
 
 #: What a call has that says nothing of it; seconds.
 TEMPERATURE, TIMEOUT = 0.2, 120.0
