@@ -27,20 +27,18 @@ from ..providers.base import (
     ModelNotFound,
     ModelOffer,
     ProviderBusy,
-    ProviderRefused,
     ProviderUnavailable,
     RequestRejected,
     StreamInterrupted,
 )
 from .budget import Budget
 from .continuing import SoFar, Way, way_of, way_on
+from .ending import all_failed, listed, no_candidate
 from .hedging import may_be_second, patience_with
 from .ladder import spent_at, too_much
 from .policies import Candidate
 from .ruling_out import Obstacle, RuledOut, held_back
 
-#: Names of models, and candidates with their reasons, that an error lists.
-MOST_LISTED = 20
 #: Share of the requests that may be sent once more or to a third candidate, how many that may be at
 #: once, and how many a second whatever is asked.
 RETRY_SHARE, MOST_RETRIES, RETRIES_A_SECOND = 0.2, 20.0, 0.2
@@ -355,12 +353,10 @@ class Attempts:
     def _end(self) -> GenerateError:
         if self._broke is not None:
             return self._told()
-        return self._all_failed() if self.tried else self._no_candidate()
-
-    @property
-    def _not_asked(self) -> list[RuledOut]:
-        """Those that were not asked, but for whom the request is not meant."""
-        return [r for r in (*self._excluded, *self._held_back) if not r.pinned]
+        model, out = self.request.model, (*self._excluded, *self._held_back)
+        if self.tried:
+            return all_failed(model, self.tried, out, self._stopped, for_peer=self._for_peer)
+        return no_candidate(model, out, self._models, for_peer=self._for_peer)
 
     def _told(self, error: GenerateError | None = None) -> GenerateError:
         """The error for the caller, which hides no earlier failure of an answer that had begun."""
@@ -368,60 +364,14 @@ class Attempts:
             assert error is not None
             return error
         later = [str(a) for a in self.tried if a.error is not self._broke]
-        later += map(str, self._not_asked)
+        later += [str(r) for r in (*self._excluded, *self._held_back) if not r.pinned]
         why = self._stopped or "nobody can go on from there"
-        reasons = [self._broke.message, *([_listed(later, "; ")] if later else [])]
+        reasons = [self._broke.message, *([listed(later, "; ")] if later else [])]
         return StreamInterrupted(
             "; ".join([*reasons, *([] if error else [why])]),
             partial=self.so_far.text,
             retry_after=self._broke.retry_after,
         )
-
-    def _all_failed(self) -> GenerateError:
-        errors = [a.error for a in self.tried if a.error is not None]
-        reasons = [str(a) for a in self.tried]
-        reasons += map(str, self._not_asked)
-        reasons += [self._stopped] if self._stopped else []
-        message = f"every candidate for `{self.request.model}` failed: {_listed(reasons, '; ')}"
-        if all(isinstance(e, ModelNotFound) for e in errors):
-            return ModelNotFound(message, field="model")
-        waits = [e.retry_after for e in errors if e.retry_after is not None]
-        waits += [r.wait for r in self._held_back if r.wait is not None]
-        kind: type[GenerateError] = ProviderUnavailable
-        told = (ProviderRefused,) if self._for_peer else ()
-        for same in (ProviderBusy, DeadlineExceeded, *told):
-            if all(isinstance(e, same) for e in errors):
-                kind = same
-        again = any(e.again for e in errors)
-        return kind(message, retry_after=min(waits, default=None), again=again)
-
-    def _no_candidate(self) -> GenerateError:
-        model = self.request.model
-        reasons = self._not_asked or self._excluded
-        if not reasons:
-            models = sorted(set(self._models()))
-            there = f"there are: {_listed(models, ', ')}" if models else "there is no model at all"
-            return ModelNotFound(f"nobody offers the model `{model}`; {there}", field="model")
-        text = _listed([str(r) for r in reasons], "; ")
-        message = f"nobody can answer with `{model}` now: {text}"
-        waits = [r.wait for r in reasons if r.wait is not None]
-        if self._for_peer and all(r.too_dear for r in reasons):
-            return Declined(message, retry_after=min(waits, default=None))
-        if self._for_peer and all(r.refused for r in reasons):
-            return ProviderRefused(message, retry_after=min(waits, default=None))
-        if waits:
-            return ProviderUnavailable(message, retry_after=min(waits))
-        message = f"nobody may answer this with `{model}`: {text}"
-        if reasons[0].pinned:
-            return ModelNotFound(message, field="model")
-        if self._for_peer:
-            # To the peer that asks this is a candidate like another: it tries the next.
-            return ProviderUnavailable(message)
-        if all(r.too_long for r in reasons):
-            return ContextTooLong(message, field="messages")
-        if all(r.too_dear for r in reasons):
-            return RequestRejected(message, field="promptmesh.max_cost")
-        return RequestRejected(message)
 
 
 def _may_pass(error: GenerateError) -> bool:
@@ -430,9 +380,3 @@ def _may_pass(error: GenerateError) -> bool:
         return False
     told = isinstance(error, ProviderUnavailable) and error.retry_after is not None
     return error.again or told
-
-
-def _listed(items: Sequence[str], separator: str) -> str:
-    more = len(items) - MOST_LISTED
-    text = separator.join(items[:MOST_LISTED])
-    return f"{text} and {more} more" if more > 0 else text

@@ -11,13 +11,13 @@ import pytest
 
 from promptmesh.mesh.attempts import (
     LONGEST_PAUSE,
-    MOST_LISTED,
     PAUSE,
     Attempts,
     retry_budget,
 )
 from promptmesh.mesh.budget import Budget
 from promptmesh.mesh.continuing import SoFar
+from promptmesh.mesh.ending import MOST_LISTED
 from promptmesh.mesh.policies import Candidate
 from promptmesh.mesh.ruling_out import Obstacle, RuledOut, rule_out
 from promptmesh.providers.base import (
