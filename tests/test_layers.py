@@ -38,8 +38,6 @@ ONLY_IN: dict[str, set[str]] = {
     "sqlite3": {f"cache/{p.name}" for p in (ROOT / "cache").glob("*.py")}
     | {"node/node_database.py"},
 }
-#: Folders in which no import is put off into a function to hide a circle.
-WITHOUT_PUT_OFF = ("cache", "mesh", "providers")
 
 
 def imports(tree: ast.AST, package: str) -> Iterator[str]:
@@ -78,16 +76,7 @@ def test_layers(folder: str) -> None:
 
 
 class Running(ast.NodeTransformer):
-    """Leaves what runs when a module is imported or, with `put_off`, at any time after."""
-
-    def __init__(self, put_off: bool) -> None:
-        self.put_off = put_off
-
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST | None:
-        return self.generic_visit(node) if self.put_off else None
-
-    def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> ast.AST | None:
-        return self.generic_visit(node) if self.put_off else None
+    """Leaves out what is imported for types alone."""
 
     def visit_If(self, node: ast.If) -> ast.AST:
         if isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
@@ -95,11 +84,11 @@ class Running(ast.NodeTransformer):
         return self.generic_visit(node)
 
 
-def in_circles(sources: Mapping[str, str], folder: str, *, put_off: bool) -> set[str]:
-    """The modules, by name, that import themselves by way of others."""
+def in_circles(sources: Mapping[str, str], folder: str) -> set[str]:
+    """The modules, by name, that import themselves by way of others, be it later in a function."""
     needs: dict[str, set[str]] = {}
     for name, source in sources.items():
-        found = imports(Running(put_off).visit(ast.parse(source)), folder)
+        found = imports(Running().visit(ast.parse(source)), folder)
         parts = (imported.split(".") for imported in found)
         needs[name] = {p[1] for p in parts if p[0] == folder and p[1:]} & set(sources)
     before = None
@@ -112,7 +101,7 @@ def in_circles(sources: Mapping[str, str], folder: str, *, put_off: bool) -> set
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_no_module_imports_itself_by_way_of_others(folder: str) -> None:
     sources = {path.stem: path.read_text() for path in (ROOT / folder).glob("*.py")}
-    assert not in_circles(sources, folder, put_off=folder in WITHOUT_PUT_OFF)
+    assert not in_circles(sources, folder)
 
 
 def test_circles_are_seen() -> None:
@@ -122,9 +111,8 @@ def test_circles_are_seen() -> None:
         "c": "if TYPE_CHECKING:\n    from .d import y\nelse:\n    from .a import z",
         "d": "from .a import x",
     }
-    assert in_circles(sources, "node", put_off=True) == {"a", "b", "c"}
-    assert in_circles(sources, "node", put_off=False) == set()
-    assert in_circles(sources | {"b": "from . import c"}, "node", put_off=False) == {"a", "b", "c"}
+    assert in_circles(sources, "node") == {"a", "b", "c"}
+    assert in_circles(sources | {"b": ""}, "node") == set()
 
 
 @pytest.mark.parametrize("library", ONLY_IN)
