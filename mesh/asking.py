@@ -101,8 +101,8 @@ class Asking:
         self.candidate = candidate
         #: Its first token came: what follows cannot be tried elsewhere.
         self.begun = False
-        #: It failed by the request's fault, or its caller's.
-        self.blameless = False
+        #: It failed because nobody here read it: there is nobody to go on for.
+        self.unread = False
         self._source = source
         self._deadlines = deadlines
         self._experience = experience
@@ -288,7 +288,7 @@ class Asking:
     def _failed(self, error: Exception) -> GenerateError:
         """Learn from a failure, and say it in the caller's terms."""
         failure, fault = _judge(error)
-        self.blameless = fault is Fault.NONE
+        self.unread = isinstance(failure, _Unread)
         self._settled = True
         self._end()
         self._experience.failed(
@@ -320,13 +320,17 @@ class _Cut(ProviderUnavailable):
     """An answer ended without its end marker."""
 
 
+class _Unread(ProviderUnavailable):
+    """An answer was given up as its reader here took nothing."""
+
+
 def _judge(error: Exception) -> tuple[GenerateError, Fault]:
     """What a failure is called, and whom it speaks against."""
     match error:
         case ExceptionGroup(exceptions=(Exception() as only,)):
             return _judge(only)
         case NotRead():
-            return ProviderUnavailable(str(error)), Fault.NONE
+            return _Unread(str(error)), Fault.NONE
         case TransportError():
             return ProviderUnavailable(f"the connection failed: {error}"), Fault.PEER
         case RemoteProtocolError():

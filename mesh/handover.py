@@ -196,7 +196,7 @@ class Handover:
 
     async def _go_on(self, broken: Running, error: Exception) -> None:
         """Find who goes on. Raises the error that ends the request if nobody can."""
-        if not isinstance(error, StreamInterrupted) or broken.asking.blameless:
+        if not isinstance(error, StreamInterrupted) or broken.asking.unread:
             raise error
         logger.info("request %s: %s", self._attempts.request.id, error)
         self._attempts.broke(error, broken.asking.seconds, self._so_far)

@@ -17,6 +17,7 @@ from promptmesh.mesh.asking import Deadlines
 from promptmesh.mesh.backend_id import BackendId, Measured
 from promptmesh.mesh.backends import BackendManager
 from promptmesh.mesh.peers import PeerTable
+from promptmesh.mesh.pool import NotRead
 from promptmesh.mesh.route import Route
 from promptmesh.providers.base import (
     Answering,
@@ -25,11 +26,13 @@ from promptmesh.providers.base import (
     Chunk,
     Completion,
     ContentFiltered,
+    Declined,
     GenerateError,
     GenerateRequest,
     Health,
     ModelOffer,
     Origin,
+    ProviderBusy,
     ProviderUnavailable,
     RequestRejected,
     Sampling,
@@ -231,6 +234,24 @@ async def test_one_that_cannot_begin_the_rest_is_passed_over(autojump_clock: Clo
     refuses = Continuing("refuses", (CONTINUES,), TEXT, fail=RequestRejected("no prefix here"))
     goes_on = Continuing("goes on", (CONTINUES,), TEXT)
     assert text_of(await stream_of(manager_of(breaks, refuses, goes_on), asking())) == TEXT
+
+
+@pytest.mark.parametrize("error", [ProviderBusy("overloaded"), Declined("its money is spent")])
+async def test_what_is_no_fault_of_the_backend_is_gone_on_from_too(
+    autojump_clock: Clock, error: GenerateError
+) -> None:
+    breaks = Continuing("breaks", (CONTINUES,), TEXT, fail_after=(2, error))
+    goes_on = Continuing("goes on", (CONTINUES,), TEXT)
+    assert text_of(await stream_of(manager_of(breaks, goes_on), asking())) == TEXT
+
+
+async def test_nobody_goes_on_for_a_reader_that_takes_nothing(autojump_clock: Clock) -> None:
+    unread = NotRead("the answer was not read here, and was given up")
+    breaks = Continuing("breaks", (CONTINUES,), TEXT, fail_after=(2, unread))
+    goes_on = Continuing("goes on", (CONTINUES,), TEXT)
+    error = await error_of(manager_of(breaks, goes_on), asking())
+    assert "not read here" in error.message
+    assert not goes_on.requests
 
 
 async def test_a_failed_continuation_hides_no_failure(autojump_clock: Clock) -> None:
