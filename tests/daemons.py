@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
-import socket
 import ssl
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
 import h11
 import httpx
 import trio
+from ports import free_port
 
 from promptmesh.node.home import Home
 
@@ -27,30 +28,11 @@ MODEL = ROOT / ".models" / "SmolLM2-135M-Instruct"
 NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 #: Liveness bounds (s), with slack for a busy machine of two cores.
 START_S = MEET_S = SETTLE_S = 180
-#: A node gives those that it talks with 3 s to end.
-STOP_S = 20
-#: Two runs of the tests at once begin at different ones.
-_ports = count(os.getpid())
+#: A node gives those that it talks with 3 s to end; the rest is slack.
+STOP_S = 60
 
 ECHO = '[[providers]]\nkind = "echo"\nname = "echo"\nshare = true\n'
 REAL_MODEL = f'[local_hf]\nmodel = "{MODEL}"\nthreads = 1\n'
-
-
-def free_port() -> int:
-    """A port of this machine that stays free while nobody listens at it.
-
-    One that the system chooses may be given to somebody else meanwhile, who wants any port. These
-    are below the system's range, and each process that runs tests beside others has its own.
-    """
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    while True:
-        port = 20_000 + 1000 * (worker % 10) + next(_ports) % 1000
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
 
 
 def clean_environment(**extra: str) -> dict[str, str]:
@@ -87,6 +69,8 @@ class Daemon:
         self.name = name
         self.log = home / "log"
         self._process: trio.Process | None = None
+        #: For what it leaves behind when it is killed. Its path is short, as sockets may be in it.
+        self._temporary = ""
         home.mkdir(parents=True, exist_ok=True)
         (home / "config.toml").write_text(
             f'[node]\nname = "{name}"\n[http]\nlisten = "127.0.0.1:0"\n'
@@ -112,16 +96,17 @@ class Daemon:
         return [str(program), "--home", str(self.home), *arguments]
 
     async def start(self, *arguments: str) -> Self:
-        """Start it and wait until it answers HTTP."""
+        """Start it and wait until it answers HTTP and is in its mesh."""
+        self._temporary = self._temporary or tempfile.mkdtemp(prefix="pm-daemon-")
         with self.log.open("ab") as log:
             self._process = await trio.lowlevel.open_process(
                 self._command("up", *arguments),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=clean_environment(**self._environment),
+                env=clean_environment(TMPDIR=self._temporary, **self._environment),
             )
-        await until(self._answers, f"{self.name} answers HTTP; {self.log}", START_S)
+        await until(self._answers, f"{self.name} is up; {self.log}", START_S)
         return self
 
     async def _answers(self) -> bool:
@@ -132,9 +117,10 @@ class Daemon:
         if running is None or running.pid != self.pid:
             return False
         try:
-            return (await self.get("/healthz")).status_code == 200
+            status = await self.json("/mesh/v1/status")
         except httpx.HTTPError:
             return False
+        return bool(status["addresses"] or status["mesh"]["problem"])
 
     @property
     def pid(self) -> int:
@@ -172,15 +158,18 @@ class Daemon:
         """Leave nothing running, whatever state it is in."""
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
-            with trio.CancelScope(shield=True), trio.move_on_after(10):
+            with trio.CancelScope(shield=True), trio.move_on_after(60):
                 await self._process.wait()
+        if self._temporary:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+            self._temporary = ""
 
     def client(self, *, timeout: float) -> httpx.AsyncClient:
         """A client of its HTTP interface."""
         return httpx.AsyncClient(base_url=self.url, timeout=timeout, verify=NO_TLS)
 
     async def get(self, path: str, **options: Any) -> httpx.Response:
-        async with self.client(timeout=30) as client:
+        async with self.client(timeout=60) as client:
             return await client.get(path, **options)
 
     async def json(self, path: str) -> Any:
@@ -215,11 +204,24 @@ class Daemon:
     async def models(self) -> set[str]:
         return {model["id"] for model in (await self.json("/v1/models"))["data"]}
 
-    async def wait_for_model(self, model: str, within: float = START_S) -> None:
-        async def offered() -> bool:
-            return model in await self.models()
+    async def wait_for_model(self, model: str, *sources: str, within: float = START_S) -> None:
+        """Until it knows a provider that has the model, and is ready.
 
-        await until(offered, f"{self.name} sees {model}; {self.log}", within)
+        With `sources`, `NODE` or `NODE:PROVIDER`, all of these.
+        """
+
+        async def offered() -> bool:
+            ready = [
+                (row["node"], provider["name"])
+                for row in await self.json("/mesh/v1/peers")
+                if row["state"] == "connected"
+                for provider in row["providers"]
+                if provider["state"] == "ready" and model in provider["models"]
+            ]
+            names = {name for node, by in ready for name in (node, f"{node}:{by}")}
+            return bool(ready) and names >= {*sources}
+
+        await until(offered, f"{self.name} sees {model} {sources or ''}; {self.log}", within)
 
     async def wait_for_peers(self, *names: str, within: float = MEET_S) -> None:
         """Until exactly these peers are connected."""

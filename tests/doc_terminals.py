@@ -14,9 +14,10 @@ from pathlib import Path
 
 import httpx
 import trio
-from daemons import ROOT, clean_environment, free_port, until
+from daemons import NO_TLS, ROOT, clean_environment, until
 from doc_blocks import CTRL_C, Command
 from doc_shown import Ids
+from ports import free_port
 
 #: Seconds for one command; for a node to be ready; to see that one came or went.
 COMMAND_S, READY_S, SETTLE_S = 180, 180, 180
@@ -72,7 +73,8 @@ class Node:
 
     async def get(self, path: str) -> httpx.Response:
         """Ask it. Raises `httpx.HTTPError`."""
-        async with httpx.AsyncClient(base_url=self.url or "http://not-yet.invalid") as client:
+        url = self.url or "http://not-yet.invalid"
+        async with httpx.AsyncClient(base_url=url, timeout=60, verify=NO_TLS) as client:
             return await client.get(path)
 
     async def is_ready(self) -> bool:

@@ -15,7 +15,15 @@ from typing import Any
 import trio
 from certificates import self_signed
 from fakes_gemini import USAGE, reply
-from fakes_http import Received, ScriptedServer, ServerSide, event, json_reply, streamed
+from fakes_http import (
+    NotHttp,
+    Received,
+    ScriptedServer,
+    ServerSide,
+    event,
+    json_reply,
+    streamed,
+)
 
 OAUTH = "oauth2.googleapis.com"
 _SCOPE = "https://www.googleapis.com/auth/cloud-platform"
@@ -46,7 +54,7 @@ class Google(ScriptedServer):
 
     async def serve(self, stream: trio.SocketStream) -> None:
         """Serve one connection."""
-        with suppress(trio.BrokenResourceError, trio.ClosedResourceError, AssertionError):
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError, NotHttp):
             async with stream:
                 side = ServerSide(stream, self)
                 while received := await side.request_or_end():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, NamedTuple
 
 import trio
@@ -24,6 +24,10 @@ class Received(NamedTuple):
         return json.loads(self.body)
 
 
+class NotHttp(Exception):
+    """A stranger is at the port: a node, say, that dials whoever had it before."""
+
+
 class ServerSide:
     """The server's end of one connection."""
 
@@ -39,12 +43,14 @@ class ServerSide:
         return received
 
     async def request_or_end(self) -> Received | None:
-        """The same; None if the client closes the connection instead."""
+        """The same; None if the client closes the connection instead. Raises `NotHttp`."""
         while b"\r\n\r\n" not in self._rest:
             if not await self._read():
                 return None
         head, _, self._rest = self._rest.partition(b"\r\n\r\n")
         first, *lines = head.decode("latin-1").split("\r\n")
+        if len(first.split(" ")) != 3:
+            raise NotHttp(first[:100])
         pairs = (line.partition(":") for line in lines)
         headers = {name.lower(): value.strip() for name, _, value in pairs}
         if headers.get("transfer-encoding") == "chunked":
@@ -120,7 +126,7 @@ class ScriptedServer:
 
 
 @asynccontextmanager
-async def scripted_server(*scripts: Script, limit: float = 20) -> AsyncIterator[ScriptedServer]:
+async def scripted_server(*scripts: Script, limit: float = 60) -> AsyncIterator[ScriptedServer]:
     """A server on a free port; the last script is also that of all later connections.
 
     A script that raises fails the test, and so does one that takes longer than `limit` (s).
@@ -131,8 +137,9 @@ async def scripted_server(*scripts: Script, limit: float = 20) -> AsyncIterator[
     async def handle(stream: trio.abc.Stream) -> None:
         script = scripts[min(server.connections, len(scripts) - 1)]
         server.connections += 1
-        async with stream:
-            await script(ServerSide(stream, server))
+        with suppress(NotHttp):
+            async with stream:
+                await script(ServerSide(stream, server))
 
     async def accept() -> None:
         await trio.serve_listeners(handle, [listener])

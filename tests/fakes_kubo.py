@@ -42,7 +42,7 @@ class ScriptedKubo:
             pass  # one of both has had enough
 
     async def _answer(self, head: str, stream: trio.SocketStream) -> None:
-        target = head.split()[1]
+        _, target, *_ = [*head.split(), "", ""]
         if not target.startswith("/api/v0/"):
             # Another test looks for what had this port before.
             await stream.send_all(reply(b"", 404))

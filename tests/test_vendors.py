@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import httpx
 import pytest
 import trio
-from faults import PARTIAL, WHOLE
+from faults import PARTIAL, WHOLE, fault_backend
 from vendor_replies import COMPLETION_TOKENS, FAILED
 from vendors import VendorServer, vendors, vendors_in_a_thread
 
@@ -42,7 +42,7 @@ async def ask(server: VendorServer, mode: str, dialect: str, stream: bool) -> ht
         path = path.replace(":generate", ":streamGenerate") + "?alt=sse"
     elif stream:
         body = body | {"stream": True}
-    async with httpx.AsyncClient(timeout=5, verify=False) as client:
+    async with httpx.AsyncClient(timeout=60, verify=False) as client:
         return await client.post(server.base(mode) + path, json=body)
 
 
@@ -125,7 +125,7 @@ async def test_what_breaks_off(dialect: str, stream: bool) -> None:
                 nursery.start_soon(ask, server, mode, dialect, stream)
                 (seen,) = await server.asked(mode)
                 nursery.cancel_scope.cancel()
-            with trio.fail_after(5):
+            with trio.fail_after(60):
                 await seen.over.wait()
             assert seen.left
         broken = await ask(server, "badjson", dialect, stream)
@@ -147,7 +147,7 @@ async def test_what_breaks_off(dialect: str, stream: bool) -> None:
     ],
 )
 async def test_lists_of_models(path: str, header: str, word: str) -> None:
-    async with vendors() as server, httpx.AsyncClient(verify=False) as client:
+    async with vendors() as server, httpx.AsyncClient(timeout=60, verify=False) as client:
         good = await client.get(server.base() + path, headers={header: "1"})
         bad = await client.get(server.base("badkey") + path, headers={header: "1"})
     assert word in good.text
@@ -158,6 +158,21 @@ async def test_lists_of_models(path: str, header: str, word: str) -> None:
 def test_in_a_thread() -> None:
     with vendors_in_a_thread() as server:
         path = server.base() + WAYS["chat"].path
-        assert WHOLE in httpx.post(path, json=WAYS["chat"].body).text
+        assert WHOLE in httpx.post(path, json=WAYS["chat"].body, timeout=60).text
     with pytest.raises(httpx.ConnectError):
-        httpx.get(path)
+        httpx.get(path, timeout=60)
+
+
+@pytest.mark.parametrize(
+    "sent", [b"GET /healthz HTTP/1.1\r\n\r\n", b"\x13/x\n\r\n\r\n", b"\x00" * 24]
+)
+async def test_strangers_do_no_harm(sent: bytes) -> None:
+    """A node, say, that looks for what had the port before."""
+    async with vendors() as server, fault_backend() as faulty:
+        for port in (server.port, faulty.port):
+            async with await trio.open_tcp_stream("127.0.0.1", port) as stranger:
+                await stranger.send_all(sent)
+                if b"HTTP" in sent:
+                    assert b" 404 " in await stranger.receive_some()
+        assert (await ask(server, "ok", "chat", stream=False)).status_code == 200
+        assert (server.of("healthz"), faulty.seen) == ([], [])

@@ -41,6 +41,7 @@ import trio
 from fakes_http import (
     CHUNKED_HEAD,
     LAST_CHUNK,
+    NotHttp,
     Received,
     ScriptedServer,
     ServerSide,
@@ -108,7 +109,7 @@ class VendorServer(ScriptedServer):
         self.connections += 1
         async with stream:
             side = ServerSide(stream, self)
-            with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            with suppress(trio.BrokenResourceError, trio.ClosedResourceError, NotHttp):
                 while received := await side.request_or_end():
                     await self._answer(received, side)
 
@@ -289,10 +290,10 @@ def vendors_in_a_thread() -> Iterator[VendorServer]:
 
     thread = threading.Thread(target=trio.run, args=(run,))
     thread.start()
-    assert ready.wait(20)
+    assert ready.wait(60)
     server, token, end = made
     try:
         yield server
     finally:
         token.run_sync_soon(end.set)
-        thread.join(20)
+        thread.join(60)

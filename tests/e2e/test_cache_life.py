@@ -54,7 +54,7 @@ async def asked_until_killed(daemon: Daemon, first: int) -> dict[str, str]:
                 enough.set()
             number += 4
 
-    with httpx.Client(base_url=daemon.url, timeout=60) as client, trio.fail_after(60):
+    with httpx.Client(base_url=daemon.url, timeout=180) as client, trio.fail_after(180):
         async with trio.open_nursery() as nursery:
             for number in range(4):
                 nursery.start_soon(ask, first + number)

@@ -31,9 +31,8 @@ async def money(daemon: Daemon) -> dict[str, Any]:
 
 async def test_money(tmp_path: Path) -> None:
     async with mesh(tmp_path, {"a": "", "b": VENDOR, "c": ECHO}) as (a, b, c):
-        await a.wait_for_peers("b", "c")
         for daemon in (a, b, c):
-            await daemon.wait_for_model("echo")
+            await daemon.wait_for_model("echo", "b", "c")
         # Free before paid, whatever the policy, unless the request says otherwise.
         for policy in ("round_robin", "least_loaded", "best_performance"):
             for _ in range(3):

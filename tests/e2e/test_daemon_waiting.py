@@ -17,9 +17,10 @@ ONE_SLOT = '[[providers]]\nkind = "echo"\nname = "echo"\nslots = 1\nmax_waiting 
 @pytest.fixture
 async def node(tmp_path: Path) -> AsyncIterator[Daemon]:
     daemon = Daemon(tmp_path, "alpha", ONE_SLOT)
-    await daemon.start()
-    yield daemon
-    await daemon.aclose()
+    try:
+        yield await daemon.start()
+    finally:
+        await daemon.aclose()
 
 
 async def load(node: Daemon, running: int, waiting: int) -> None:
@@ -43,19 +44,22 @@ async def busy(node: Daemon) -> AsyncIterator[None]:
 async def test_an_own_request_overtakes_what_nobody_waits_for(node: Daemon) -> None:
     order: list[str] = []
 
-    async def ask(name: str, priority: str) -> None:
-        answer = await node.chat(
-            f"{name} [[echo first_s=0.2]]", "echo", promptmesh={"priority": priority}
-        )
-        order.append(name if answer.status_code == 200 else f"{name}: {answer.status_code}")
+    async def ask(name: str, priority: str, does: str = "") -> None:
+        answer = await node.chat(f"{name} {does}", "echo", promptmesh={"priority": priority})
+        order.append(f"{name}: {answer.status_code}")
 
-    async with trio.open_nursery() as nursery, busy(node):
-        for number, name in enumerate(("slow 1", "slow 2")):
-            nursery.start_soon(ask, name, "background")
-            await load(node, 1, number + 1)
-        nursery.start_soon(ask, "own", "own")
-        await until_told(order, "slow 2: 503")  # its place is taken
-    assert order == ["slow 2: 503", "own", "slow 1"]
+    async with trio.open_nursery() as nursery:
+        async with busy(node):
+            for number, name in enumerate(("slow 1", "slow 2")):
+                nursery.start_soon(ask, name, "background", "[[echo hang]]")
+                await load(node, 1, number + 1)
+            nursery.start_soon(ask, "own", "own")
+            await until_told(order, "slow 2: 503")  # its place is taken
+        await until_told(order, "own: 200")  # nothing passes by the other, once it has begun
+        await load(node, 1, 0)
+        nursery.cancel_scope.cancel()
+    assert order == ["slow 2: 503", "own: 200"]
+    await load(node, 0, 0)
     table = await node.cli("providers")
     assert "0/1" in table
 

@@ -6,7 +6,6 @@ import struct
 from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
 import pytest
 import trio
@@ -123,7 +122,7 @@ async def test_what_is_wrong_is_said_as_for_chats(tmp_path: Path) -> None:
         assert (await node.chat("hi", "auto")).status_code == 404
         (model,) = (await node.json("/v1/models"))["data"]
         assert model["promptmesh"]["tasks"] == ["embed"]
-        async with httpx.AsyncClient(base_url=node.url) as client:
+        async with node.client(timeout=60) as client:
             answer = await client.post("/v1/embeddings", json={"model": "auto", "input": [1, 2]})
         headers = answer.headers
         assert headers["x-promptmesh-model"] == "words"

@@ -14,7 +14,6 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AsyncExitStack
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,15 +26,17 @@ from daemons import START_S, Daemon, mesh, until
 from fault_cases import CASES, LATE_S, REFUSED, Case
 from faults import LONG, PARTIAL, WHOLE, FaultBackend, fault_backend, refusing_port
 
+from promptmesh.mesh.breakers import FIRST_PAUSE, LONGEST_PAUSE
+
 pytestmark = pytest.mark.e2e
 
 #: Liveness: all requests of a case, on a busy machine, and all cases of a road.
-CASE_S, ROAD_S = 90, 300
+CASE_S, ROAD_S = 180, 900
 #: No node gives up a server before that, but for the providers whose fault is that they are late.
 #: The asking node of a hop is told what the other one found.
 DEADLINES = f"[deadlines]\nfirst_token = {CASE_S}\ngap = {CASE_S}\nwhole = {CASE_S}\n"
 #: So many cases of a road run at once.
-AT_ONCE = 6
+AT_ONCE = 4
 #: Bytes that an endless answer may cost a node for a while: three of them are read at once.
 MOST_MEMORY = 192 << 20
 #: Another client is used over TLS. What is in a body is none of its business, and the most of it
@@ -168,8 +169,7 @@ class World:
             self._token = trio.lowlevel.current_trio_token()
             self._up.set()
             async with trio.open_nursery() as nursery:
-                for road in self.roads:
-                    nursery.start_soon(self._drive, road)
+                nursery.start_soon(self._drive)
                 await self._down.wait()
                 nursery.cancel_scope.cancel()
 
@@ -194,7 +194,7 @@ class World:
         a, b = await stack.enter_async_context(mesh(self._folder, both))
         await a.wait_for_model(LONG)
         for node in (direct, https, vectors, a):
-            await until(partial(_seen_by, node), f"{node.name} sees all servers", START_S)
+            await known(node)
         self.roads = {
             "direct": Road(direct, direct, at_direct),
             "hop": Road(a, b, at_b),
@@ -207,15 +207,14 @@ class World:
         stack.push_async_callback(node.aclose)
         return node
 
-    async def _drive(self, road: str) -> None:
-        """Run the cases of a road: some side by side, but alone those that memory is counted of."""
-        limit = trio.CapacityLimiter(AT_ONCE)
-        cases = [case for case, of in self._results if of == road]
-        for case in [case for case in cases if case.endless]:
-            await self._settle(case, road, limit)
+    async def _drive(self) -> None:
+        """Run the cases: alone those that memory is counted of, of the others some side by side."""
+        limits = {road: trio.CapacityLimiter(AT_ONCE) for road in self.roads}
+        for case, road in [each for each in self._results if each[0].endless]:
+            await self._settle(case, road, limits[road])
         async with trio.open_nursery() as nursery:
-            for case in [case for case in cases if not case.endless]:
-                nursery.start_soon(self._settle, case, road, limit)
+            for case, road in [each for each in self._results if not each[0].endless]:
+                nursery.start_soon(self._settle, case, road, limits[road])
 
     async def _settle(self, case: Case, road: str, limit: trio.CapacityLimiter) -> None:
         result = self._results[case, road]
@@ -239,6 +238,24 @@ def world(
     driven = [(case, road) for case, road in DRIVEN if f"test_fault[{case.fault}-{road}]" in chosen]
     with World(tmp_path_factory.mktemp("faults"), driven) as world:
         yield world
+
+
+async def known(node: Daemon) -> None:
+    """Until it knows that each server can be asked, but for the one that refuses.
+
+    One whose list of models comes late, as on a busy machine all do now and then, cannot for a
+    moment, and that is no case of this table.
+    """
+
+    async def seen() -> bool:
+        rows = await node.json("/mesh/v1/peers")
+        states = {p["name"]: p["state"] for row in rows for p in row["providers"]}
+        return bool(states) and all(
+            state == ("unavailable" if name.startswith(REFUSED) else "ready")
+            for name, state in states.items()
+        )
+
+    await until(seen, f"{node.name} sees all servers; {node.log}", START_S)
 
 
 # --- what a caller sees ---------------------------------------------------------------------------
@@ -311,14 +328,6 @@ def test_fault(world: World, case: Case, road: str) -> None:
     world.result(case, road)
 
 
-async def _seen_by(node: Daemon) -> bool:
-    """Does it know that each server, but for the one that refuses, can be asked?"""
-    rows = await node.json("/mesh/v1/peers")
-    states = {p["name"]: p["state"] for row in rows for p in row["providers"]}
-    waiting = [name for name, state in states.items() if state != "ready"]
-    return bool(states) and all(name.startswith(REFUSED) for name in waiting)
-
-
 async def _fault(case: Case, road: Road) -> None:
     backend, got = road.backend, {}
     own = {"deadline_s": case.deadline} if case.deadline else {}
@@ -332,6 +341,7 @@ async def _fault(case: Case, road: Road) -> None:
     async def pair() -> None:
         got["pair"] = await _with_a_healthy_one(case, road, own)
 
+    await known(road.asked)
     peak = Peak(road)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(lambda: one("whole", stream=False))
@@ -347,7 +357,7 @@ async def _fault(case: Case, road: Road) -> None:
         assert got["pair"].headers["x-promptmesh-attempts"] == "2"
     else:
         check(case, got["pair"], streamed=False)
-    if case.endless:  # alone on its road
+    if case.endless:  # it runs alone
         assert peak.growth() < MOST_MEMORY
     await _check_backend(case, backend)
     await _check_stored(case, road)
@@ -378,6 +388,7 @@ async def _check_backend(case: Case, backend: FaultBackend, *, requests: int = 3
 
 
 async def _check_stored(case: Case, road: Road) -> None:
+    """Both nodes of a hop have it before the caller has the end of it, or have it not."""
     for node in {road.asked, road.asking}:
         stored = await node.json(f"/mesh/v1/cache?model={case.fault}")
         assert bool(stored) == case.stored, stored
@@ -389,6 +400,7 @@ async def _check_breaker(case: Case, road: Road, fields: dict[str, Any]) -> None
         return
     backend = road.backend
     for number in range(3):  # each failure makes the pause longer, so that even we see it
+        await known(road.asked)
         before = len(backend.of(case.fault))
         seen = await ask(road.asked, case.fault, f"again {number}", stream=False, **fields)
         asked = len(backend.of(case.fault)) - before
@@ -442,6 +454,7 @@ async def _refused_at_a_peer(road: Road) -> None:
 
 
 async def _fault_of_embeddings(case: Case, road: Road) -> None:
+    await known(road.asked)
     async with road.asked.client(timeout=CASE_S) as client:
         body = {"model": case.fault, "input": "Once upon a time."}
         response = await client.post("/v1/embeddings", json=body)
@@ -463,6 +476,7 @@ def test_a_context_that_is_too_long_asks_only_a_larger_model(world: World, road:
 async def _too_long(road: Road) -> None:
     backend = road.backend
     for number in range(20):
+        await known(road.asked)
         smaller = len(backend.of("smaller"))
         seen = await ask(road.asked, LONG, f"long {number}", stream=False)
         if backend.of("context-openai", LONG):
@@ -483,6 +497,7 @@ async def _flapping(road: Road) -> None:
 
     async def who() -> str:
         """Who answers now: somebody does, always."""
+        await known(road.asked)
         prompt = f"{trio.current_time()}"
         seen = await ask(road.asked, "flapping", prompt, stream=False)
         assert (seen.status, seen.text) == (200, WHOLE), seen.error
@@ -492,15 +507,24 @@ async def _flapping(road: Road) -> None:
         return await who() == "flapping"
 
     for _ in range(2):
-        await until(used, "the server is used", CASE_S / 2)
+        await until(used, "the server is used", CASE_S / 4)
         backend.up = False
-        before = len(backend.of("flapping"))
+        before, since = len(backend.of("flapping")), trio.current_time()
         for _ in range(20):
             assert not await used()
-        # Two until it is left alone, and a probe now and then.
-        assert 1 <= len(backend.of("flapping")) - before <= 5
+        # Two until it is left alone, and a probe after each pause.
+        most = max(5, 2 + _pauses_within(trio.current_time() - since))
+        assert 1 <= len(backend.of("flapping")) - before <= most
         backend.up = True
-    await until(used, "the server is used again", CASE_S / 2)
+    await until(used, "the server is used again", CASE_S / 4)
+
+
+def _pauses_within(seconds: float) -> int:
+    """How many pauses of a breaker may have ended by then: each is longer than the one before."""
+    ended, pause = 0, FIRST_PAUSE
+    while (seconds := seconds - pause) > 0:
+        ended, pause = ended + 1, min(2 * pause, LONGEST_PAUSE)
+    return ended
 
 
 # --- a client of the dialect ----------------------------------------------------------------------

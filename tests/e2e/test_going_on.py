@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from daemons import MODEL, REAL_MODEL, START_S, Daemon, mesh, until
+from daemons import MODEL, REAL_MODEL, Daemon, mesh
 
 #: The first breaks off after three words.
 BREAKS = '[[providers]]\nkind = "echo"\nname = "breaks"\nafter = 3\nshare = true\n'
@@ -20,17 +20,6 @@ def text_of(events: list[dict[str, Any]]) -> str:
 async def streamed(node: Daemon, prompt: str, model: str, **fields: Any) -> list[dict[str, Any]]:
     async with node.stream(prompt, model, **fields) as stream:
         return [event async for event in stream]
-
-
-async def wait_for_both(node: Daemon, model: str, *names: str) -> None:
-    """Until the node knows that each of these providers, as `node:provider`, has the model."""
-
-    async def known() -> bool:
-        models = (await node.json("/v1/models"))["data"]
-        sources = [s for m in models if m["id"] == model for s in m["promptmesh"]["sources"]]
-        return {f"{s['node']}:{s['provider']}" for s in sources} >= set(names)
-
-    await until(known, f"{node.name} knows of {model} at {names}", START_S)
 
 
 async def check_both_turns(node: Daemon, begins: str) -> None:
@@ -59,15 +48,14 @@ async def check_both_turns(node: Daemon, begins: str) -> None:
 @pytest.mark.e2e
 async def test_another_provider_of_the_node_goes_on(tmp_path: Path) -> None:
     async with mesh(tmp_path, {"a": BREAKS + WORKS}) as (a,):
-        await wait_for_both(a, "echo", "a:breaks", "a:works")
+        await a.wait_for_model("echo", "a:breaks", "a:works")
         await check_both_turns(a, "a:breaks")
 
 
 @pytest.mark.e2e
 async def test_a_peer_goes_on_for_another(tmp_path: Path) -> None:
     async with mesh(tmp_path, {"a": "", "b": BREAKS, "c": WORKS}) as (a, *_):
-        await a.wait_for_peers("b", "c")
-        await wait_for_both(a, "echo", "b:breaks", "c:works")
+        await a.wait_for_model("echo", "b:breaks", "c:works")
         await check_both_turns(a, "b:breaks")
 
 
@@ -79,8 +67,7 @@ async def test_a_peer_goes_on_for_another(tmp_path: Path) -> None:
 async def test_a_model_goes_on_where_the_other_was_killed(tmp_path: Path) -> None:
     nodes = {"a": "", "b": REAL_MODEL, "c": REAL_MODEL}
     async with mesh(tmp_path, nodes) as (a, b, c):
-        await a.wait_for_peers("b", "c")
-        await wait_for_both(a, MODEL.name, "b:local_hf", "c:local_hf")
+        await a.wait_for_model(MODEL.name, "b:local_hf", "c:local_hf")
         for peer in ("b", "c"):  # both have loaded it
             hi = await a.chat("hi", MODEL.name, promptmesh={"peer": peer}, max_tokens=1)
             assert hi.status_code == 200, hi.text

@@ -29,9 +29,12 @@ async def test_a_public_daemon_is_refused(tmp_path: Path) -> None:
     )
     async with public.running():
         node = Daemon(tmp_path, "a", f'{ECHO}[kubo]\napi = "{public.api}"\n')
-        with pytest.raises(AssertionError, match=r"Bootstrap.*Set kubo\.publish = true"):
-            await node.start()
-        assert await node.wait_exit() == 1
+        try:
+            with pytest.raises(AssertionError, match=r"Bootstrap.*Set kubo\.publish = true"):
+                await node.start()
+            assert await node.wait_exit() == 1
+        finally:
+            await node.aclose()
 
 
 async def test_without_its_daemon_a_node_is_whole(tmp_path: Path) -> None:

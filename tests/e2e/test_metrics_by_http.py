@@ -29,7 +29,7 @@ def value(found: dict[str, Metric], name: str, **labels: str) -> float:
 @pytest.mark.e2e
 async def test_what_two_nodes_tell(tmp_path: Path) -> None:
     async with mesh(tmp_path, {"a": "", "b": ECHO}) as (a, b):
-        await a.wait_for_model("echo")
+        await a.wait_for_model("echo", "b")
         before = await metrics(a)
         assert value(before, "promptmesh_requests_total") == 0
         assert value(before, "promptmesh_peers", state="connected") == 1

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 from daemons import ECHO, Daemon, mesh, until
+from ports import free_port
 
 pytestmark = pytest.mark.e2e
 #: Liveness bound (s): a breaker that a refusal opened, and a connection that is made again.
-AGAIN = 40
+AGAIN = 120
 
 
 async def row(daemon: Daemon, node: str) -> dict[str, Any]:
@@ -27,8 +28,8 @@ async def until_answered(daemon: Daemon, model: str) -> None:
 
 async def test_a_peer_may_not_be_served_or_asked(tmp_path: Path) -> None:
     async with mesh(tmp_path, {"a": ECHO, "b": ECHO}) as (a, b):
-        for daemon, other in ((a, "b"), (b, "a")):
-            await daemon.wait_for_peers(other)
+        for daemon in (a, b):
+            await daemon.wait_for_model("echo", "a", "b")
         await until_answered(b, "a:echo/echo")
 
         said = json.loads(await a.cli("peers", "deny", "b", "serve", "--json"))
@@ -88,7 +89,7 @@ async def test_a_blocked_peer_is_not_connected_until_it_is_allowed(tmp_path: Pat
         # It is so after a restart as well, and who is not there is changed by its id.
         await a.stop()
         address = (await b.json("/mesh/v1/status"))["addresses"][0]
-        await a.start("--listen", "/ip4/127.0.0.1/tcp/0")
+        await a.start("--listen", f"/ip4/127.0.0.1/tcp/{free_port()}")
         blocked = next(r for r in json.loads(await a.cli("peers", "--json")) if r["peer"] == peer)
         assert blocked["blocked"]
         assert blocked["state"] != "connected"

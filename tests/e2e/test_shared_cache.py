@@ -11,17 +11,18 @@ from typing import NamedTuple
 import httpx
 import pytest
 import trio
-from daemons import ECHO, Daemon, mesh, until
+from daemons import ECHO, SETTLE_S, Daemon, mesh, until
 
 pytestmark = pytest.mark.e2e
 
 QUESTIONS = 200
 #: Questions that are asked at the same time.
 AT_ONCE = 8
-#: Liveness bounds (s), with slack for a busy machine of two cores.
-ANSWERED_IN, CLAIMED_IN = 120, 60
-#: Within this a node that joins late has the claims, once it knows its peers.
-CAUGHT_UP_IN = 10
+#: Liveness bound (s), with slack for a busy machine of two cores.
+ANSWERED_IN = 240
+#: Within this a node that joins late has the claims, once it knows its peers: they are told when
+#: nodes meet, and not only by the repair of what gossip lost, which comes later.
+CAUGHT_UP_IN = 45
 
 
 class Answer(NamedTuple):
@@ -59,7 +60,7 @@ class Asker:
         self.peer = status["peer"]
         return int(status["cache"]["claims"])
 
-    async def wait_for_claims(self, count: int, within: float) -> None:
+    async def wait_for_claims(self, count: int, within: float = SETTLE_S) -> None:
         async def known() -> bool:
             return await self.claims() >= count
 
@@ -99,17 +100,6 @@ async def computed(daemons: Sequence[Daemon]) -> int:
     return started
 
 
-async def wait_for_offers(daemons: Sequence[Daemon], count: int) -> None:
-    """Until each of them sees that many offers of the model."""
-    for daemon in daemons:
-
-        async def seen(daemon: Daemon = daemon) -> bool:
-            models = (await daemon.json("/v1/models"))["data"]
-            return sum(len(m["promptmesh"]["sources"]) for m in models) == count
-
-        await until(seen, f"{daemon.name} sees {count} offers; {daemon.log}", CLAIMED_IN)
-
-
 async def test_every_answer_is_computed_once_and_found_everywhere(tmp_path: Path) -> None:
     rng = Random(5)
     configs = {"a": ECHO, "b": "", "c": ECHO, "d": "", "e": ECHO}
@@ -117,7 +107,7 @@ async def test_every_answer_is_computed_once_and_found_everywhere(tmp_path: Path
     async with mesh(tmp_path, configs) as daemons, AsyncExitStack() as stack:
         for daemon in daemons:
             await daemon.wait_for_peers(*(set(configs) - {daemon.name}))
-        await wait_for_offers(daemons, 3)
+            await daemon.wait_for_model("echo", "a", "c", "e")
         nodes = await askers(daemons, stack)
 
         places = [rng.choice(nodes) for _ in prompts]
@@ -129,7 +119,7 @@ async def test_every_answer_is_computed_once_and_found_everywhere(tmp_path: Path
         by = Counter(answer.peer for answer in first)
         for node in nodes:
             await node.claims()
-            await node.wait_for_claims(QUESTIONS - by[node.peer], CLAIMED_IN)
+            await node.wait_for_claims(QUESTIONS - by[node.peer])
 
         others = [rng.choice([node for node in nodes if node is not place]) for place in places]
         again = await ask_all(list(zip(others, prompts, strict=True)))
@@ -155,11 +145,12 @@ async def test_every_answer_is_computed_once_and_found_everywhere(tmp_path: Path
 async def test_equal_questions_under_way_are_computed_once(tmp_path: Path) -> None:
     """And who follows gets the whole answer, whatever becomes of who asked first."""
     async with mesh(tmp_path, {"a": "", "b": "", "c": ECHO}) as (a, b, c):
-        await wait_for_offers([a, b], 1)
+        for daemon in (a, b):
+            await daemon.wait_for_model("echo", "c")
         answers: dict[str, httpx.Response] = {}
 
         async def ask(daemon: Daemon) -> None:
-            slow = "the same question [[echo first_s=2]]"
+            slow = "the same question [[echo first_s=6]]"
             answers[daemon.name] = await daemon.chat(slow, "echo", temperature=0)
 
         async with trio.open_nursery() as nursery:
@@ -170,7 +161,7 @@ async def test_equal_questions_under_way_are_computed_once(tmp_path: Path) -> No
         assert len({answer.headers["x-promptmesh-cid"] for answer in answers.values()}) == 1
         assert await computed([c]) == 1
 
-        long = "word [[echo n=60 gap_s=0.05]]"
+        long = "word [[echo n=60 gap_s=0.15]]"
         async with a.stream(long, "echo", temperature=0) as leading:
             await anext(leading)
             async with b.stream(long, "echo", temperature=0) as following:

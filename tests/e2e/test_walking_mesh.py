@@ -101,17 +101,11 @@ async def test_auto_is_answered_while_a_server_is_down(tmp_path: Path) -> None:
 
 async def test_failover_before_the_first_token_and_return(tmp_path: Path) -> None:
     async with mesh(tmp_path, {"a": "", "b": ECHO, "c": ECHO}) as (a, b, c):
-        await a.wait_for_peers("b", "c")
-
-        async def both_offer() -> bool:
-            models = (await a.json("/v1/models"))["data"]
-            return {s["node"] for m in models for s in m["promptmesh"]["sources"]} == {"b", "c"}
-
-        await until(both_offer, "a sees both offers")
+        await a.wait_for_model("echo", "b", "c")
         answers = []
 
         async def ask() -> None:
-            answers.append(await a.chat("whole [[echo first_s=3]]", "echo"))
+            answers.append(await a.chat("whole [[echo first_s=8]]", "echo"))
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(ask)

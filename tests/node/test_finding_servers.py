@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from daemons import free_port, until
+from daemons import until
 from fakes_cli import made, run
 from fakes_http import Received, Script, ServerSide, json_reply, reply, scripted_server
+from ports import free_port
 
 from promptmesh.node import finding_servers
 from promptmesh.node.config_providers import LocalServersConfig, ProviderConfig
