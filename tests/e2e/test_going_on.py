@@ -59,8 +59,8 @@ async def test_a_peer_goes_on_for_another(tmp_path: Path) -> None:
         await check_both_turns(a, "b:breaks")
 
 
-# By what the model happens to say, and when, it may end in an error now and then, which is not
-# understood yet: `tests/mesh/test_handover_model.py` has the seam itself in every run.
+# Two real models at once are much for a small machine: `tests/mesh/test_handover_model.py` has the
+# seam itself in every run.
 @pytest.mark.e2e
 @pytest.mark.model
 @pytest.mark.interop
