@@ -106,17 +106,17 @@ class OwnProvider:
     def advert(self) -> ProviderAdvert:
         """It as peers see it: what waits in the background, they would not wait for.
 
-        While it is not ready, a model that came since the last look is left out: the health of
+        While it is starting, a model that came since the last look is left out: the health of
         that look is older than the model, and peers ask nothing of who is starting. The next look
         tells both.
         """
         load = self.load("member")
         offers = (self.priced or self.admission).models()
-        ready, known = self.health.state == "ready", self._offered[1]
+        starting, known = self.health.state == "starting", self._offered[1]
         return ProviderAdvert(
             name=self.name,
             kind=self.kind,
-            models=tuple(offer for offer in offers if ready or offer.id in known),
+            models=tuple(offer for offer in offers if not starting or offer.id in known),
             slots=load.slots,
             running=load.running,
             waiting=load.waiting,
