@@ -11,7 +11,14 @@ import msgspec
 from ..cache.answer_rows import StoredAnswer
 from ..mesh.ladder import Bill, is_paid, refusal
 from ..mesh.policies import Candidate
-from ..providers.base import Answering, Asked, GenerateRequest, ModelOffer, ProviderUnavailable
+from ..providers.base import (
+    Answering,
+    Asked,
+    GenerateError,
+    GenerateRequest,
+    ModelOffer,
+    ProviderUnavailable,
+)
 from .parts import Parts
 from .seed_built import Built, BuiltProviders
 from .seed_providers import Plan
@@ -62,6 +69,12 @@ class ChosenBackends:
             raise ProviderUnavailable("nobody waits for this answer any more")
         built = users[-1]
         self._check_cost(built.plan, request)
+        with _told_of(built.plan.name):
+            async with self._opened(built, request) as answering:
+                yield answering
+
+    @asynccontextmanager
+    async def _opened(self, built: Built, request: GenerateRequest) -> AsyncIterator[Answering]:
         await self._built.ready(built)
         asked = msgspec.structs.replace(request, provider=None, policy=None)
         async with built.provider.open(asked) as answering:
@@ -91,6 +104,17 @@ class ChosenBackends:
         refused = refusal(candidate, request)
         if refused is not None:
             raise ProviderUnavailable(f"{plan.name}: {refused.reason}", retry_after=refused.wait)
+
+
+@contextmanager
+def _told_of(name: str) -> Iterator[None]:
+    """A mistake in a provider is a failed answer; it does not end the loop and all calls in it."""
+    try:
+        yield
+    except GenerateError:
+        raise
+    except (Exception, SystemExit, KeyboardInterrupt) as error:  # Who asked sees it.
+        raise ProviderUnavailable(f"{name} failed: {type(error).__name__}: {error}") from error
 
 
 class NamesAsTheyAre:

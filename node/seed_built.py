@@ -61,6 +61,8 @@ class BuiltProviders:
         self._purse = purse
         self._nursery = nursery
         self._kept: dict[tuple[object, ...], Built] = {}
+        #: Those that calls are using: what one does beside its answers is done once.
+        self._used: dict[tuple[object, ...], Built] = {}
         self._limiters: WeakKeyDictionary[Any, trio.CapacityLimiter] = WeakKeyDictionary()
 
     def starting(self) -> dict[str, str]:
@@ -98,7 +100,8 @@ class BuiltProviders:
                 ask.plain, plan, ask.options.keep_provider, **_LEAVE_BEHIND
             )
             if is_provider(target):
-                return Built(plan, target)
+                used = self._used.get(plan.key)
+                return used if used and used.provider is target else Built(plan, target)
             provider = PlainProvider(
                 plan.name,
                 target,
@@ -106,7 +109,8 @@ class BuiltProviders:
                 options={"timeout": ask.options.timeout, **ask.options.more},
                 limiter=self._limiter(target),
             )
-        except Exception as error:  # Whatever a foreign factory raises: the caller sees it.
+        except (Exception, SystemExit, KeyboardInterrupt) as error:
+            # Whatever a foreign factory raises: the caller sees it.
             raise ProviderUnavailable(
                 f"{plan.name} cannot be used: {type(error).__name__}: {error}"
             ) from error
@@ -122,13 +126,17 @@ class BuiltProviders:
     @contextmanager
     def used(self, built: Built) -> Iterator[None]:
         """While inside, it is not ended."""
+        key = built.plan.key
+        self._used[key] = built
         built.users += 1
         try:
             yield
         finally:
             built.users -= 1
             built.used_at = trio.current_time()
-            if not built.users and self._kept.get(built.plan.key) is not built:
+            if not built.users and self._used.get(key) is built:
+                del self._used[key]
+            if not built.users and self._kept.get(key) is not built:
                 built.scope.cancel()
 
     def _let_go(self) -> None:

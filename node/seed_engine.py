@@ -29,6 +29,8 @@ from ..providers.base import (
     GenerateError,
     GenerateRequest,
     ProviderUnavailable,
+    RequestRejected,
+    StreamInterrupted,
 )
 from ..providers.registry import options_fault
 from ..providers.tokens import TokenCount, count_tokens
@@ -88,16 +90,28 @@ class Engine:
     async def answer(self, ask: Ask, emit: Callable[[str], None]) -> str:
         """The text, which `emit` gets as it comes. Raises what `generate_text` does."""
         trace, given = ask.trace, _Given(emit)
+        text: str | None = None
         try:
-            with trio.move_on_after(ask.options.timeout):
-                return await self._answer(ask, given)
-            raise DeadlineExceeded(self._late(ask), partial=given.text)
+            with trio.move_on_after(ask.options.timeout) as limit:
+                text = await self._answer(ask, given)
+            if text is None:
+                raise DeadlineExceeded(self._late(ask), partial=given.text)
+            # What is answered is answered, however long a cache takes to be told.
+            with trio.CancelScope(deadline=limit.deadline):
+                await self._tell_remote(ask, text)
+            return text
         except Exception as error:
             trace.over(error)
             raise
         finally:
             if trace.seconds is None:
                 trace.over()
+
+    async def _tell_remote(self, ask: Ask, text: str) -> None:
+        """Tell a program's own cache what is new."""
+        key, is_old = ask.trace.key, (ask.trace.cache or "").startswith("hit")
+        if ask.remote is not None and ask.options.use_cache and key and not is_old:
+            await self._remotes.set(ask.remote, key, text)
 
     def _late(self, ask: Ask) -> str:
         said = f"there was no whole answer within {ask.options.timeout:g} s"
@@ -142,7 +156,7 @@ class Engine:
                 said = {"provider": plan.name, "model": plan.model, "error": str(error)}
                 ask.trace.failed.append(said)
                 if given.text:
-                    raise
+                    raise _broken_off(error, given.text) from error.__cause__
                 logger.info("%s failed: %s", plan.name, error)
                 attempts.failed(step.candidate, error, trio.current_time() - started)
 
@@ -203,16 +217,12 @@ class Engine:
     ) -> str:
         said, key = ask.settings, request_key(request)
         ask.trace.key = key_text(key, said.router_cache_key, base=said.router_cache_cid_base)
-        has_remote = ask.remote is not None and ask.options.use_cache
-        if has_remote:
+        if ask.remote is not None and ask.options.use_cache:
             found = await self._stored(router, ask, plan, request, given)
             if found is not None:
                 return found
         async with router.open(request) as answering:
-            text = await self._read(ask, plan, answering, given)
-        if has_remote:
-            await self._remotes.set(ask.remote, ask.trace.key, text)
-        return text
+            return await self._read(ask, plan, answering, given)
 
     async def _stored(
         self, router: Router, ask: Ask, plan: Plan, request: GenerateRequest, given: _Given
@@ -283,6 +293,13 @@ class _Given:
     @property
     def text(self) -> str:
         return "".join(self._texts)
+
+
+def _broken_off(error: GenerateError, text: str) -> GenerateError:
+    """The failure of an answer that had begun."""
+    if isinstance(error, RequestRejected | DeadlineExceeded | StreamInterrupted):
+        return error
+    return StreamInterrupted(str(error), partial=text)
 
 
 def _listed(reasons: Mapping[str, str]) -> str:

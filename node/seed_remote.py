@@ -14,8 +14,8 @@ logger = logging.getLogger(__name__)
 
 #: A thread cannot be cancelled; it is left to finish. (The type stubs know the older name only.)
 _LEAVE_BEHIND: dict[str, Any] = {"abandon_on_cancel": True}
-#: Calls of it at once.
-CALLS = 4
+#: Calls of it at once, and seconds that one may take.
+CALLS, WAIT = 4, 10.0
 
 
 class RemoteCaches:
@@ -36,9 +36,14 @@ class RemoteCaches:
 
     async def _call(self, call: Callable[[], Any]) -> Any:
         try:
-            return await trio.to_thread.run_sync(call, limiter=self._limiter, **_LEAVE_BEHIND)
+            with trio.move_on_after(WAIT):
+                return await trio.to_thread.run_sync(call, limiter=self._limiter, **_LEAVE_BEHIND)
+            self._failed(f"it did not answer within {WAIT:g} s")
         except Exception as error:  # Whatever it raises: told once, and then a miss.
-            log = logger.debug if self._told else logger.warning
-            self._told = True
-            log("the remote cache failed: %s: %s", type(error).__name__, error)
-            return None
+            self._failed(f"{type(error).__name__}: {error}")
+        return None
+
+    def _failed(self, reason: str) -> None:
+        log = logger.debug if self._told else logger.warning
+        self._told = True
+        log("the remote cache failed: %s", reason)

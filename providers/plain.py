@@ -120,7 +120,8 @@ class PlainProvider:
             return await trio.to_thread.run_sync(call, limiter=self._limiter, **_LEAVE_BEHIND)
         except GenerateError:
             raise
-        except Exception as error:  # Whatever it raises: to the caller it is a failed provider.
+        except (Exception, SystemExit, KeyboardInterrupt) as error:
+            # Whatever it raises: to the caller it is a failed provider.
             raise ProviderUnavailable(
                 f"{self.name} failed: {type(error).__name__}: {error}"
             ) from error

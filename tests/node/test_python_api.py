@@ -8,9 +8,9 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,15 @@ from promptmesh import (
     set_default_router_deps,
     stream_text,
 )
-from promptmesh.node import config
+from promptmesh.node import config, seed_remote
 from promptmesh.node.config_values import ConfigError
 from promptmesh.node.config_variables import router_variables
 from promptmesh.providers.base import (
+    Answering,
+    Chunk,
     DeadlineExceeded,
     GenerateRequest,
+    Origin,
     ProviderUnavailable,
     StreamInterrupted,
 )
@@ -198,6 +201,93 @@ def test_a_class_that_fails_is_told_of_with_its_reason(deps: RouterDeps) -> None
     assert "KeyError" in trace()["error"]
     with pytest.raises(RuntimeError, match="NoneType and no text"):
         generate_text("hi", provider_instance=type("N", (), {"generate": lambda s, p, **k: None})())
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), SystemExit(3), KeyboardInterrupt()])
+@pytest.mark.parametrize("where", ["factory", "generate", "open", "chunks"])
+def test_a_mistake_of_one_class_is_no_others_affair(
+    deps: RouterDeps, where: str, error: BaseException
+) -> None:
+    begun, over = threading.Event(), threading.Event()
+
+    class Waits:
+        def generate(self, prompt: str, **kwargs: Any) -> str:
+            begun.set()
+            assert over.wait(60)
+            return "done"
+
+    class Plain:
+        def generate(self, prompt: str, **kwargs: Any) -> str:
+            raise error
+
+    class Whole(Echo):
+        @asynccontextmanager
+        async def open(self, request: GenerateRequest) -> Any:  # type: ignore[override]
+            if where == "open":
+                raise error
+            yield Answering(Origin(), self.fail())
+
+        async def fail(self) -> AsyncIterator[Chunk]:
+            raise error
+            yield
+
+    def make() -> object:
+        if where == "factory":
+            raise error
+        return Plain() if where == "generate" else Whole()
+
+    name = next(names)
+    register_llm_provider(name, make)
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(generate_text, "hi", provider_instance=Waits())
+        assert begun.wait(60)
+        with pytest.raises(ProviderUnavailable, match=f"{name} .*{type(error).__name__}"):
+            generate_text("hi", provider=name)
+        over.set()
+        assert other.result(60) == "done"
+
+
+def test_a_class_that_breaks_off_has_not_answered(deps: RouterDeps) -> None:
+    class Breaks:
+        def generate(self, prompt: str, **kwargs: Any) -> str:
+            raise NotImplementedError
+
+        def stream(self, prompt: str, **kwargs: Any) -> Iterator[str]:
+            yield "Once"
+            raise OSError("the line is dead")
+
+    with pytest.raises(StreamInterrupted, match="the line is dead") as caught:
+        generate_text("hi", provider_instance=Breaks())
+    assert caught.value.partial == "Once"
+
+
+def test_what_a_provider_does_beside_is_done_once(deps: RouterDeps) -> None:
+    running: list[int] = []
+    both = threading.Barrier(3)
+    over = threading.Event()
+
+    class Works(Echo):
+        async def run(self) -> None:
+            running.append(1)
+            try:
+                await trio.sleep_forever()
+            finally:
+                running.pop()
+
+        @asynccontextmanager
+        async def open(self, request: GenerateRequest) -> Any:  # type: ignore[override]
+            await trio.to_thread.run_sync(both.wait, 60)
+            await trio.to_thread.run_sync(over.wait, 60)
+            async with super().open(request) as answering:
+                yield answering
+
+    works = Works()
+    with ThreadPoolExecutor(2) as pool:
+        calls = [pool.submit(generate_text, text, provider_instance=works) for text in "ab"]
+        both.wait(60)
+        assert len(running) == 1
+        over.set()
+        assert [call.result(60) for call in calls] == ["a", "b"]
 
 
 def test_a_class_with_stream_is_streamed(deps: RouterDeps) -> None:
@@ -523,6 +613,41 @@ def test_a_remote_cache_is_asked_and_told(deps: RouterDeps, tmp_path: Path) -> N
         assert generate_text("hi", provider=name, deps=other) == "own: hi 1"
         assert trace()["cache"] == "hit-remote"
         assert list(stream_text("hi", provider=name, deps=other)) == ["own: hi 1"]
+
+
+def test_a_remote_cache_that_hangs_is_a_miss(
+    deps: RouterDeps, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    over = threading.Event()
+
+    class Hangs:
+        def get(self, key: str) -> None:
+            over.wait(60)
+
+        def set(self, key: str, value: str) -> None:
+            over.wait(60)
+
+    monkeypatch.setattr(seed_remote, "WAIT", 0.1)
+    deps.remote_cache = Hangs()
+    try:
+        assert generate_text("a", provider=registered(Own())) == "own: a 1"
+    finally:
+        over.set()
+    assert "did not answer within 0.1 s" in caplog.text
+
+
+def test_a_remote_cache_that_hangs_keeps_no_answer_back(deps: RouterDeps) -> None:
+    over = threading.Event()
+
+    class Hangs(dict[str, str]):
+        def set(self, key: str, value: str) -> None:
+            over.wait(60)
+
+    deps.remote_cache = Hangs()
+    try:
+        assert generate_text("a", provider=registered(Own()), timeout=1) == "own: a 1"
+    finally:
+        over.set()
 
 
 def test_a_remote_cache_that_fails_is_a_miss(
