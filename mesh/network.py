@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from random import Random
 from typing import Any
 
 import trio
 
-from ..providers.base import Asked, EmbedRequest
+from ..providers.base import Asked, EmbedRequest, RequestRejected
 from .adverts import Advert
 from .dialing import Dialing
 from .frames import (
@@ -35,7 +35,7 @@ from .gossip import TWIN, Gossip
 from .liveness import Liveness
 from .peers import LATE, PeerTable
 from .pool import CONNECT, PeerAnswer, StreamPool
-from .protocol import PROTOCOL
+from .protocol import PROTOCOL, request_fault
 from .serving import Services, Serving
 from .transport import NotSpoken, PeerId, Transport, TransportError
 
@@ -51,6 +51,18 @@ EXPIRE_PERIOD = 1.0
 
 async def _nothing(peer: PeerId) -> None:
     await trio.lowlevel.checkpoint()
+
+
+@contextmanager
+def _blaming_no_peer(asked: Request) -> Iterator[None]:
+    """A peer resets the stream of a request that it may not take: the peer is not broken, then."""
+    try:
+        yield
+    except (TransportError, OverflowError) as error:
+        fault = request_fault(asked)
+        if not fault:
+            raise
+        raise RequestRejected(f"no peer can be sent this request: {fault}") from error
 
 
 class Network:
@@ -166,16 +178,18 @@ class Network:
 
         `connect` (s) limits the time until the request is sent. Raises `TransportError`,
         `RemoteProtocolError` and what the peer says, a `GenerateError`; here or from the chunks.
+        `RequestRejected` here is a request that no peer takes.
         """
         asked: Request = (
             Embed(request=request)
             if isinstance(request, EmbedRequest)
             else Generate(request=request)
         )
-        async with self._open_pool().ask(peer, asked, connect=connect) as stream:
-            answer = PeerAnswer(stream)
-            await answer.wait_head()
-            yield answer
+        with _blaming_no_peer(asked):
+            async with self._open_pool().ask(peer, asked, connect=connect) as stream:
+                answer = PeerAnswer(stream)
+                await answer.wait_head()
+                yield answer
 
     async def probe(self, peer: PeerId, question: AskLoads, *, limit: float) -> PresentLoads:
         """How busy the peer's providers are, if it says so within `limit` seconds.

@@ -153,6 +153,15 @@ class Exchange:
         return frames
 
 
+def request_fault(request: Request) -> str:
+    """Why this is no request that any peer takes; empty if it is one."""
+    try:
+        FrameDecoder(Request, MAX_REQUEST).feed(encode_value(request))
+    except (RemoteProtocolError, OverflowError, RecursionError) as error:
+        return str(error)
+    return ""
+
+
 class Asker(Exchange):
     """The end that opened the stream: sends requests, receives replies."""
 

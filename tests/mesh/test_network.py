@@ -1,7 +1,9 @@
 """Nodes over a network in memory: what one has, all can ask."""
 
+import json
 import logging
 from collections import Counter
+from typing import Any
 
 import pytest
 import trio
@@ -173,6 +175,22 @@ async def test_a_rejected_request_is_not_tried_elsewhere(
         assert type(error) is RequestRejected
         assert (error.message, error.field) == ("temperature must be below 2", "temperature")
     assert sum(len(p.requests) for p in providers) == 4
+
+
+@pytest.mark.parametrize(
+    "unknown",
+    [{"x": 2**64}, {"x": [0] * 20_000}, {"x": json.loads("[" * 99 + "]" * 99)}],
+    ids=["number", "list", "depth"],
+)
+async def test_a_request_that_cannot_be_sent_is_nobodys_fault_but_its_own(
+    autojump_clock: Clock, nursery: trio.Nursery, network: MemoryNetwork, unknown: dict[str, Any]
+) -> None:
+    a, _, _ = await three(nursery, network, FakeProvider("vllm"))
+    for _ in range(8):
+        error = await a.ask_raises(asking(extra=unknown))
+        assert type(error) is RequestRejected
+        assert error.message.startswith("no peer can be sent this request: ")
+    assert (await a.ask())[0] == "one two three"  # so nobody is left alone
 
 
 async def test_a_stale_peer_is_passed_over(
