@@ -1,114 +1,45 @@
 """`GeminiHttp` against the stub of the vendors, and against a server scripted byte by byte."""
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
-import msgspec
 import pytest
-import trio
 from fakes_gemini import answer, calls, detail, error, reply
-from fakes_http import (
-    Script,
-    ScriptedServer,
-    always,
-    event,
-    json_reply,
-    scripted_server,
-    streamed,
-)
+from fakes_http import always, event, json_reply, streamed
 from fakes_http import reply as http_reply
-from faults import PARTIAL, WHOLE
-from vendors import vendors
+from vendor_http import GEMINI, REQUEST, ask, asked
 
 from promptmesh.providers import gemini_http
 from promptmesh.providers.base import (
-    Completion,
     ContentFiltered,
-    ContextTooLong,
     EmbedRequest,
-    GenerateError,
     GenerateRequest,
     Health,
     Message,
     ModelOffer,
-    Origin,
-    Provider,
-    ProviderRefused,
     ProviderUnavailable,
     RequestRejected,
     Sampling,
-    StreamInterrupted,
     Text,
     Tool,
     ToolCall,
     Usage,
     floats,
 )
-from promptmesh.providers.gemini_http import GeminiHttp
 from promptmesh.providers.gemini_messages import NO_SIGNATURE
 from promptmesh.providers.gemini_settings import GeminiSettings
-from promptmesh.providers.registry import Runs
 from promptmesh.providers.tokens import CountsTokens, TokenCount
 
-KEY = "AIza-abcdef0123456789"
-REQUEST = GenerateRequest(
-    model="stub-model", messages=(Message(role="user", content=(Text(text="hi there"),)),)
-)
 
-
-@asynccontextmanager
-async def gemini(base_url: str, **fields: Any) -> AsyncIterator[GeminiHttp]:
-    values = {"name": "gemini", "base_url": base_url, "api_key": KEY} | fields
-    provider = GeminiHttp(GeminiSettings(**values))
-    try:
-        yield provider
-    finally:
-        await provider.aclose()
-
-
-@asynccontextmanager
-async def served(script: Script) -> AsyncIterator[tuple[ScriptedServer, GeminiHttp]]:
-    async with scripted_server(script) as server, gemini(server.origin) as provider:
-        yield server, provider
-
-
-async def ask(provider: Provider, request: GenerateRequest = REQUEST) -> Completion:
-    async with provider.open(request) as answering:
-        return await answering.completion()
-
-
-def asked(**fields: Any) -> GenerateRequest:
-    return msgspec.structs.replace(REQUEST, **fields)
-
-
-async def failure(mode: str) -> GenerateError:
-    async with vendors() as server, gemini(server.base(mode)) as provider:
-        with pytest.raises(GenerateError) as caught:
-            await ask(provider)
-    assert KEY not in caught.value.message
-    return caught.value
-
-
-async def test_an_answer() -> None:
-    async with vendors() as server, gemini(server.base()) as provider:
-        async with provider.open(REQUEST) as answering:
-            assert answering.origin == Origin(provider="gemini", model="stub-model")
-            assert await answering.completion() == Completion(
-                text=WHOLE,
-                finish_reason="stop",
-                usage=Usage(prompt_tokens=11, completion_tokens=5),
-            )
-        (seen,) = server.of("ok")
-    sent = seen.request
-    assert sent.path == "/m/ok/v1beta/models/stub-model:streamGenerateContent?alt=sse"
-    assert sent.headers["x-goog-api-key"] == KEY
-    assert KEY not in sent.path
-    assert "authorization" not in sent.headers
+async def test_what_is_asked() -> None:
+    async with GEMINI.at_stub() as (server, provider):
+        await ask(provider)
+    (seen,) = server.of("ok")
+    assert seen.request.path == "/m/ok/v1beta/models/stub-model:streamGenerateContent?alt=sse"
+    assert seen.request.headers["x-goog-api-key"] == GEMINI.key
 
 
 async def test_a_model_by_its_whole_name() -> None:
-    async with vendors() as server, gemini(server.base()) as provider:
+    async with GEMINI.at_stub() as (server, provider):
         await ask(provider, asked(model="models/stub-model"))
         (seen,) = server.of("ok")
     assert "/v1beta/models/stub-model:" in seen.request.path
@@ -116,7 +47,7 @@ async def test_a_model_by_its_whole_name() -> None:
 
 async def test_the_name_of_a_model_does_not_change_the_place() -> None:
     request = asked(model="../x?a=b#c")
-    async with served(always(streamed(answer("a")))) as (server, provider):
+    async with GEMINI.scripted(always(streamed(answer("a")))) as (server, provider):
         await ask(provider, request)
     path = server.requests[0].path
     assert path == "/v1beta/models/..%2Fx%3Fa%3Db%23c:streamGenerateContent?alt=sse"
@@ -124,7 +55,7 @@ async def test_the_name_of_a_model_does_not_change_the_place() -> None:
 
 async def test_options() -> None:
     extra = {"thinking_budget": 0, "user": "of no importance", "seed": None}
-    async with served(always(streamed(answer("a")))) as (server, provider):
+    async with GEMINI.scripted(always(streamed(answer("a")))) as (server, provider):
         await ask(provider, asked(extra=extra))
         with pytest.raises(RequestRejected, match="did you mean 'thinking_budget'") as caught:
             await ask(provider, asked(extra={"thinking_budge": 0}))
@@ -134,7 +65,7 @@ async def test_options() -> None:
 
 
 async def test_no_answer_is_continued() -> None:
-    async with gemini("http://127.0.0.1:9") as provider:
+    async with GEMINI.at("http://127.0.0.1:9") as provider:
         with pytest.raises(ProviderUnavailable, match="cannot continue"):
             await ask(provider, asked(prefix="Once"))
 
@@ -142,61 +73,9 @@ async def test_no_answer_is_continued() -> None:
 # --- failures ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("mode", "kind", "said"),
-    [
-        ("e400", RequestRejected, "a field that is wrong"),
-        ("badkey", ProviderRefused, "GEMINI_API_KEY"),
-        ("e401", ProviderRefused, "GEMINI_API_KEY"),
-        ("e402", ProviderRefused, "no credit left"),
-        ("e403", ProviderRefused, "may this key use this model"),
-        ("e404", ProviderRefused, "does not exist"),
-        ("e429", ProviderRefused, "Rate limit"),
-        ("e500", ProviderUnavailable, "500"),
-        ("e503", ProviderUnavailable, "503"),
-        ("context", ContextTooLong, "too long"),
-        ("html", ProviderUnavailable, "502"),
-        ("badjson", ProviderUnavailable, "cannot be read"),
-        ("empty", ProviderUnavailable, "empty answer"),
-        ("drop", StreamInterrupted, "broke off"),
-        ("reset", StreamInterrupted, "broke off"),
-        ("streamerr", StreamInterrupted, "the engine has died"),
-    ],
-)
-async def test_failures(mode: str, kind: type[GenerateError], said: str) -> None:
-    found = await failure(mode)
-    assert type(found) is kind
-    assert said in found.message
-    if kind is StreamInterrupted:
-        assert found.partial == PARTIAL
-
-
-async def test_how_long_to_wait() -> None:
-    assert (await failure("e429-7")).retry_after == 7
-    assert (await failure("e429")).retry_after == 2
-    assert (await failure("e503-3")).retry_after == 3
-
-
-@pytest.mark.parametrize(("mode", "reason"), [("truncate", "length"), ("filter", "content_filter")])
-async def test_an_answer_that_was_cut_says_so(mode: str, reason: str) -> None:
-    async with vendors() as server, gemini(server.base(mode)) as provider:
-        found = await ask(provider)
-    assert (found.text, found.finish_reason) == (PARTIAL, reason)
-
-
-async def test_who_leaves_stops_the_work() -> None:
-    async with vendors() as server, gemini(server.base("stall")) as provider:
-        async with provider.open(REQUEST) as answering:
-            assert (await anext(answering.chunks)).text == PARTIAL
-        (seen,) = server.of("stall")
-        with trio.fail_after(5):
-            await seen.over.wait()
-    assert seen.left
-
-
 async def test_a_blocked_prompt() -> None:
     blocked = streamed(event({"promptFeedback": {"blockReason": "SAFETY"}}))
-    async with served(always(blocked)) as (_, provider):
+    async with GEMINI.scripted(always(blocked)) as (_, provider):
         with pytest.raises(ContentFiltered, match="blocked the prompt"):
             await ask(provider)
 
@@ -206,7 +85,7 @@ async def test_a_blocked_prompt() -> None:
 
 async def test_a_signature_goes_back_with_its_call() -> None:
     first = streamed(event(reply(calls("now", "signed", id="c1"), finish="STOP")))
-    async with served(always(first)) as (server, provider):
+    async with GEMINI.scripted(always(first)) as (server, provider):
         told = await ask(provider)
         turns = (
             *REQUEST.messages,
@@ -233,7 +112,7 @@ async def test_a_model_that_wants_signatures_is_asked_again_with_one() -> None:
     call = Message(role="assistant", tool_calls=(ToolCall(id="c1", name="now", arguments="{}"),))
     result = Message(role="tool", content=(Text(text="noon"),), tool_call_id="c1")
     request = GenerateRequest(model="m", messages=(*REQUEST.messages, call, result))
-    async with served(script) as (server, provider):
+    async with GEMINI.scripted(script) as (server, provider):
         assert (await ask(provider, request)).text == "noon"
         await ask(provider, request)
     sent = [r.json["contents"][1]["parts"][0].get("thoughtSignature") for r in server.requests]
@@ -250,7 +129,7 @@ async def test_a_model_that_refuses_to_think_less_is_asked_again_as_it_likes() -
             await side.send(streamed(answer("noon")))
 
     request = asked(sampling=Sampling(max_tokens=9))
-    async with served(script) as (server, provider):
+    async with GEMINI.scripted(script) as (server, provider):
         assert (await ask(provider, request)).text == "noon"
         await ask(provider, request)
     sent = [r.json["generationConfig"].get("thinkingConfig") for r in server.requests]
@@ -261,7 +140,7 @@ async def test_a_model_that_refuses_to_think_less_is_asked_again_as_it_likes() -
 
 
 async def test_models() -> None:
-    async with vendors() as server, gemini(server.base()) as provider:
+    async with GEMINI.at_stub() as (server, provider):
         assert provider.models() == ()
         assert await provider.check() == Health()
         assert provider.models()[0] == ModelOffer(
@@ -272,13 +151,12 @@ async def test_models() -> None:
             egress=True,
         )
         assert [offer.id for offer in provider.models()] == ["stub-model", "stub-model-mini"]
-        assert server.requests[0].headers["x-goog-api-key"] == KEY
+        assert server.requests[0].headers["x-goog-api-key"] == GEMINI.key
         assert not server.seen
 
 
-async def test_configured_models() -> None:
-    named = {"models": ("stub-model-mini", "hidden")}
-    async with vendors() as server, gemini(server.base(), **named) as provider:
+async def test_what_is_known_of_configured_models() -> None:
+    async with GEMINI.at_stub(models=("stub-model-mini", "hidden")) as (_, provider):
         assert [offer.context_length for offer in provider.models()] == [None, None]
         await provider.check()
         found = {offer.id: offer.context_length for offer in provider.models()}
@@ -309,7 +187,7 @@ LIST = {
 
 
 async def test_what_models_are_for() -> None:
-    async with served(always(json_reply(200, LIST))) as (_, provider):
+    async with GEMINI.scripted(always(json_reply(200, LIST))) as (_, provider):
         await provider.check()
         found = [(o.id, o.tasks, o.context_length, o.tools) for o in provider.models()]
     assert found == [
@@ -319,34 +197,21 @@ async def test_what_models_are_for() -> None:
     ]
 
 
-@pytest.mark.parametrize("body", [b"[]", b"no", b'{"models": [{"name": 5}]}', b'{"models": 7}'])
-async def test_a_list_that_cannot_be_read(body: bytes) -> None:
-    async with served(always(http_reply(200, body))) as (_, provider):
-        assert (await provider.check()).state == "unavailable"
-
-
 async def test_a_key_that_is_not_valid() -> None:
     reason = detail("ErrorInfo", reason="API_KEY_INVALID")
-    body = error(400, f"API key not valid: {KEY}", "INVALID_ARGUMENT", reason)
-    async with served(always(json_reply(400, body))) as (_, provider):
+    body = error(400, f"API key not valid: {GEMINI.key}", "INVALID_ARGUMENT", reason)
+    async with GEMINI.scripted(always(json_reply(400, body))) as (_, provider):
         found = await provider.check()
     assert found.state == "unavailable"
     assert "GEMINI_API_KEY" in found.hint
-    assert KEY not in found.reason
-
-
-async def test_a_server_that_is_not_there() -> None:
-    async with gemini("http://127.0.0.1:9") as provider:
-        found = await provider.check()
-        assert (found.state, "refused" in found.reason) == ("unavailable", True)
-        assert isinstance(provider, Runs)
+    assert GEMINI.key not in found.reason
 
 
 # --- tokens --------------------------------------------------------------------------------------
 
 
 async def test_tokens_are_counted_for_nothing() -> None:
-    async with vendors() as server, gemini(server.base()) as provider:
+    async with GEMINI.at_stub() as (server, provider):
         assert isinstance(provider, CountsTokens)
         assert await provider.count_tokens(REQUEST) == TokenCount(11, True)
         (sent,) = server.requests
@@ -362,7 +227,7 @@ async def test_tokens_are_counted_for_nothing() -> None:
 
 @pytest.mark.parametrize("body", [b"{}", b"no", b'{"totalTokens": -1}', b'{"totalTokens": "9"}'])
 async def test_a_count_that_is_none(body: bytes) -> None:
-    async with served(always(http_reply(200, body))) as (_, provider):
+    async with GEMINI.scripted(always(http_reply(200, body))) as (_, provider):
         with pytest.raises(ProviderUnavailable, match="counted no tokens"):
             await provider.count_tokens(REQUEST)
 
@@ -380,7 +245,7 @@ async def test_embeddings_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
             await side.send(json_reply(200, {"embeddings": vectors}))
 
     request = EmbedRequest(model="e", inputs=("a", "bb", "eight888"), dimensions=2)
-    async with served(script) as (server, provider):
+    async with GEMINI.scripted(script) as (server, provider):
         found = await provider.embed(request)
     assert [floats(each.vector) for each in found] == [(1.0, 0.5), (2.0, 0.5), (8.0, 0.5)]
     assert found[2].usage == Usage(prompt_tokens=2, exact=False)
@@ -405,13 +270,13 @@ async def test_embeddings_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 async def test_embeddings_that_are_none(body: Any) -> None:
     request = EmbedRequest(model="e", inputs=("a",))
-    async with served(always(json_reply(200, body))) as (_, provider):
+    async with GEMINI.scripted(always(json_reply(200, body))) as (_, provider):
         with pytest.raises(ProviderUnavailable, match="sent no embeddings"):
             await provider.embed(request)
 
 
 async def test_embeddings_of_tokens() -> None:
-    async with gemini("http://127.0.0.1:9") as provider:
+    async with GEMINI.at("http://127.0.0.1:9") as provider:
         with pytest.raises(ProviderUnavailable, match="not of tokens"):
             await provider.embed(EmbedRequest(model="e", inputs=((1, 2),)))
 
@@ -445,8 +310,8 @@ def test_where() -> None:
 
 
 def test_a_key_is_not_shown() -> None:
-    said = settings(api_key=KEY, environment={"GEMINI_API_KEY": KEY})
-    assert KEY not in repr(said)
+    said = settings(api_key=GEMINI.key, environment={"GEMINI_API_KEY": GEMINI.key})
+    assert GEMINI.key not in repr(said)
     with pytest.raises(ValueError, match="no key has") as caught:
         _ = settings(api_key="two words").key
     assert "two words" not in str(caught.value)
