@@ -491,9 +491,10 @@ def test_a_cut_answer_is_no_answer(deps: RouterDeps, openrouter: Vendor) -> None
 
 
 def test_a_call_ends_after_its_timeout(deps: RouterDeps, openrouter: Vendor) -> None:
+    generate_text("a", provider="openrouter")  # what is opened once takes time of its own
     openrouter.hang = True
-    with pytest.raises(RuntimeError, match=r"no whole answer within 0\.5 s"):
-        generate_text("a b", provider="openrouter", timeout=0.5)
+    with pytest.raises(RuntimeError, match=r"no whole answer within 2 s"):
+        generate_text("a b", provider="openrouter", timeout=2)
     assert openrouter.left.wait(60)
 
 
@@ -506,8 +507,9 @@ def test_what_came_before_the_timeout_is_in_the_error(deps: RouterDeps) -> None:
 
         def stream(self, prompt: str, **kwargs: Any) -> Iterator[str]:
             yield "Once"
-            over.wait(60)
+            over.wait()
 
+    generate_text("a", provider="echo")  # what is opened once takes time of its own
     with pytest.raises(DeadlineExceeded) as caught:
         generate_text("a", provider_instance=Stalls(), timeout=2)
     over.set()
@@ -560,11 +562,11 @@ async def test_cancelled_calls_leave_nothing_behind(deps: RouterDeps, openrouter
 
     most = 1000
     await many(range(20))
-    await until(settled, "the server sees that they left", 30)
+    await until(settled, "the server sees that they left")
     most = open_files() + 5
     for start in range(20, 220, 20):
         await many(range(start, start + 20))
-    await until(settled, "no connection is left open", 30)
+    await until(settled, "no connection is left open")
     openrouter.hang = False
     assert await agenerate_text("a b", provider="openrouter") == "b a "
 
@@ -813,11 +815,12 @@ def test_a_folder_that_cannot_be_used_costs_only_the_cache(
 def test_many_threads_at_once(deps: RouterDeps) -> None:
     own = Own()
     name = registered(own)
+    before = threading.active_count()
     with ThreadPoolExecutor(16) as pool:
         texts = list(pool.map(lambda n: generate_text(f"q{n % 40}", provider=name), range(200)))
     assert [text.split()[1] for text in texts] == [f"q{n % 40}" for n in range(200)]
     assert len(own.calls) == 40, "each was asked once"
-    assert threading.active_count() < 40
+    assert threading.active_count() < before + 40
 
 
 def test_within_a_running_asyncio_loop(deps: RouterDeps) -> None:
@@ -848,12 +851,12 @@ async def test_within_trio(deps: RouterDeps) -> None:
 
 async def test_a_cancelled_trio_task_stops_the_work(deps: RouterDeps, openrouter: Vendor) -> None:
     openrouter.hang = True
-    with trio.fail_after(30):
+    with trio.fail_after(180):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(agenerate_text, "a b")
-            await trio.to_thread.run_sync(openrouter.begun.wait, 10)
+            assert await trio.to_thread.run_sync(openrouter.begun.wait, 60)
             nursery.cancel_scope.cancel()
-        assert await trio.to_thread.run_sync(openrouter.left.wait, 10)
+        assert await trio.to_thread.run_sync(openrouter.left.wait, 60)
 
 
 def test_a_cancelled_asyncio_task_stops_the_work(deps: RouterDeps, openrouter: Vendor) -> None:
@@ -861,11 +864,11 @@ def test_a_cancelled_asyncio_task_stops_the_work(deps: RouterDeps, openrouter: V
 
     async def program() -> None:
         task = asyncio.ensure_future(agenerate_text("a b"))
-        assert await asyncio.to_thread(openrouter.begun.wait, 10)
+        assert await asyncio.to_thread(openrouter.begun.wait, 60)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert await asyncio.to_thread(openrouter.left.wait, 10)
+        assert await asyncio.to_thread(openrouter.left.wait, 60)
 
     asyncio.run(program())
 
@@ -876,27 +879,29 @@ async def test_a_stream_that_is_left_stops_the_work(deps: RouterDeps, openrouter
         async for piece in pieces:
             assert piece.startswith("b")
             break
-    assert await trio.to_thread.run_sync(openrouter.left.wait, 10)
+    assert await trio.to_thread.run_sync(openrouter.left.wait, 60)
     openrouter.left.clear()
     stream = stream_text("a c")
     assert next(stream).startswith("c")
     del stream
     gc.collect()
-    assert await trio.to_thread.run_sync(openrouter.left.wait, 10)
+    assert await trio.to_thread.run_sync(openrouter.left.wait, 60)
 
 
 def test_closing_cancels_what_runs_and_a_later_call_begins_anew(
     deps: RouterDeps, openrouter: Vendor
 ) -> None:
     openrouter.hang = True
+    others = set(threading.enumerate())
     with ThreadPoolExecutor(1) as pool:
         call = pool.submit(generate_text, "a b", provider="openrouter")
         assert openrouter.begun.wait(60)
         deps.close()
         with pytest.raises(RuntimeError):
-            call.result(10)
+            call.result(60)
     assert openrouter.left.wait(60)
-    assert not [t for t in threading.enumerate() if t.name == "promptmesh"]
+    left = set(threading.enumerate()) - others
+    assert not [thread for thread in left if thread.name == "promptmesh"]
     openrouter.hang = False
     assert generate_text("a b", provider="openrouter") == "b a "
 

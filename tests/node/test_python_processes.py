@@ -20,14 +20,14 @@ def environment(tmp_path: Path, **more: str) -> dict[str, str]:
 
 
 def run(tmp_path: Path, code: str, **more: str) -> str:
-    """What a program prints. It must end well within a minute."""
+    """What a program prints. It must end."""
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", textwrap.dedent(code)],
         env=environment(tmp_path, **more),
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert not done.stderr, done.stderr
@@ -134,14 +134,14 @@ def test_ctrl_c_cancels_the_work(tmp_path: Path) -> None:
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            assert server.begun.wait(30)
+            assert server.begun.wait(120)
             process.send_signal(signal.SIGINT)
             assert process.stdout.readline() == "stopped\n"
             # The program lives on, and the work does not.
             assert server.left.wait(60)
             process.stdin.write("\n")
             process.stdin.flush()
-            assert process.wait(30) == 0
+            assert process.wait(120) == 0
         finally:
             process.kill()
             process.communicate()

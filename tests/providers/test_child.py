@@ -26,6 +26,8 @@ from promptmesh.providers.child import (
 from promptmesh.providers.private_folder import private_folder
 
 BARE: Mapping[str, str] = {"PATH": os.environ["PATH"]}
+#: Seconds after which something does not come.
+PATIENCE = 60.0
 
 
 def program(source: str) -> list[str]:
@@ -35,8 +37,13 @@ def program(source: str) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No descriptor and no folder outlives a test; folders are made in one of its own."""
+    """No descriptor and no folder outlives a test; folders are made in one of its own.
+
+    What ends by itself may take long where the processors are busy.
+    """
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(child_module, "KILL_GRACE", PATIENCE)
+    monkeypatch.setattr(child_module, "LAST_WORDS", PATIENCE)
     before = os.listdir("/proc/self/fd") if os.path.isdir("/proc") else []
     yield
     after = os.listdir("/proc/self/fd") if os.path.isdir("/proc") else []
@@ -62,13 +69,13 @@ def runs(pid: int) -> bool:
 
 
 async def is_over(pid: int) -> None:
-    with trio.fail_after(10):
+    with trio.fail_after(PATIENCE):
         while runs(pid):  # noqa: ASYNC110 (it is no child of this process)
             await trio.sleep(0.01)
 
 
 async def told(child: Child) -> bytes:
-    with trio.fail_after(10):
+    with trio.fail_after(PATIENCE):
         line = await child.line()
     assert line is not None
     return line
@@ -93,7 +100,7 @@ async def test_one_that_stays_is_sent_line_after_line() -> None:
             child.send(b"%d\n" % number)
             assert await told(child) == b"%d" % number
         child.close_input()
-        with trio.fail_after(10):
+        with trio.fail_after(PATIENCE):
             assert await child.line() is None
             assert await child.ended() == 0
         child.send(b"to nobody\n")
@@ -145,7 +152,7 @@ FAMILY = """
 
 
 async def test_one_that_ignores_everything_is_gone_within_3_s() -> None:
-    with trio.fail_after(30):
+    with trio.fail_after(PATIENCE):
         async with private_folder() as folder, open_child(program(DEAF), BARE, folder) as child:
             assert await told(child) == b"up"
             started = trio.current_time()
@@ -174,7 +181,7 @@ async def test_what_a_child_leaves_behind_is_ended_with_it() -> None:
     """)
     async with private_folder() as folder, open_child(leaves, BARE, folder) as child:
         grandchild = int(await told(child))
-        with trio.fail_after(10):
+        with trio.fail_after(PATIENCE):
             assert await child.line() is None  # the grandchild held the pipe
             assert await child.ended() == 7
     await is_over(grandchild)
@@ -186,18 +193,23 @@ async def test_a_pipe_that_is_held_elsewhere_is_not_waited_for(
     monkeypatch.setattr(child_module, "LAST_WORDS", 0.1)
     escapes = program("""
         import os, time
+        here, there = os.pipe()
         if os.fork() == 0:
             os.setsid()
             print(os.getpid(), flush=True)
+            os.close(there)
             time.sleep(1000)
-        time.sleep(0.2)
+        os.close(there)
+        os.read(here, 1)
         print("bye", flush=True)
+        os.read(0, 1)
     """)
     async with private_folder() as folder, open_child(escapes, BARE, folder) as child:
         other = int(await told(child))
         try:
-            with trio.fail_after(10):
+            with trio.fail_after(PATIENCE):
                 assert await child.line() == b"bye"
+                child.send(b"x")
                 assert await child.line() is None
         finally:
             os.kill(other, signal.SIGKILL)
@@ -210,9 +222,9 @@ async def test_a_slow_reader_loses_nothing_of_one_that_has_ended(
     monkeypatch.setattr(child_module, "LAST_WORDS", 0.0)
     talks = program("for number in range(1000): print(number)")
     async with private_folder() as folder, open_child(talks, BARE, folder, text=b"") as child:
-        with trio.fail_after(10):
+        with trio.fail_after(PATIENCE):
             await child._process.wait()
-        monkeypatch.setattr(child_module, "LAST_WORDS", 5.0)
+        monkeypatch.setattr(child_module, "LAST_WORDS", PATIENCE)
         assert [int(line) async for line in child] == list(range(1000))
 
 
@@ -221,7 +233,7 @@ async def test_one_that_closes_its_output_early_is_not_waited_for(
 ) -> None:
     monkeypatch.setattr(child_module, "LAST_WORDS", 0.1)
     closes = program("import os, time\nos.close(1)\ntime.sleep(1000)")
-    with trio.fail_after(10):
+    with trio.fail_after(PATIENCE):
         async with private_folder() as folder, open_child(closes, BARE, folder) as child:
             assert await child.line() is None
             assert await child.ended() is None
@@ -237,7 +249,7 @@ async def test_floods_are_bounded() -> None:
         threading.Thread(target=pour, args=(2,), daemon=True).start()
         pour(1)
     """)
-    with trio.fail_after(30):
+    with trio.fail_after(PATIENCE):
         async with (
             private_folder() as folder,
             open_child(floods, BARE, folder, max_line=200_000) as child,
@@ -263,7 +275,7 @@ async def test_a_long_line_that_arrives_with_its_end_is_too_long_all_the_same() 
 
 async def test_one_that_never_reads_is_told_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(child_module, "MAX_QUEUED", 1 << 20)
-    with trio.fail_after(30):
+    with trio.fail_after(PATIENCE):
         async with (
             private_folder() as folder,
             open_child(program("import time; time.sleep(1000)"), BARE, folder) as child,
@@ -281,7 +293,7 @@ async def test_the_end_of_its_complaints_is_kept() -> None:
         sys.stderr.buffer.write(b"\\xff")
     """)
     async with private_folder() as folder, open_child(complains, BARE, folder) as child:
-        with trio.fail_after(10):
+        with trio.fail_after(PATIENCE):
             assert await child.line() is None
             assert await child.ended() == 0
     assert "first" not in child.errors
@@ -339,7 +351,7 @@ async def test_many_at_once_leave_nothing() -> None:
                 await child.line()
 
     pids: list[int] = []
-    with trio.fail_after(30):
+    with trio.fail_after(PATIENCE):
         async with trio.open_nursery() as nursery:
             for _ in range(20):
                 nursery.start_soon(one)
@@ -350,7 +362,7 @@ async def test_a_short_command_is_run_to_its_end() -> None:
     command = program("import sys; print('1.2'); print('!', file=sys.stderr); sys.exit(3)")
     assert await run_briefly(command, BARE) == (3, "1.2\n", "!\n")
     endless = program("while True: print('x' * 1000)")
-    with trio.fail_after(30):
+    with trio.fail_after(PATIENCE):
         code, output, _ = await run_briefly(endless, BARE)
     assert code is None
     assert KEPT_ERRORS < len(output) < 2 * KEPT_ERRORS
@@ -359,7 +371,7 @@ async def test_a_short_command_is_run_to_its_end() -> None:
 async def test_it_gives_bytes_that_are_counted_and_not_ended() -> None:
     wrote = program("import sys; sys.stdout.write('5\\nab\\ncd7\\nrest')")
     async with private_folder() as folder, open_child(wrote, BARE, folder, text=b"") as child:
-        with trio.fail_after(10):
+        with trio.fail_after(PATIENCE):
             assert await child.line() == b"5"
             assert await child.exactly(5) == b"ab\ncd"
             assert await child.line() == b"7"

@@ -22,7 +22,10 @@ from promptmesh.providers.hf_start import numerics, working_engine
 from promptmesh.providers.hf_weights import Notebook
 
 #: Seconds after which a token that does not come is an error. Milliseconds are usual.
-PATIENCE = 20
+PATIENCE = 120
+
+#: Tokens of an answer that is not done when the test comes to it, however late that is.
+LONG = 2000
 
 
 def loaded(folder: Path, **fields: Any) -> LoadedModel:
@@ -32,7 +35,7 @@ def loaded(folder: Path, **fields: Any) -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("hf") / "tiny")
+    return make_tiny_model(tmp_path_factory.mktemp("hf") / "tiny", context=2 * LONG)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +133,7 @@ def test_penalties_see_what_was_generated(either: Engine) -> None:
 
 
 def test_a_cancelled_job_hears_nothing_more_and_makes_nothing_more(either: Engine) -> None:
-    asked = Asked(either, PROMPTS[0], limit=200)
+    asked = Asked(either, PROMPTS[0], limit=LONG)
     asked.next()
     either.cancel(asked.job)
     heard = asked.deliveries.qsize()
@@ -138,7 +141,8 @@ def test_a_cancelled_job_hears_nothing_more_and_makes_nothing_more(either: Engin
     for prompt in PROMPTS:
         Asked(either, prompt, limit=20).ended()
     assert asked.deliveries.qsize() == heard
-    assert either.tokens < 6 * 20 + heard + 5
+    # The loop may be ahead of what is handed over.
+    assert either.tokens < 6 * 20 + heard + LONG / 4
     either.cancel(asked.job)  # again, to no effect
 
 
@@ -158,12 +162,14 @@ def test_a_job_may_be_cancelled_by_its_own_taker(either: Engine) -> None:
 
 def test_a_job_that_waits_can_be_cancelled(model: LoadedModel) -> None:
     with closing(BatchEngine(model, max_batch=1)) as engine:
-        running = Asked(engine, PROMPTS[0], limit=100)
+        running = Asked(engine, PROMPTS[0], limit=LONG)
         running.next()
         waiting = Asked(engine, PROMPTS[1], limit=100)
         after = Asked(engine, PROMPTS[2], limit=2)
         engine.cancel(waiting.job)
-        assert running.ended().end == after.ended().end == "length"
+        assert running.next().end == ""
+        engine.cancel(running.job)
+        assert after.ended().end == "length"
         assert waiting.deliveries.empty()
 
 
@@ -223,7 +229,7 @@ def test_a_row_that_cannot_be_drawn_fails_alone(either: Engine) -> None:
 
 
 def test_a_closed_engine_fails_what_runs_and_takes_no_more(either: Engine) -> None:
-    running = Asked(either, PROMPTS[0], limit=200)
+    running = Asked(either, PROMPTS[0], limit=LONG)
     running.next()
     either.close()
     assert running.ended().end == "failed"

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,10 @@ def test_it_knows_the_capital_of_france(host: Hosted) -> None:
     assert completion.finish_reason == "stop"
     assert (completion.usage.prompt_tokens, completion.usage.completion_tokens) == (37, 8)
     assert "".join(pieces) == completion.text
-    assert pieces[:2] == ["The", " capital"]
+    # Tokens that come while this process waits its turn are one piece.
+    assert len(pieces) > 2
+    words = ["The", " capital", " of", " France", " is", " Paris", "."]
+    assert {*accumulate(map(len, pieces))} <= {*accumulate(map(len, words))}
 
 
 def test_it_counts_the_tokens_of_a_prompt(host: Hosted) -> None:
@@ -113,14 +117,18 @@ def test_leaving_frees_the_model_and_killing_it_is_survived(host: Hosted) -> Non
         before = host.provider.stats()
         async with host.provider.open(request) as answering:
             await anext(answering.chunks)
+        while host.provider.stats()["cancelled"] == before["cancelled"]:  # noqa: ASYNC110 - no event
+            await trio.sleep(0.05)
+        freed = host.provider.stats()
         # A step takes 50 ms here: what still ran would be seen.
         await trio.sleep(2.5)
         after = host.provider.stats()
+        assert after["tokens"] - freed["tokens"] < 10
         return {field: after[field] - before[field] for field in after}
 
     change = host.run(leave)
     assert (change["cancelled"], change["active"]) == (1, 0)
-    assert change["tokens"] < 10
+    assert change["tokens"] < 400
 
     async def kill() -> str:
         request = chat(NAME, "What is the capital of France?", temperature=0, max_tokens=40)
@@ -139,14 +147,14 @@ def test_leaving_frees_the_model_and_killing_it_is_survived(host: Hosted) -> Non
 
 def test_get_model_finds_what_is_there_at_once(host: Hosted, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "get-model")]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)
     assert found.stdout == f".models/{NAME}\n"
     assert found.stderr == ""
-    elsewhere = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    elsewhere = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=180)
     assert elsewhere.stdout == f"{FOLDER}\n"
     half = tmp_path / "half"
     half.mkdir()
-    refused = subprocess.run([*command, str(half)], capture_output=True, text=True, timeout=60)
+    refused = subprocess.run([*command, str(half)], capture_output=True, text=True, timeout=180)
     assert refused.returncode == 1
     assert "not the whole model" in refused.stderr
     assert refused.stdout == ""

@@ -72,7 +72,10 @@ async def test_a_worker_ends_when_its_input_does(monkeypatch: pytest.MonkeyPatch
     worker.send(Cancel(call=1))  # to nobody: it is lost
 
 
-async def test_a_worker_that_listens_to_nothing_is_killed_in_time() -> None:
+async def test_a_worker_that_listens_to_nothing_is_killed_in_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hf_process, "KILL_GRACE", math.inf)
     with trio.fail_after(60):
         async with open_worker(DEAF, {}, ignore) as worker:
             await worker._stdout.receive_some(2)
