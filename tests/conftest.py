@@ -12,6 +12,33 @@ settings.register_profile(
 )
 settings.load_profile("promptmesh")
 
+#: Short limits of the product: how long another process or a server may take to do its part.
+LIMITS = (
+    "child.KILL_GRACE",
+    "child.LAST_WORDS",
+    "codex_answer.INTERRUPT_GRACE",
+    "copilot_session.ABORT_TIME",
+    "http_pool.FINISH_TIME",
+    "https_pool.FINISH_TIME",
+    "local_servers.TIME",
+    "model_list.CHECK_TIME",
+    "server_tokens.TIME",
+)
+#: Seconds.
+PATIENCE = 60.0
+
+
+@pytest.fixture(autouse=True)
+def patience(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the real clock nothing that a provider asks is late: a busy machine is no defect.
+
+    A test of such a limit has a clock of its own, or sets the limit.
+    """
+    own_clock = {"autojump_clock", "mock_clock"} & {*request.fixturenames}
+    if request.path.parent.name == "providers" and not own_clock:
+        for limit in LIMITS:
+            monkeypatch.setattr(f"promptmesh.providers.{limit}", PATIENCE)
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(

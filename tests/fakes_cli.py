@@ -14,6 +14,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from ports import free_port
+
 from promptmesh.node.cli import main
 from promptmesh.node.home import Home
 
@@ -52,7 +54,7 @@ class FakeNode:
         class Handler(_Handler):
             fake = node
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = ThreadingHTTPServer(("127.0.0.1", free_port()), Handler)
         self.http = f"127.0.0.1:{self._server.server_address[1]}"
 
     @contextlib.contextmanager

@@ -24,6 +24,7 @@ from fakes_http import (
     json_reply,
     streamed,
 )
+from ports import listener_on_loopback
 
 OAUTH = "oauth2.googleapis.com"
 _SCOPE = "https://www.googleapis.com/auth/cloud-platform"
@@ -99,7 +100,7 @@ class Google(ScriptedServer):
 @asynccontextmanager
 async def google(folder: Path) -> AsyncIterator[Google]:
     """It, while inside."""
-    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    listener = await listener_on_loopback()
     server = Google(listener.socket.getsockname()[1], folder)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(trio.serve_listeners, server.serve, [listener])

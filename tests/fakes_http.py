@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any, NamedTuple
 
 import trio
+from ports import listener_on_loopback
 
 
 class Received(NamedTuple):
@@ -131,7 +132,7 @@ async def scripted_server(*scripts: Script, limit: float = 60) -> AsyncIterator[
 
     A script that raises fails the test, and so does one that takes longer than `limit` (s).
     """
-    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    listener = await listener_on_loopback()
     server = ScriptedServer(listener.socket.getsockname()[1])
 
     async def handle(stream: trio.abc.Stream) -> None:

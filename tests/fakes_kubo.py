@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import trio
+from ports import listener_on_loopback
 
 from promptmesh.cache.blocks import MemoryBlocks
 from promptmesh.cache.kubo import KuboError
@@ -27,9 +28,9 @@ class ScriptedKubo:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         async with trio.open_nursery() as nursery:
-            listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
-            self.api = f"/ip4/127.0.0.1/tcp/{listeners[0].socket.getsockname()[1]}"
-            nursery.start_soon(trio.serve_listeners, self._serve, listeners)
+            listener = await listener_on_loopback()
+            self.api = f"/ip4/127.0.0.1/tcp/{listener.socket.getsockname()[1]}"
+            nursery.start_soon(trio.serve_listeners, self._serve, [listener])
             yield
             nursery.cancel_scope.cancel()
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from ports import free_port
+
 
 @dataclass
 class Vendor:
@@ -105,7 +107,7 @@ def vendor() -> Iterator[Vendor]:
     """Such a server while inside."""
     state = Vendor()
     handler = type("Handler", (_Handler,), {"vendor": state})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server = ThreadingHTTPServer(("127.0.0.1", free_port()), handler)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()

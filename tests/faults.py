@@ -35,6 +35,7 @@ from fakes_http import (
     reply,
     streamed,
 )
+from ports import listener_on_loopback
 
 #: What an answer says before its fault, where it says anything.
 PARTIAL = "Once upon"
@@ -327,7 +328,7 @@ FAULTS: dict[str, Strike] = {
 @asynccontextmanager
 async def fault_backend(tls: ssl.SSLContext | None = None) -> AsyncIterator[FaultBackend]:
     """A `FaultBackend` on a free port, which speaks TLS if it has a context for that."""
-    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    listener = await listener_on_loopback()
     backend = FaultBackend(listener.socket.getsockname()[1], scheme="https" if tls else "http")
     door = trio.SSLListener(listener, tls, https_compatible=True) if tls else listener
     async with trio.open_nursery() as nursery:

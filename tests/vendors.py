@@ -50,6 +50,7 @@ from fakes_http import (
     reply,
 )
 from faults import PARTIAL, WHOLE, Call, Seen
+from ports import listener_on_loopback
 from vendor_anthropic import Messages
 from vendor_free import free_reply
 from vendor_gemini import GenerateContent
@@ -267,7 +268,7 @@ def _said(mode: str, numbers: list[str]) -> Said:
 @asynccontextmanager
 async def vendors() -> AsyncIterator[VendorServer]:
     """A `VendorServer` on a free port while inside."""
-    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    listener = await listener_on_loopback()
     server = VendorServer(listener.socket.getsockname()[1])
     async with trio.open_nursery() as nursery:
         nursery.start_soon(trio.serve_listeners, server.serve, [listener])

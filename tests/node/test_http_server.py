@@ -1327,7 +1327,7 @@ async def test_httpx_as_the_client() -> None:
     port = listeners[0].socket.getsockname()[1]
     async with trio.open_nursery() as nursery:
         await nursery.start(server.serve, listeners)
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
             for _ in range(2):
                 answer = await client.post("/whole", json={"a": "b" * 200_000})
                 assert answer.json() == {"a": "b" * 200_000}

@@ -285,8 +285,8 @@ async def test_what_a_peer_had_stored_is_a_hit_of_the_mesh() -> None:
         assert (first["hits_mesh"], first["tokens_saved"]) == (1, 7)
         # It is as old as it was there, it ends with it, and what it took is not known.
         found = (await s.answers.listing(now=time.time()))[0]
-        assert time.time() - found.stored_at == pytest.approx(100, abs=10)
-        assert found.expires_at - time.time() == pytest.approx(50, abs=10)
+        assert time.time() - found.stored_at == pytest.approx(100, abs=40)
+        assert found.expires_at - time.time() == pytest.approx(50, abs=40)
         assert (found.seconds, found.money) == (None, None)
         assert (await ask(s, asking(cache=CacheControl(max_age=90))))[1] == "hit-mesh"
         assert (await ask(s, asking(cache=CacheControl(max_age=200))))[1] == "hit-local"

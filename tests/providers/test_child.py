@@ -37,13 +37,8 @@ def program(source: str) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No descriptor and no folder outlives a test; folders are made in one of its own.
-
-    What ends by itself may take long where the processors are busy.
-    """
+    """No descriptor and no folder outlives a test; folders are made in one of its own."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(child_module, "KILL_GRACE", PATIENCE)
-    monkeypatch.setattr(child_module, "LAST_WORDS", PATIENCE)
     before = os.listdir("/proc/self/fd") if os.path.isdir("/proc") else []
     yield
     after = os.listdir("/proc/self/fd") if os.path.isdir("/proc") else []

@@ -99,7 +99,7 @@ def player(tmp_path: Path, home: Path, case: str, **fields: Any) -> ClaudeCli:
 
 
 async def ask(provider: ClaudeCli, request: GenerateRequest | None = None) -> Completion:
-    with trio.fail_after(60):
+    with trio.fail_after(120):
         async with provider.open(request or asked()) as answering:
             return await answering.completion()
 
@@ -238,7 +238,7 @@ async def test_limits_and_options(probe: Path, home: Path) -> None:
 
 async def test_check(probe: Path, home: Path, tmp_path: Path) -> None:
     ready = {"LC_TEST_LOGIN": "1"}
-    with trio.fail_after(60):
+    with trio.fail_after(120):
         assert (await provider(probe, home, environment=ready).check()).state == "ready"
         assert (await provider(probe, home, api_key=KEY).check()).state == "ready"
         out = await provider(probe, home).check()

@@ -56,7 +56,7 @@ def settings(folder: Path, version: str = "9.0.0", **more: Any) -> CodexSettings
 @asynccontextmanager
 async def running(said: CodexSettings) -> AsyncIterator[CodexCli]:
     provider = CodexCli(said)
-    with trio.fail_after(60):
+    with trio.fail_after(240):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(provider.run)
             yield provider
@@ -191,7 +191,7 @@ async def test_a_turn_that_does_not_end_takes_its_process_along(
             pass
         assert await ask(provider, "a new one") == "a new one"
         first, second = (note["pid"] for note in processes(folder))
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while is_there(first):  # noqa: ASYNC110 (another process has no events)
                 await trio.sleep(0.01)
         assert is_there(second)
@@ -247,7 +247,7 @@ async def test_an_idle_process_ends(folder: Path) -> None:
     async with running(settings(folder, idle_timeout=0.05)) as provider:
         await ask(provider, "hi")
         pid = processes(folder)[0]["pid"]
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while is_there(pid):  # noqa: ASYNC110 (another process has no events)
                 await trio.sleep(0.01)
         assert await ask(provider, "again") == "again"

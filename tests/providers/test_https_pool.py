@@ -18,6 +18,7 @@ from fakes_http import (
     chunk,
     reply,
 )
+from ports import listener_on_loopback
 
 from promptmesh.providers import https_pool
 from promptmesh.providers.http_address import parse_base_url
@@ -40,7 +41,7 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> Contexts:
 async def served(
     tls: Contexts, script: Script, *, trusted: bool = True, read_timeout: float = 10.0
 ) -> AsyncIterator[tuple[ScriptedServer, HttpsPool]]:
-    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    listener = await listener_on_loopback()
     server = ScriptedServer(listener.socket.getsockname()[1])
     listeners = [trio.SSLListener(listener, tls[0])]
 

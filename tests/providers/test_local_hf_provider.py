@@ -313,8 +313,8 @@ async def test_loading_without_a_sign_of_life_is_given_up() -> None:
 async def test_a_sign_of_life_extends_the_loading(
     mock_clock: trio.testing.MockClock, tmp_path: Path
 ) -> None:
-    marks = [tmp_path / str(number) for number in range(4)]
-    bars = [draws(f"{mark.name}%|", after=mark) for mark in marks]
+    *marks, done = (tmp_path / str(number) for number in range(5))
+    bars = [draws(f"{mark.name}%|", after=mark) for mark in (*marks, done)]
     async with running(actor("; ".join(bars)), load_timeout=10) as provider:
         for mark in marks:
             mock_clock.jump(9)
@@ -322,6 +322,7 @@ async def test_a_sign_of_life_extends_the_loading(
             while f"({mark.name}%|)" not in await reason(provider):
                 # No time passes meanwhile, but for the other process.
                 await trio.testing.wait_all_tasks_blocked(0.01)
+        done.touch()
         assert (await read(provider, chat("m", "hello")))[1].text == "Hello"
 
 
