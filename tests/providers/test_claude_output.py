@@ -1,63 +1,26 @@
-"""What the real `claude` command said, recorded, cut anywhere, and what it never said."""
+"""What the real `claude` command said, cut anywhere, and what it never said."""
 
 import contextlib
 import json
 from typing import Any
 
+import cli_output
 import pytest
-from faults import PARTIAL, WHOLE
+from cli_output import KEY, RECORDED, output
+from faults import WHOLE
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recordings import recordings
 
 from promptmesh.providers.base import (
     Completion,
-    CompletionBuilder,
-    ContextTooLong,
-    FinishReason,
     GenerateError,
-    ProviderRefused,
     ProviderUnavailable,
-    RequestRejected,
     StreamInterrupted,
-    Usage,
 )
-from promptmesh.providers.claude_output import ClaudeOutput
-from promptmesh.providers.openai_errors import ErrorReader
-
-RECORDED = recordings("claude")
-KEY = "sk-ant-abcdef0123456789"
-
-
-def output(case: str) -> bytes:
-    """What was written to standard output."""
-    return "".join(line for stream, line in RECORDED[case].lines if stream == "out").encode()
 
 
 def read(out: bytes, errors: str = "", code: int | None = 0) -> Completion:
-    """The whole answer of a run. Raises what it ends in."""
-    decoder, builder = ClaudeOutput(ErrorReader("claude", [KEY])), CompletionBuilder()
-    for line in out.splitlines():
-        decoder.event("", line)
-        for chunk in decoder.take():
-            builder.add(chunk)
-        if decoder.finished or decoder.failure is not None:
-            break  # the program is killed now
-    else:
-        decoder.ended(code, errors, "")
-        for chunk in decoder.take():
-            builder.add(chunk)
-    if decoder.failure is not None:
-        assert not builder.finished
-        raise decoder.failure
-    assert decoder.finished
-    return builder.completion()
-
-
-def failure(case: str) -> GenerateError:
-    with pytest.raises(GenerateError) as caught:
-        read(output(case))
-    return caught.value
+    return cli_output.read("claude", out, errors, code=code)
 
 
 def lines(*values: dict[str, Any]) -> bytes:
@@ -76,54 +39,12 @@ RESULT = {"type": "result", "subtype": "success", "is_error": False, "num_turns"
 
 
 def test_an_answer() -> None:
-    assert read(output("ok")) == Completion(
-        text=WHOLE, finish_reason="stop", usage=Usage(prompt_tokens=11, completion_tokens=5)
-    )
-    assert read(output("echo")).text == "Tell me a tale."
-    assert read(output("reason")).reasoning
     assert read(lines(START, TEXT, DELTA, STOP, RESULT)).text == "Hi"
-
-
-@pytest.mark.parametrize(("case", "reason"), [("truncate", "length"), ("filter", "content_filter")])
-def test_an_answer_that_was_cut_ends_at_the_first_sign(case: str, reason: FinishReason) -> None:
-    """The command would ask for more, and at last call it an error."""
-    found = read(output(case))
-    assert (found.text, found.finish_reason) == (PARTIAL, reason)
-
-
-@pytest.mark.parametrize(
-    ("case", "kind", "said"),
-    [
-        ("e400", RequestRejected, "a field that is wrong"),
-        ("e401", ProviderRefused, "Incorrect API key"),
-        ("badkey", ProviderRefused, "Incorrect API key"),
-        ("e402", ProviderRefused, "no credit left"),
-        ("e403", ProviderRefused, "may not use this model"),
-        ("e404", ProviderRefused, "may not exist"),
-        ("e429", ProviderRefused, "429"),
-        ("e500", ProviderUnavailable, "500"),
-        ("e503", ProviderUnavailable, "503"),
-        ("html", ProviderUnavailable, "502"),
-        ("context", ContextTooLong, "too long"),
-        ("empty", ProviderUnavailable, "an empty answer"),
-        ("badjson", ProviderUnavailable, "without receiving any events"),
-        ("drop", ProviderUnavailable, "Connection to the API was lost"),
-        ("reset", ProviderUnavailable, "Connection to the API was lost"),
-        ("streamerr", StreamInterrupted, "the engine has died"),
-        ("stall", StreamInterrupted, "without a result"),
-        ("hang", ProviderUnavailable, "without a result"),
-    ],
-)
-def test_failures(case: str, kind: type[GenerateError], said: str) -> None:
-    found = failure(case)
-    assert type(found) is kind
-    assert said in found.message
-    assert found.partial == (PARTIAL if kind is StreamInterrupted else "")
 
 
 def test_every_cut_is_noticed() -> None:
     """Only its own result makes an answer whole."""
-    whole = output("ok")
+    whole = output(RECORDED["claude"]["ok"]).encode()
     at_result = whole.rindex(b"\n", 0, len(whole) - 1) + 1
     for end in range(at_result + 1):
         with pytest.raises(GenerateError) as caught:

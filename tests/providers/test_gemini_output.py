@@ -1,125 +1,38 @@
-"""What the real `gemini` command said, recorded, cut anywhere, and what it never said."""
+"""What the real `gemini` command said, cut anywhere, and what it never said."""
 
 import contextlib
 import json
 from typing import Any
 
+import cli_output
 import pytest
-from faults import PARTIAL, WHOLE
+from cli_output import KEY, MODEL, RECORDED, output, play, report_of
+from faults import WHOLE
 from hypothesis import given
 from hypothesis import strategies as st
-from recordings import Recording, recordings
 
 from promptmesh.providers.base import (
     Completion,
-    CompletionBuilder,
-    ContextTooLong,
-    FinishReason,
     GenerateError,
     ProviderRefused,
     ProviderUnavailable,
-    RequestRejected,
     StreamInterrupted,
-    Usage,
 )
-from promptmesh.providers.gemini_output import GeminiOutput
-from promptmesh.providers.openai_errors import DAY_USED_UP, ErrorReader
+from promptmesh.providers.openai_errors import DAY_USED_UP
 
-RECORDED = recordings("gemini")
-MODEL = "stub-model"
-
-
-def output(recording: Recording) -> tuple[bytes, str]:
-    """What was written to standard output, and the end of standard error."""
-    said = {"out": "", "err": ""}
-    for stream, line in recording.lines:
-        said[stream] += line
-    return said["out"].encode(), said["err"]
+OK = RECORDED["gemini"]["ok"]
+OUT, REPORT = output(OK).encode(), report_of(OK)
 
 
 def read(out: bytes, errors: str = "", report: str = "", code: int | None = 0) -> Completion:
-    """The whole answer of a run. Raises what it ends in."""
-    decoder, builder = GeminiOutput(ErrorReader("gemini", ["AIza-key"]), MODEL), CompletionBuilder()
-    for line in out.splitlines():
-        decoder.event("", line)
-        for chunk in decoder.take():
-            builder.add(chunk)
-    decoder.ended(code, errors, report)
-    for chunk in decoder.take():
-        builder.add(chunk)
-    if decoder.failure is not None:
-        assert not builder.finished
-        raise decoder.failure
-    assert decoder.finished
-    return builder.completion()
+    return cli_output.read("gemini", out, errors, report, code)
 
 
-def play(case: str) -> Completion:
-    recording = RECORDED[case]
-    out, errors = output(recording)
-    report = recording.files.get("GEMINI_TELEMETRY_OUTFILE", "")
-    return read(out, errors, report, recording.exit)
-
-
-def failure(case: str) -> GenerateError:
-    with pytest.raises(GenerateError) as caught:
-        play(case)
-    return caught.value
-
-
-def test_an_answer() -> None:
-    assert play("ok") == Completion(
-        text=WHOLE,
-        finish_reason="stop",
-        usage=Usage(prompt_tokens=11, completion_tokens=5),
-    )
-    assert play("echo").text == "Tell me a tale."
-    assert play("reason").text == WHOLE
-
-
-@pytest.mark.parametrize(("case", "reason"), [("truncate", "length"), ("filter", "content_filter")])
-def test_an_answer_that_was_cut_is_told_from_a_whole_one(case: str, reason: FinishReason) -> None:
-    """The command says `success` for both; its telemetry knows."""
-    found = play(case)
-    assert (found.text, found.finish_reason) == (PARTIAL, reason)
-
-
-@pytest.mark.parametrize(
-    ("case", "kind", "said"),
-    [
-        ("e400", RequestRejected, "a field that is wrong"),
-        ("badkey", ProviderRefused, "check the key"),
-        ("e401", ProviderRefused, "check the key"),
-        ("e402", ProviderRefused, "no credit left"),
-        ("e403", ProviderRefused, "may not use this model"),
-        ("e404", ProviderRefused, "does not exist"),
-        ("e429", ProviderRefused, "Rate limit"),
-        ("e500", ProviderUnavailable, "500"),
-        ("e503", ProviderUnavailable, "503"),
-        ("html", ProviderUnavailable, "502"),
-        ("context", ContextTooLong, "too long"),
-        ("empty", ProviderUnavailable, "empty response"),
-        ("badjson", ProviderUnavailable, "JSON"),
-        ("drop", StreamInterrupted, "broke off"),
-        ("reset", StreamInterrupted, "broke off"),
-        ("streamerr", StreamInterrupted, "without a finish reason"),
-        ("stall", StreamInterrupted, "broke off"),
-    ],
-)
-def test_failures(case: str, kind: type[GenerateError], said: str) -> None:
-    found = failure(case)
-    assert type(found) is kind
-    assert said in found.message
-    assert found.partial == (PARTIAL if kind is StreamInterrupted else "")
-
-
-def test_how_long_to_wait() -> None:
-    assert failure("e429-7").retry_after == 7.0
-    assert failure("e429").retry_after == 2.0
-
-
-OUT, _ = output(RECORDED["ok"])
-REPORT = RECORDED["ok"].files["GEMINI_TELEMETRY_OUTFILE"]
+@pytest.mark.parametrize(("case", "wait"), [("e429-7", 7.0), ("e429", 2.0)])
+def test_how_long_to_wait(case: str, wait: float) -> None:
+    with pytest.raises(ProviderRefused) as caught:
+        play("gemini", case)
+    assert caught.value.retry_after == wait
 
 
 def test_cut_at_every_byte_it_is_no_answer() -> None:
@@ -218,10 +131,10 @@ def test_a_long_error_is_read_soon() -> None:
 
 
 def test_a_key_is_not_repeated() -> None:
-    out = line("result", status="error", error={"message": "[API Error: AIza-key is bad]"})
+    out = line("result", status="error", error={"message": f"[API Error: {KEY} is bad]"})
     with pytest.raises(ProviderRefused) as caught:
         read(out, code=145)
-    assert "AIza-key" not in caught.value.message
+    assert KEY not in caught.value.message
 
 
 @given(st.lists(st.binary(max_size=80), max_size=6), st.integers() | st.none(), st.binary())
