@@ -8,7 +8,8 @@ from ..providers.base import GenerateError
 from .router_deps import RouterDeps, get_default_router_deps
 from .seed_ask import PROVIDER
 from .seed_call import BackendManagerHandle, Bound, make_manager, object_of, planner_of
-from .seed_providers import LLMProvider, Unusable, register
+from .seed_providers import Unusable
+from .seed_registered import LLMProvider, register
 
 
 def get_llm_provider(

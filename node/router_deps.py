@@ -14,6 +14,7 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -205,7 +206,8 @@ class RouterDeps:
 
         for key in list(self.router_cache):
             if isinstance(key, str) and key.startswith((PROVIDER, RESPONSE)):
-                self.router_cache.pop(key, None)
+                with suppress(KeyError):  # another thread forgot it first
+                    del self.router_cache[key]
         self.not_before = time.time()
         with self._lock:
             if self._thread is None or not self._thread.running:

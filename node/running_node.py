@@ -175,19 +175,22 @@ class RunningNode:
 
     async def aclose(self) -> None:
         """Close the idle connections."""
-        if self._client is not None:
-            await self._client.aclose()
-            self._client = None
+        client, self._client = self._client, None
+        if client is not None:
+            await client.aclose()
 
     async def _client_of(self, address: str) -> HttpClient:
         """The connections to the node, which may have been started again elsewhere."""
-        if self._client is None or self._address != address:
-            await self.aclose()
-            self._address = address
-            self._client = open_client(
-                f"http://{address}/v1", {}, connect_timeout=CONNECT, read_timeout=math.inf
-            )
-        return self._client
+        client = self._client
+        if client is not None and self._address == address:
+            return client
+        self._address = address
+        self._client = found = open_client(
+            f"http://{address}/v1", {}, connect_timeout=CONNECT, read_timeout=math.inf
+        )
+        if client is not None:
+            await client.aclose()
+        return found
 
     def _with_wishes(self, request: GenerateRequest) -> GenerateRequest:
         """The request with its `promptmesh` object."""

@@ -69,7 +69,8 @@ class ChosenBackends:
             raise ProviderUnavailable("nobody waits for this answer any more")
         built = users[-1]
         self._check_cost(built.plan, request)
-        with _told_of(built.plan.name):
+        # It is in use for as long as anybody reads, not only whose call began it.
+        with _told_of(built.plan.name), self._built.used(built):
             async with self._opened(built, request) as answering:
                 yield answering
 

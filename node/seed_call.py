@@ -6,7 +6,6 @@ And the handles of a provider that a program keeps, as each of them makes calls.
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +30,6 @@ T = TypeVar("T")
 POLICIES = ("round_robin", "least_loaded", "best_performance")
 
 _serials: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
-_serial_lock = threading.Lock()
 _numbers = itertools.count(1)
 
 
@@ -183,12 +181,11 @@ def _fixed(instance: object, provider: str | None, model: str | None) -> Plan:
 
 
 def _serial(instance: object) -> int:
-    """A number for this object and no other, ever."""
-    with _serial_lock:
-        try:
-            return _serials.setdefault(instance, next(_numbers))
-        except TypeError:  # one that cannot be referred to weakly, or has no hash
-            return next(_numbers)
+    """A number for this object, and for those equal to it, and no other, ever."""
+    try:
+        return _serials.setdefault(instance, next(_numbers))
+    except TypeError:  # one that cannot be referred to weakly, or has no hash
+        return next(_numbers)
 
 
 # --- handles ------------------------------------------------------------------------------------

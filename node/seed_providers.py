@@ -7,12 +7,10 @@ process, no import of another package's provider.
 from __future__ import annotations
 
 import importlib.util
-import itertools
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 from ..providers.base import Price
 from ..providers.plugins import load_plugin, plugins
@@ -21,6 +19,7 @@ from .config import child_environment
 from .config_providers import SUBSCRIPTION_KINDS, ProviderConfig
 from .config_sections import Config
 from .home import NOT_RUNNING, Home
+from .seed_registered import registered, registered_names
 from .seed_settings import RouterSettings
 from .seed_vendors import VENDORS, obstacle
 
@@ -61,23 +60,8 @@ MAX_TOKENS, LOCAL_MAX_TOKENS = 256, 128
 LOCAL_MODEL = "gpt2"
 
 
-@runtime_checkable
-class LLMProvider(Protocol):
-    """What `register_llm_provider` takes and `get_llm_provider` gives: a prompt in, text out."""
-
-    def generate(self, prompt: str, *, model_name: str | None = None, **kwargs: object) -> str: ...
-
-
 class Unusable(Exception):
     """This provider cannot be used now; the message says why, and what to do."""
-
-
-@dataclass(frozen=True)
-class Registered:
-    """A provider of this program. `number` tells it from earlier ones of the same name."""
-
-    factory: Callable[[], Any]
-    number: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,35 +91,12 @@ class NodeWishes:
     enable_health_checks: bool = False
 
 
-_registered: dict[str, Registered] = {}
-_lock = threading.Lock()
-_numbers = itertools.count(1)
-
-
 def plain_name(name: str) -> str:
     """The name as it is looked for. Raises `ValueError` for none."""
     found = name.strip().lower()
     if not found:
         raise ValueError("the name of a provider is empty")
     return ALIASES.get(found, found)
-
-
-def register(name: str, factory: Callable[[], Any]) -> None:
-    """Make a provider known to this program. Raises `ValueError` or `TypeError`."""
-    if not isinstance(name, str):
-        raise TypeError(f"the name of a provider is a text, not a {type(name).__name__}")
-    if not callable(factory):
-        raise TypeError(f"the factory of a provider must be callable, not {factory!r}")
-    found = name.strip().lower()
-    if not found:
-        raise ValueError("the name of a provider is empty")
-    with _lock:
-        _registered[found] = Registered(factory, next(_numbers))
-
-
-def registered(name: str) -> Registered | None:
-    """This program's own provider, which stands before all others of its name."""
-    return _registered.get(name.strip().lower())
 
 
 @dataclass(frozen=True)
@@ -194,7 +155,7 @@ class Planner:
 
     def _known(self) -> list[str]:
         tables = [table.name for table in self.config.providers]
-        return sorted({*ORDER, *ONLY_BY_NAME, *tables, *_registered, *plugins()})
+        return sorted({*ORDER, *ONLY_BY_NAME, *tables, *registered_names(), *plugins()})
 
     def auto(self, name: str, model: str | None) -> Plan:
         """The same for one that nobody named: some are used only where that is wanted."""

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         get_default_router_deps,
         set_default_router_deps,
     )
-    from promptmesh.node.seed_providers import LLMProvider
+    from promptmesh.node.seed_registered import LLMProvider
     from promptmesh.node.seed_trace import get_last_generation_trace
 
 __all__ = [
@@ -53,7 +53,7 @@ __all__ = [
 llm_router_available = True
 
 _HOMES = {
-    "LLMProvider": "seed_providers",
+    "LLMProvider": "seed_registered",
     "RouterDeps": "router_deps",
     "clear_llm_router_caches": "python_providers",
     "get_backend_manager": "python_providers",

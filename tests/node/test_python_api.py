@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 from daemons import until
 from fakes_openrouter import Vendor, vendor
 
@@ -39,6 +40,7 @@ from promptmesh import (
 from promptmesh.node import config, seed_remote
 from promptmesh.node.config_values import ConfigError
 from promptmesh.node.config_variables import router_variables
+from promptmesh.node.router_deps import RouterCache
 from promptmesh.providers.base import (
     Answering,
     Chunk,
@@ -47,6 +49,7 @@ from promptmesh.providers.base import (
     Origin,
     ProviderUnavailable,
     StreamInterrupted,
+    Usage,
 )
 from promptmesh.providers.echo import Echo
 
@@ -288,6 +291,44 @@ def test_what_a_provider_does_beside_is_done_once(deps: RouterDeps) -> None:
         assert len(running) == 1
         over.set()
         assert [call.result(60) for call in calls] == ["a", "b"]
+
+
+def test_what_is_shared_outlives_the_call_that_began_it(
+    deps: RouterDeps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of objects that are made for each call the answer is shared, and with it one of them."""
+    monkeypatch.setenv("PROMPTMESH_ROUTER_CACHE", "0")
+    left = threading.Event()
+
+    class Works(Echo):
+        works = False
+
+        async def run(self) -> None:
+            self.works = True
+            try:
+                await trio.sleep_forever()
+            finally:
+                self.works = False
+
+        @asynccontextmanager
+        async def open(self, request: GenerateRequest) -> Any:  # type: ignore[override]
+            yield Answering(Origin(), self.answer())
+
+        async def answer(self) -> AsyncIterator[Chunk]:
+            yield Chunk(text="one")
+            await trio.to_thread.run_sync(left.wait, 60)
+            await trio.testing.wait_all_tasks_blocked()
+            yield Chunk(text=" two" if self.works else " broken")
+            yield Chunk(finish_reason="stop", usage=Usage())
+
+    name = next(names)
+    register_llm_provider(name, Works)
+    first, second = (stream_text("hi", provider=name) for _ in range(2))
+    assert next(first) == next(second) == "one"
+    assert trace()["cache"] == "coalesced"
+    first.close()  # type: ignore[attr-defined]
+    left.set()
+    assert list(second) == [" two"]
 
 
 def test_a_class_with_stream_is_streamed(deps: RouterDeps) -> None:
@@ -720,6 +761,21 @@ def test_the_container(deps: RouterDeps) -> None:
     assert get_default_router_deps() is deps
     set_default_router_deps(None)
     assert get_default_router_deps() is get_default_router_deps() is not deps
+
+
+def test_two_may_clear_at_once() -> None:
+    class Forgotten(RouterCache):
+        """Another thread forgets what is looked for, just after it was found."""
+
+        def __getitem__(self, key: str) -> Any:
+            found = super().__getitem__(key)
+            super().__delitem__(key)
+            return found
+
+    deps = RouterDeps(router_cache=Forgotten())
+    deps.set_cached("llm_response::x", 1)
+    deps.clear()
+    assert not deps.router_cache
 
 
 def test_a_thing_is_made_once_for_all_threads() -> None:
