@@ -71,15 +71,14 @@ def run(config: Config, home: Home) -> int:
     """
     set_up_logging(json_lines=config.node.json_logs)
     _allow_many_files()
+    started = trio.Event()
     try:
-        trio.run(_main, config, home)
-    except BaseExceptionGroup as group:
-        known, rest = group.split(_REFUSALS)
-        if known is None or rest is not None:
+        trio.run(_main, config, home, started)
+    except Exception as error:  # a fault that is no refusal ends the process, with its traceback
+        refusal = _refusal(error)
+        if refusal is None or started.is_set():
             raise
-        return _refuse(_first(known))
-    except _REFUSALS as error:
-        return _refuse(error)
+        return _refuse(refusal)
     return 0
 
 
@@ -91,26 +90,27 @@ def _allow_many_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
+def _refusal(error: Exception) -> Exception | None:
+    """What keeps the node from starting, out of the groups of the nurseries around it."""
+    if isinstance(error, ExceptionGroup):
+        refusals = [_refusal(each) for each in error.exceptions]
+        return None if None in refusals else refusals[0]
+    return error if isinstance(error, _REFUSALS) else None
 
 
-def _refuse(error: BaseException) -> int:
+def _refuse(error: Exception) -> int:
     # An `OSError` of ours says what is wrong in words; the number before them helps nobody.
     reason = error.strerror if isinstance(error, OSError) and error.strerror else error
     logger.error("the node cannot start: %s", reason)
     return 1
 
 
-async def _main(config: Config, home: Home) -> None:
+async def _main(config: Config, home: Home, started: trio.Event) -> None:
     with open_parts(config, home, child_environment()) as parts:
         async with trio.open_nursery() as nursery:
             node = Node(config, home, parts, nursery)
             await nursery.start(_stop_on_signals, node)
-            await node.run()
+            await node.run(started)
             nursery.cancel_scope.cancel()
 
 
@@ -144,8 +144,8 @@ class Node:
         )
         parts.providers.on_change += [parts.backends.health_changed, self._membership.changed]
 
-    async def run(self) -> None:
-        """Serve until `stopping` is set, then close in order."""
+    async def run(self, started: trio.Event) -> None:
+        """Serve until `stopping` is set, then close in order. Sets `started` once all runs."""
         if self._parts.layers is not None:
             await self._parts.layers.start()
         server = HttpServer(
@@ -172,6 +172,7 @@ class Node:
             await self._nursery.start(self._membership.run)
             self._say_hello(address)
             _spare_the_collector()
+            started.set()
             await self.stopping.wait()
         async with trio.open_nursery() as closing:
             closing.start_soon(server.stop, GRACE)
