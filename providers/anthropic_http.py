@@ -28,9 +28,9 @@ from .base import (
     RequestRejected,
 )
 from .claude_settings import KEY, NO_KEY, ClaudeSettings
-from .http_answer import HttpAnswer, failure_of, read_body, unavailable
+from .http_answer import HttpAnswer, post
 from .http_client import open_client
-from .http_reply import HttpFailure, HttpReply
+from .http_reply import HttpReply
 from .model_list import ModelList
 from .openai_errors import ErrorReader
 from .tokens import TokenCount
@@ -114,14 +114,8 @@ class AnthropicHttp:
 
     async def count_tokens(self, request: GenerateRequest) -> TokenCount:
         """What Anthropic says, which costs nothing. Raises a `GenerateError`."""
-        try:
-            path = "/v1/messages/count_tokens"
-            async with self._client.request("POST", path, encode_count(request)) as reply:
-                if failure := await failure_of(reply, self.errors):
-                    raise failure
-                told = await read_body(reply, MAX_COUNT)
-        except HttpFailure as error:
-            raise unavailable(error, self.name) from None
+        path, body = "/v1/messages/count_tokens", encode_count(request)
+        told = await post(self._client, path, body, MAX_COUNT, self.errors)
         try:
             return TokenCount(msgspec.json.decode(told, type=_Count).input_tokens, exact=True)
         except ValueError as error:

@@ -6,10 +6,9 @@ keeps the provider running.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
-from types import TracebackType
 
 import trio
 
@@ -87,8 +86,10 @@ class CodexCli:
 
     # --- answers
 
-    def open(self, request: GenerateRequest) -> AbstractAsyncContextManager[Answering]:
-        return _Open(self, request)
+    @asynccontextmanager
+    async def open(self, request: GenerateRequest) -> AsyncIterator[Answering]:
+        async with await self.answer(request) as answering:
+            yield answering
 
     async def answer(self, request: GenerateRequest) -> AbstractAsyncContextManager[Answering]:
         """How this request is answered. Raises a `GenerateError`."""
@@ -205,25 +206,3 @@ class CodexCli:
 
 def _offer(model: str) -> ModelOffer:
     return ModelOffer(id=model, egress=True)
-
-
-class _Open:
-    """An answer whose way is found when it is entered."""
-
-    __slots__ = ("_context", "_provider", "_request")
-
-    def __init__(self, provider: CodexCli, request: GenerateRequest) -> None:
-        self._provider = provider
-        self._request = request
-
-    async def __aenter__(self) -> Answering:
-        self._context = await self._provider.answer(self._request)
-        return await self._context.__aenter__()
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self._context.__aexit__(kind, error, traceback)

@@ -6,9 +6,8 @@ Python would say to it is said here, in trio (`copilot_wire`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractAsyncContextManager
-from types import TracebackType
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 
 from .base import (
     Answering,
@@ -49,8 +48,10 @@ class CopilotSdk:
         """The configured ones, else those that Copilot listed when it was last started."""
         return self._kept.offers
 
-    def open(self, request: GenerateRequest) -> AbstractAsyncContextManager[Answering]:
-        return _Open(self, request)
+    @asynccontextmanager
+    async def open(self, request: GenerateRequest) -> AsyncIterator[Answering]:
+        async with self.answer(request) as answering:
+            yield answering
 
     def answer(self, request: GenerateRequest) -> SessionAnswer:
         """How this request is answered. Raises a `GenerateError`."""
@@ -80,25 +81,3 @@ class CopilotSdk:
         """Raises `ProviderUnavailable`."""
         await self._kept.runs(RUN_TIME)
         return await self._kept.process()
-
-
-class _Open:
-    """An answer whose faults are told when it is entered."""
-
-    __slots__ = ("_answer", "_provider", "_request")
-
-    def __init__(self, provider: CopilotSdk, request: GenerateRequest) -> None:
-        self._provider = provider
-        self._request = request
-
-    async def __aenter__(self) -> Answering:
-        self._answer = self._provider.answer(self._request)
-        return await self._answer.__aenter__()
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self._answer.__aexit__(kind, error, traceback)

@@ -27,9 +27,9 @@ from .gemini_models import PAGE, GeminiModel, read_models
 from .gemini_options import GeminiOptions
 from .gemini_settings import KEYS, NO_KEY, GeminiSettings
 from .gemini_stream import GeminiDecoder
-from .http_answer import HttpAnswer, failure_of, read_body, unavailable
+from .http_answer import HttpAnswer, post
 from .http_client import open_client
-from .http_reply import HttpFailure, HttpReply
+from .http_reply import HttpReply
 from .model_list import ModelList
 from .openai_errors import ErrorReader
 from .options import read_options
@@ -93,28 +93,19 @@ class GeminiHttp:
             inputs = request.inputs[start : start + MAX_BATCH]
             body = encode_embed(request, inputs)
             path = _path(request.model, "batchEmbedContents")
-            told = await self._ask(path, body, _MAX_EMBEDDINGS)
+            told = await post(self._client, path, body, _MAX_EMBEDDINGS, self.errors)
             found += read_embeddings(told, inputs, self.errors)
         return found
 
     async def count_tokens(self, request: GenerateRequest) -> TokenCount:
         """As Google counts them, with what its template adds."""
         body = encode_count(self._body(request), request.model)
-        told = await self._ask(_path(request.model, "countTokens"), body, _MAX_COUNT)
+        path = _path(request.model, "countTokens")
+        told = await post(self._client, path, body, _MAX_COUNT, self.errors)
         try:
             return TokenCount(read_count(told), True)
         except ValueError as error:
             raise ProviderUnavailable(f"{self.name} counted no tokens: {error}") from None
-
-    async def _ask(self, path: str, body: bytes, limit: int) -> bytes:
-        """A reply of so many bytes at most. Raises a `GenerateError`."""
-        try:
-            async with self._client.request("POST", path, body) as reply:
-                if failure := await failure_of(reply, self.errors):
-                    raise failure
-                return await read_body(reply, limit)
-        except HttpFailure as error:
-            raise unavailable(error, self.name) from None
 
     async def check(self) -> Health:
         """Ask for the models, and remember them."""

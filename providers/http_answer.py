@@ -22,6 +22,7 @@ from .base import (
     ProviderUnavailable,
     Usage,
 )
+from .http_client import HttpClient
 from .http_reply import BrokenReply, HttpFailure, HttpReply, TimedOut
 from .openai_errors import ErrorReader
 from .stream_decoder import StreamDecoder
@@ -145,6 +146,19 @@ class _Chunks:
         """Let the server end its reply, so that the connection can be used again."""
         if self._decoder.finished:
             await self._reply.finish()
+
+
+async def post(
+    client: HttpClient, path: str, body: bytes, limit: int, errors: ErrorReader
+) -> bytes:
+    """The whole reply to one request, of so many bytes at most. Raises a `GenerateError`."""
+    try:
+        async with client.request("POST", path, body) as reply:
+            if failure := await failure_of(reply, errors):
+                raise failure
+            return await read_body(reply, limit)
+    except HttpFailure as error:
+        raise unavailable(error, errors.name) from None
 
 
 async def failure_of(reply: HttpReply, errors: ErrorReader) -> GenerateError | None:

@@ -25,9 +25,9 @@ from .base import (
     RequestRejected,
 )
 from .http_address import parse_base_url
-from .http_answer import HttpAnswer, failure_of, read_body, unavailable
+from .http_answer import HttpAnswer, post
 from .http_client import open_client
-from .http_reply import HttpFailure, HttpReply
+from .http_reply import HttpReply
 from .model_list import ModelList
 from .openai_chat import Continuation, Quirks, encode_request
 from .openai_embeddings import encode_embed, longest_reply, read_embeddings, refuses_base64
@@ -123,16 +123,14 @@ class OpenAICompatible:
             asked_for_base64 = self._takes_base64
             body = encode_embed(request, base64_vectors=asked_for_base64)
             try:
-                async with self._client.request("POST", "/embeddings", body) as reply:
-                    failure = await failure_of(reply, self.errors)
-                    if failure is None:
-                        found = await read_body(reply, longest_reply(request))
-                        return read_embeddings(found, request, self.errors)
-            except HttpFailure as error:
-                raise unavailable(error, self.name) from None
-            if not (asked_for_base64 and refuses_base64(failure)):
-                raise failure
-            self._takes_base64 = False
+                limit = longest_reply(request)
+                found = await post(self._client, "/embeddings", body, limit, self.errors)
+            except RequestRejected as failure:
+                if not (asked_for_base64 and refuses_base64(failure)):
+                    raise
+                self._takes_base64 = False
+            else:
+                return read_embeddings(found, request, self.errors)
 
     async def check(self) -> Health:
         return await self._list.check()
