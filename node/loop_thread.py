@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 import threading
 import time
 import weakref
@@ -90,6 +91,7 @@ class LoopThread(Generic[E]):
         job = Job(work)
         with self._lock:
             if self._loop is None or not self._loop.add(job):
+                _close_at_the_end()
                 self._loop = _Loop(self._opens, self._name, job)
         return job
 
@@ -256,6 +258,8 @@ _threads: weakref.WeakSet[LoopThread[Any]] = weakref.WeakSet()
 #: Held while the program forks, once at a time, and while `_threads` is read or changed.
 _threads_lock = threading.Lock()
 _inherited: list[object] = []
+#: Does `multiprocessing` know of the end?
+_is_told = False
 #: Lets those go on that stand still while the program forks.
 _held: list[Callable[[], None]] = []
 
@@ -268,6 +272,18 @@ def _close_all() -> None:
         threads = list(_threads)
     for thread in threads:
         thread.close()
+
+
+def _close_at_the_end() -> None:
+    """Have all closed by `multiprocessing`, too: what it forked ends without calling `atexit`.
+
+    Asked for with each process's first loop, as a fork forgets what its parent asked for.
+    """
+    global _is_told
+    util = sys.modules.get("multiprocessing.util")
+    if util is not None and not _is_told:
+        _is_told = True
+        util.Finalize(None, _close_all, exitpriority=-1)
 
 
 def _hold_all() -> None:
@@ -283,8 +299,8 @@ def _release_all() -> None:
 
 
 def _forget_all() -> None:
-    global _threads_lock
-    _threads_lock = threading.Lock()
+    global _threads_lock, _is_told
+    _threads_lock, _is_told = threading.Lock(), False
     _held.clear()
     for thread in list(_threads):
         thread.forget()

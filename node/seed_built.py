@@ -181,7 +181,8 @@ class BuiltProviders:
             with built.scope:
                 if isinstance(inner, Runs):
                     await inner.run()
-        except Exception:  # It must not take the others along: who looks at the log sees it.
+        except (Exception, SystemExit, KeyboardInterrupt):
+            # It must not take the others along: who looks at the log sees it.
             logger.exception("%s failed, and is built anew for the next call", built.plan.name)
             if self._kept.get(built.plan.key) is built:
                 del self._kept[built.plan.key]

@@ -197,6 +197,27 @@ def test_a_program_ends_although_a_class_of_it_hangs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_what_a_worker_of_multiprocessing_spent_is_counted(tmp_path: Path, method: str) -> None:
+    """Such a process ends without what `atexit` knows."""
+    (tmp_path / "program.py").write_text(
+        "import multiprocessing, os, sqlite3\n"
+        "from promptmesh import generate_text\n"
+        "def ask(): generate_text('a', provider='echo')\n"
+        "if __name__ == '__main__':\n"
+        "    generate_text('a', provider='echo', use_cache=False)\n"
+        f"    context = multiprocessing.get_context({method!r})\n"
+        "    worker = context.Process(target=ask)\n"
+        "    worker.start()\n"
+        "    worker.join()\n"
+        "    path = os.path.join(os.environ['PROMPTMESH_HOME'], 'node.sqlite')\n"
+        "    rows = sqlite3.connect(path).execute('SELECT requests, cache FROM usage')\n"
+        "    print(worker.exitcode, [row for row in rows if row[1] != 'bypass'])\n"
+    )
+    out = run(tmp_path, "import runpy; runpy.run_path('program.py', run_name='__main__')")
+    assert out == "0 [(1, 'miss')]\n"
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_with_multiprocessing(tmp_path: Path, method: str) -> None:
     (tmp_path / "program.py").write_text(
         "import multiprocessing\n"
