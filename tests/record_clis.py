@@ -1,16 +1,23 @@
-"""Records what the vendors' real CLIs say (`scripts/record-clis`)."""
+"""Records what the vendors' real CLIs say (`scripts/record-clis`).
+
+Of those that are kept what they tell of one answer is recorded elsewhere (`record_turns`,
+`record_sessions`).
+"""
 
 from __future__ import annotations
 
 import shutil
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import trio
 from cli_matrix import MATRIX
 from cli_programs import CLIS, KEY, MODEL, PROGRAMS
 from cli_real import recorded_programs
+from record_sessions import record_sessions
+from record_turns import record_turns
 from recordings import RECORDED, recording_program
 from vendors import VendorServer, vendors
 
@@ -23,17 +30,25 @@ LONG = 30.0
 FIRST = 2.0
 
 
+#: Those that are kept.
+KEPT = {"codex": record_turns, "copilot_sdk": record_sessions}
+
+
 async def main(names: list[str]) -> None:
     """Record those programs, or all."""
-    for name in names or recorded_programs():
-        program = PROGRAMS[name]
-        if not program.path.exists():
-            sys.exit(f"promptmesh: {program.path} is missing: run scripts/install-clis")
+    known = [*recorded_programs(), *KEPT]
+    for name in names or known:
+        if name not in known:
+            sys.exit(f"promptmesh: there are no recordings of {name}, but of {', '.join(known)}")
         with tempfile.TemporaryDirectory() as made:
             async with vendors() as server:
-                await record(name, server, Path(made))
-            target = RECORDED / name
-            shutil.copytree(Path(made) / "recorded", target, dirs_exist_ok=True)
+                await KEPT.get(name, partial(record_runs, name))(server, Path(made))
+
+
+async def record_runs(name: str, server: VendorServer, folder: Path) -> None:
+    """Renew the recordings of a program that is started for each answer."""
+    await record(name, server, folder)
+    shutil.copytree(folder / "recorded", RECORDED / name, dirs_exist_ok=True)
 
 
 async def record(name: str, server: VendorServer, folder: Path) -> None:

@@ -1,14 +1,13 @@
-"""Records what the real runtime of Copilot's SDK tells of a session, in each case of the matrix.
-
-`PYTHONPATH=tests .venv/bin/python tests/record_sessions.py`, after `scripts/install-clis`; to be
-run where the version of Copilot changes. `tests/recorded/copilot_sdk/CASE.jsonl` has its events.
+"""Records what the real runtime of Copilot's SDK tells of a session, in each case of the matrix
+(`scripts/record-clis copilot_sdk`). `tests/recorded/copilot_sdk/CASE.jsonl` has its events.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import tempfile
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ import trio
 from cli_matrix import ENDLESS, MATRIX
 from cli_programs import KEY, MODEL, PROGRAMS
 from recordings import RECORDED, Normal, Recording
-from vendors import VendorServer, vendors
+from vendors import VendorServer
 
 from promptmesh.providers.base import GenerateError, GenerateRequest, Message, Text
 from promptmesh.providers.copilot_runtime import CopilotRuntime
@@ -33,7 +32,18 @@ CUT = ("length", "content_filter")
 LONG = 3.0
 
 
-async def record(case: str, server: VendorServer, cache: str) -> list[SessionEvent]:
+async def record_sessions(server: VendorServer, folder: Path) -> None:
+    """Renew them all, with `folder` for a user who has nothing."""
+    for case in MATRIX:
+        normal = Normal([(str(folder), "/home/user")])
+        told = until_it_is_ended(await _told(case, server, str(folder)))
+        lines = tuple(("out", normal(json.dumps(event)) + "\n") for event in told)
+        path = RECORDED / "copilot_sdk" / f"{case}.jsonl"
+        path.write_text(Recording((), lines, None).dump())
+        print("copilot_sdk", case, told[-1]["type"], file=sys.stderr)
+
+
+async def _told(case: str, server: VendorServer, cache: str) -> list[SessionEvent]:
     """The events of one session."""
     seen: list[SessionEvent] = []
     hear = CopilotRuntime._hear
@@ -81,21 +91,3 @@ def until_it_is_ended(told: list[SessionEvent]) -> list[dict[str, Any]]:
         if event.type == "model.call_failure" or data.get("finishReason") in CUT:
             break
     return kept
-
-
-async def main() -> None:
-    """Record all of them."""
-    target = RECORDED / "copilot_sdk"
-    target.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory() as cache:
-        async with vendors() as server:
-            for case in MATRIX:
-                normal = Normal([(cache, "/home/user")])
-                told = [t.event for t in await record(case, server, cache)]
-                events = [{"type": e.type, "data": e.data} for e in told if e.type.startswith(TOLD)]
-                lines = tuple(("out", normal(json.dumps(event)) + "\n") for event in events)
-                (target / f"{case}.jsonl").write_text(Recording((), lines, None).dump())
-
-
-if __name__ == "__main__":
-    trio.run(main)

@@ -113,7 +113,9 @@ KEPT: Mapping[str, Callable[[str], str]] = {
 
 _UUID = re.compile(r"\b[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b")
 _TIME = re.compile(r"\b20\d\d-\d\d-\d\d([T ])\d\d[:-]\d\d[:-]\d\d([.-]\d+)?(Z|\+00:00)?")
-_SECONDS = re.compile(r'("(?:\w*_ms|\w*Ms|\w*DurationMs|duration\w*|ttft\w*)": ?)\d+(?:\.\d+)?')
+_SECONDS = re.compile(
+    r'("(?:\w*_ms|\w*Ms|\w*DurationMs|duration\w*|ttft\w*|startedAt|completedAt)": ?)\d+(?:\.\d+)?'
+)
 _PORT = re.compile(r"\b(127\.0\.0\.1:|(?:local|remote)Port: )\d+")
 
 

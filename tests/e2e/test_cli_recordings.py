@@ -6,6 +6,7 @@ import pytest
 from cli_matrix import ENDLESS
 from cli_real import recorded_programs
 from record_clis import record
+from record_turns import CASES, TURNS, turn_now
 from recordings import load, recordings
 from vendors import vendors
 
@@ -23,6 +24,12 @@ async def test_recordings_are_what_is_said_now(name: str, tmp_path: Path) -> Non
             continue  # how far it came when it was ended is chance
         assert _output(now.lines) == _output(then.lines), path.stem
         assert (now.argv, now.exit, now.files) == (then.argv, then.exit, then.files), path.stem
+
+
+@pytest.mark.parametrize("case", CASES)
+async def test_turns_are_what_codex_tells_now(case: str, tmp_path: Path) -> None:
+    async with vendors() as server:
+        assert await turn_now(case, server, tmp_path) == (TURNS / f"{case}.jsonl").read_text()
 
 
 def _output(lines: tuple[tuple[str, str], ...]) -> list[str]:
