@@ -30,7 +30,7 @@ from .api_openai import JSON, answer_headers, new_request_id, send_error
 from .embed_router import EmbedRouter
 from .http_server import Request, Responder
 from .openai_answers import origin_fields, usage_fields
-from .openai_requests import ABOUT_THE_CALLER, MeshFields, decode_body, routing
+from .openai_requests import ABOUT_THE_CALLER, MeshFields, Name, decode_body, routing
 from .request_headers import with_headers
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ _encode = msgspec.json.Encoder().encode
 
 
 class _Body(msgspec.Struct):
-    model: str
+    model: Name
     input: str | list[str | Token | list[Token]]
     encoding_format: Encoding | None = None
     dimensions: Annotated[int, msgspec.Meta(ge=1, le=MAX_DIMENSIONS)] | None = None

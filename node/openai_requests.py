@@ -29,6 +29,11 @@ from ..providers.base import (
 
 _Body = TypeVar("_Body", bound=msgspec.Struct)
 
+#: A name of a model, a provider, a peer or a namespace: no longer one can be stored.
+Name = Annotated[str, msgspec.Meta(max_length=1024)]
+#: Characters of a reason: some repeat what is wrong.
+MAX_REASON = 300
+
 
 class _ImageUrl(msgspec.Struct):
     url: str
@@ -101,7 +106,7 @@ class _Cache(msgspec.Struct, forbid_unknown_fields=True):
     ttl: _Seconds | None = None
     max_age: _Seconds | None = None
     scope: Literal["local", "mesh"] = "mesh"
-    namespace: str = ""
+    namespace: Name = ""
     min_agreement: Annotated[int, msgspec.Meta(ge=1, le=1000)] | None = None
     any_sample: bool = False
 
@@ -118,8 +123,8 @@ class _Limits(msgspec.Struct, forbid_unknown_fields=True):
 class MeshFields(msgspec.Struct, forbid_unknown_fields=True):
     """The `promptmesh` object of a request."""
 
-    provider: str | None = None
-    peer: str | None = None
+    provider: Name | None = None
+    peer: Name | None = None
     policy: Policy | None = None
     privacy: Privacy = "any"
     #: US dollars.
@@ -133,7 +138,7 @@ class MeshFields(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class _ChatBody(msgspec.Struct):
-    model: str
+    model: Name
     messages: list[_Message]
     stream: bool | None = False
     stream_options: _StreamOptions | None = None
@@ -232,7 +237,7 @@ def decode_body(
     except msgspec.ValidationError as error:
         reason, _, path = str(error).partition(" - at `$")
         field = path.rstrip("`").lstrip(".") or None
-        raise RequestRejected(f"{field or 'body'}: {reason}", field=field) from None
+        raise RequestRejected(f"{field or 'body'}: {reason[:MAX_REASON]}", field=field) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RequestRejected(f"the body is not a JSON object: {error}") from None
     return fields, extra

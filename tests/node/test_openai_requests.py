@@ -107,6 +107,11 @@ def test_the_promptmesh_object() -> None:
         ({"max_tokens": 0}, "max_tokens"),
         ({"n": 2}, "n"),
         ({"model": 1}, "model"),
+        ({"model": "m" * 10_000}, "model"),
+        ({"messages": [{"role": "k" * 10_000, "content": "x"}]}, "messages[0].role"),
+        ({"promptmesh": {"peer": "p" * 10_000}}, "promptmesh.peer"),
+        ({"promptmesh": {"provider": "p" * 10_000}}, "promptmesh.provider"),
+        ({"promptmesh": {"cache": {"namespace": "n" * 10_000}}}, "promptmesh.cache.namespace"),
         ({"seed": 2**63}, "seed"),
         ({"top_k": 2**63}, "top_k"),
         ({"max_tokens": 2**63}, "max_tokens"),
@@ -120,6 +125,7 @@ def test_what_is_wrong_is_named(fields: dict[str, Any], at: str) -> None:
         decode(**fields)
     assert caught.value.field == at
     assert at in caught.value.message
+    assert len(caught.value.message) < 1000
 
 
 @given(st.binary(max_size=200))
