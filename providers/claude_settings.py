@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Literal
 
 import msgspec
 
 from .anthropic_messages import ClaudeOptions
-from .http_address import parse_base_url
+from .options import Seconds, checked_base_url, checked_key
 
 #: Without a version: that is added to it.
 BASE_URL = "https://api.anthropic.com"
@@ -21,7 +20,6 @@ NO_KEY = f"there is no key: set {KEY} (https://platform.claude.com/settings/keys
 #: Tokens of an answer where a request does not say, and the model may make as many.
 MAX_TOKENS = 8192
 
-Seconds = Annotated[float, msgspec.Meta(gt=0, le=86400)]
 Way = Literal["http", "cli"]
 
 
@@ -56,22 +54,19 @@ class ClaudeSettings(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def key(self) -> str:
         """Sent as `x-api-key`; empty: there is none. Raises `ValueError`."""
-        return _checked("api_key", self.api_key or self.environment.get(KEY, ""))
+        return checked_key((self.api_key or self.environment.get(KEY, "")).strip())
 
     @property
     def token(self) -> str:
         """Sent as a bearer token; empty: there is none. Raises `ValueError`."""
-        return _checked(TOKEN, self.environment.get(TOKEN, ""))
+        return checked_key(self.environment.get(TOKEN, "").strip(), TOKEN)
 
     @property
     def url(self) -> str:
         """Where Claude is. Raises `ValueError`."""
         said = self.base_url or self.environment.get(URL, "") or BASE_URL
         url = said.rstrip("/").removesuffix("/v1")
-        try:
-            parse_base_url(url)
-        except ValueError as error:
-            raise ValueError(f"base_url: {error}") from None
+        checked_base_url(url)
         return url
 
     @property
@@ -83,10 +78,3 @@ class ClaudeSettings(msgspec.Struct, frozen=True, kw_only=True):
         if self.mode == "http" and not keyed:
             raise ValueError(NO_KEY)
         return self.mode
-
-
-def _checked(name: str, value: str) -> str:
-    key = value.strip()
-    if key and not re.fullmatch(r"[\x21-\x7e]+", key):
-        raise ValueError(f"{name}: it has characters that no key has, such as a space")
-    return key

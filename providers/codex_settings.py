@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import re
-from typing import Annotated, Literal
+from typing import Literal
 
 import msgspec
 
 from .codex_found import COMMAND, KEY
-from .http_address import parse_base_url
+from .options import Seconds, checked_base_url, checked_key
 
 #: Where a key of OpenAI's is good. (A login finds its own place.)
 OPENAI = "https://api.openai.com/v1"
-
-Seconds = Annotated[float, msgspec.Meta(gt=0, le=86400)]
 
 
 class CodexSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,19 +41,13 @@ class CodexSettings(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def key(self) -> str:
         """The key; empty: there is none. Raises `ValueError`."""
-        key = (self.api_key or self.environment.get(KEY) or "").strip()
-        if key and not re.fullmatch(r"[\x21-\x7e]+", key):
-            raise ValueError("api_key: it has characters that no key has, such as a space")
-        return key
+        return checked_key((self.api_key or self.environment.get(KEY) or "").strip())
 
     @property
     def url(self) -> str:
         """Where it asks; empty: where the login is good. Raises `ValueError`."""
-        try:
-            if self.base_url:
-                parse_base_url(self.base_url)
-        except ValueError as error:
-            raise ValueError(f"base_url: {error}") from None
+        if self.base_url:
+            checked_base_url(self.base_url)
         return self.base_url or (OPENAI if self.key else "")
 
     @property

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import msgspec
 
-Seconds = Annotated[float, msgspec.Meta(gt=0, le=86400)]
+from .options import Seconds
+
 #: What Copilot's own variables call the settings of a server in place of GitHub's.
 _SERVER = {
     "base_url": "COPILOT_PROVIDER_BASE_URL",

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from typing import Annotated, Literal
+from typing import Literal
 
 import msgspec
 
-from .http_address import parse_base_url
+from .options import Seconds, checked_base_url, checked_key
 
 #: Without a version: that is added to it.
 BASE_URL = "https://generativelanguage.googleapis.com"
@@ -15,7 +14,6 @@ BASE_URL = "https://generativelanguage.googleapis.com"
 KEYS = ("GOOGLE_API_KEY", "GEMINI_API_KEY")
 NO_KEY = "there is no key: set GEMINI_API_KEY (https://aistudio.google.com/apikey)"
 
-Seconds = Annotated[float, msgspec.Meta(gt=0, le=86400)]
 Way = Literal["http", "cli"]
 
 
@@ -46,19 +44,13 @@ class GeminiSettings(msgspec.Struct, frozen=True, kw_only=True):
     def key(self) -> str:
         """The key; empty: there is none. Raises `ValueError`."""
         said = (self.api_key, *map(self.environment.get, KEYS))
-        key = next((value.strip() for value in said if value and value.strip()), "")
-        if key and not re.fullmatch(r"[\x21-\x7e]+", key):
-            raise ValueError("api_key: it has characters that no key has, such as a space")
-        return key
+        return checked_key(next((v.strip() for v in said if v and v.strip()), ""))
 
     @property
     def url(self) -> str:
         """Where Gemini is. Raises `ValueError`."""
         url = self.base_url or self.environment.get("GOOGLE_GEMINI_BASE_URL", "") or BASE_URL
-        try:
-            parse_base_url(url)
-        except ValueError as error:
-            raise ValueError(f"base_url: {error}") from None
+        checked_base_url(url)
         return url
 
     @property

@@ -6,10 +6,8 @@ leaves stops the work at once, and a cut answer is noticed by its missing end.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Annotated
 
 import msgspec
 import trio
@@ -24,7 +22,6 @@ from .base import (
     ProviderUnavailable,
     RequestRejected,
 )
-from .http_address import parse_base_url
 from .http_answer import HttpAnswer, post
 from .http_client import open_client
 from .http_reply import HttpReply
@@ -34,10 +31,9 @@ from .openai_embeddings import encode_embed, longest_reply, read_embeddings, ref
 from .openai_errors import ErrorReader
 from .openai_models import ListedModel, read_models
 from .openai_stream import AnswerDecoder
+from .options import Seconds, checked_base_url, checked_key
 from .server_tokens import ServerTokens
 from .tokens import TokenCount, estimate
-
-Seconds = Annotated[float, msgspec.Meta(gt=0, le=86400)]
 
 
 class OpenAICompatibleSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,15 +69,10 @@ class OpenAICompatible:
     def __init__(self, settings: OpenAICompatibleSettings) -> None:
         """Raises `ValueError` that names the wrong setting; connects to nothing."""
         self._settings = settings
-        try:
-            address = parse_base_url(settings.base_url)
-        except ValueError as error:
-            raise ValueError(f"base_url: {error}") from None
+        address = checked_base_url(settings.base_url)
         headers = dict(settings.headers)
         if settings.api_key:
-            if not re.fullmatch(r"[\x21-\x7e]+", settings.api_key):
-                raise ValueError("api_key: it has characters that no key has, such as a space")
-            headers["authorization"] = f"Bearer {settings.api_key}"
+            headers["authorization"] = f"Bearer {checked_key(settings.api_key)}"
         self._client = open_client(
             settings.base_url,
             headers,

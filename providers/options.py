@@ -6,14 +6,19 @@ What is wrong is named, and where there is one, the word that was probably meant
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
 from .base import TRANSPORT, RequestRejected
+from .http_address import Address, parse_base_url
 
 T = TypeVar("T")
+
+#: A time limit that somebody set, in seconds.
+Seconds = Annotated[float, msgspec.Meta(gt=0, le=86400)]
 
 
 class SettingsError(ValueError):
@@ -62,6 +67,21 @@ def read_options(type_: type[T], extra: Mapping[str, Any]) -> T:
         return read_settings(type_, said, what="option")
     except SettingsError as error:
         raise RequestRejected(str(error), field=error.key) from None
+
+
+def checked_key(key: str, name: str = "api_key") -> str:
+    """A key, or none. Raises `ValueError` that names the setting, and does not repeat the key."""
+    if key and not re.fullmatch(r"[\x21-\x7e]+", key):
+        raise ValueError(f"{name}: it has characters that no key has, such as a space")
+    return key
+
+
+def checked_base_url(url: str) -> Address:
+    """The setting `base_url` taken apart. Raises `ValueError` that names it."""
+    try:
+        return parse_base_url(url)
+    except ValueError as error:
+        raise ValueError(f"base_url: {error}") from None
 
 
 def meant(word: str, known: Sequence[str]) -> str:
