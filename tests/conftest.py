@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from hypothesis.internal.conjecture import providers
 from interop_report import InteropReport
 
 # The same examples in every run, and no verdict on speed: a busy machine is not a defect.
@@ -11,6 +12,10 @@ settings.register_profile(
     "promptmesh", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("promptmesh")
+# Whatever this process has loaded: it would also draw from the constants of those modules.
+pytest.MonkeyPatch().setattr(
+    providers, "_get_local_constants", lambda: providers._local_constants, raising=False
+)
 
 #: Short limits of the product: how long another process or a server may take to do its part.
 LIMITS = (
@@ -34,7 +39,7 @@ def patience(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     A test of such a limit has a clock of its own, or sets the limit.
     """
     own_clock = {"autojump_clock", "mock_clock"} & {*request.fixturenames}
-    if request.path.parent.name == "providers" and not own_clock:
+    if request.path.parent.name in ("node", "providers") and not own_clock:
         for limit in LIMITS:
             monkeypatch.setattr(f"promptmesh.providers.{limit}", PATIENCE)
 

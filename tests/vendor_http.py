@@ -60,7 +60,7 @@ class HttpVendor(Generic[P]):
     async def at_stub(
         self, mode: str = "ok", **fields: Any
     ) -> AsyncIterator[tuple[VendorServer, P]]:
-        with trio.fail_after(20):
+        with trio.fail_after(120):
             async with vendors() as server, self.at(server.base(mode), **fields) as provider:
                 yield server, provider
 

@@ -31,7 +31,7 @@ from promptmesh.providers.base import (
 MAIN = "import sys; from promptmesh.node.cli import main; sys.exit(main())"
 PATH = "POST /v1/chat/completions"
 #: A moment that is long enough for any machine.
-LONG = 30
+LONG = 120
 ORIGIN = {
     "request_id": "req-1",
     "peer": "12D3KooWPeer",

@@ -180,20 +180,20 @@ async def test_a_server_comes_and_goes_while_the_node_runs() -> None:
         await trio.testing.wait_all_tasks_blocked()
         assert await offered()
         async with serving(port, by_path(SERVERS["ollama"])):
-            await until(partial(offered, "ollama"), "it is found", 30)
+            await until(partial(offered, "ollama"), "it is found")
             (own,) = providers
             assert (own.shared, own.paid) == (True, False)
 
             async def ready() -> bool:
                 return own.health.state == "ready" and bool(own.admission.models())
 
-            await until(ready, "its models are known", 30)
+            await until(ready, "its models are known")
             assert [backend.name for backend in providers.backends()] == ["ollama"]
             assert [advert.name for advert in providers.adverts()] == ["ollama"]
-        await until(offered, "it is gone", 30)
+        await until(offered, "it is gone")
         assert providers.backends() == []
         async with serving(port, by_path(SERVERS["vllm"])):
-            await until(partial(offered, "vllm"), "another is found in its place", 30)
+            await until(partial(offered, "vllm"), "another is found in its place")
         nursery.cancel_scope.cancel()
     assert ["ollama"] in changes
     assert [] in changes
@@ -217,7 +217,7 @@ async def test_one_that_is_not_ready_for_a_moment_stays() -> None:
         async def asked() -> bool:
             return sum(r.path == "/v1/models" for r in server.requests) > 12
 
-        await until(asked, "it is asked again and again", 30)
+        await until(asked, "it is asked again and again")
         assert [own.name for own in providers] == ["llama_cpp"]
         asked_who = [r.path for r in server.requests if r.path == "/mesh/v1/status"]
         assert asked_who

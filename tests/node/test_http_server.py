@@ -887,7 +887,7 @@ async def test_garbage_hurts_nobody_else(kind: str) -> None:
 @both
 async def test_a_client_can_read_why_its_body_is_refused(kind: str) -> None:
     """Closing at once would reset the connection under a client that is still sending."""
-    async with serving(echo, kind, Limits(max_body=1000)) as served:
+    async with serving(echo, kind, Limits(max_body=1000, linger_timeout=60)) as served:
         client = await served.connect()
         body = b"x" * 3_000_000
         await client.send(post(body))
