@@ -31,7 +31,7 @@ def end_of(home: Path, http: str) -> subprocess.CompletedProcess[str]:
     home.mkdir()
     (home / "config.toml").write_text(ALONE)
     command = [sys.executable, "-c", FAULTY, str(home), http]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
 
 
 def test_a_fault_after_the_start_is_shown_whole(tmp_path: Path) -> None:

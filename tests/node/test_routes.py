@@ -1,7 +1,6 @@
 """Who may ask, and which handler answers."""
 
 from collections.abc import AsyncIterator
-from typing import Any
 
 import httpx
 import pytest
@@ -45,7 +44,7 @@ async def say(request: Request, responder: Responder, rest: str = "") -> None:
 
 
 @pytest.fixture
-async def client(nursery: Any) -> AsyncIterator[httpx.AsyncClient]:
+async def client() -> AsyncIterator[httpx.AsyncClient]:
     routes = Routes()
     routes.add("GET", "/one", say)
     routes.add("POST", "/one", say)
