@@ -160,7 +160,7 @@ class EmbedRouter:
         # The work may outlive the first asker, so a peer must not end it with that one's deadline.
         shared = msgspec.structs.replace(asked, deadline=math.inf)
         flight = self._router.flights.join(
-            flight_key(batch, request),
+            flight_key(batch, request, local_only),
             lambda: self._work(batch, keys, shared, local_only),
             id=request.id,
             priority=request.priority,

@@ -196,7 +196,7 @@ class Router:
             raise CacheOnlyMiss("no stored answer to this request")
         # The work may outlive the first asker, so a peer must not end it with that one's deadline.
         shared = msgspec.structs.replace(request, deadline=math.inf)
-        record.flight = flight_key(key, request)
+        record.flight = flight_key(key, request, local_only)
         flight = self.flights.join(
             record.flight,
             lambda: self._compute(key, shared, local_only, record),
@@ -324,10 +324,15 @@ def _noted(answering: Answering, key: bytes, record: Record, account: Account) -
     return account.follow(answering, key)
 
 
-def flight_key(key: bytes, request: Asked) -> bytes:
-    """Who may answer separates flights, though not stored answers."""
+def flight_key(key: bytes, request: Asked, local_only: bool) -> bytes:
+    """Who may answer separates flights, though not stored answers.
+
+    So a peer's request never follows one that may have gone to a peer: if that is the very one who
+    asks here, each would wait for the other.
+    """
     cache = request.cache
     who = (
+        "here" if local_only else "",
         request.provider,
         request.peer,
         request.privacy,

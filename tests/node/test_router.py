@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -12,8 +15,10 @@ import trio.testing
 from fakes_router import THERE, Backends, Setup, setup
 
 from promptmesh.cache.keys import request_key
-from promptmesh.node.router import Reuse
+from promptmesh.node.router import Reuse, Router
 from promptmesh.providers.base import (
+    Answering,
+    Asked,
     CacheControl,
     CacheOnlyMiss,
     DeadlineExceeded,
@@ -109,6 +114,39 @@ async def test_who_may_answer_separates_flights(autojump_clock: trio.testing.Moc
         nursery.start_soon(ask, s, asking())
         nursery.start_soon(ask, s, asking(peer="other"))
     assert len(s.backends.asked) == 2
+
+
+@dataclass
+class AtTheOther(Backends):
+    """Has another node answer, and computes for that node's requests."""
+
+    other: Router = field(init=False)
+
+    @asynccontextmanager
+    async def open(
+        self, request: Asked, *, local_only: bool = False, key: bytes = b""
+    ) -> AsyncIterator[Answering]:
+        if local_only:
+            async with super().open(request, local_only=True, key=key) as answering:
+                yield answering
+        else:
+            assert isinstance(request, GenerateRequest)
+            async with self.other.open(request, local_only=True) as answering:
+                yield answering
+
+
+async def test_two_nodes_that_ask_each_other_the_same_do_not_wait_for_each_other(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """The provider is named, as in a request that comes from a peer."""
+    one, two = AtTheOther(delay=5), AtTheOther(delay=5)
+    async with setup(one) as s, setup(two) as t:
+        one.other, two.other = t.router, s.router
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask, s, asking(provider="p"))
+            nursery.start_soon(ask, t, asking(provider="p"))
+        assert trio.current_time() < 10
+    assert (one.local_only, two.local_only) == ([True], [True])
 
 
 async def test_a_hit_of_the_mesh_is_replayed_with_its_usage() -> None:
