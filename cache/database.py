@@ -181,7 +181,10 @@ class Database:
 def _opened(path: Path) -> sqlite3.Connection:
     """Raises `sqlite3.Error` or `OSError`."""
     # Answers are private: the file is its owner's, and so are those that SQLite puts beside it.
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    # One that is there is left alone: to close it here would take from this process the locks that
+    # it may have on it already, and with them what was not copied yet (sqlite.org/howtocorrupt).
+    with suppress(FileExistsError):
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT, isolation_level=None)
     try:
         _prepared(connection)

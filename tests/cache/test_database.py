@@ -2,6 +2,8 @@ import logging
 import os
 import sqlite3
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,23 @@ def test_what_was_written_is_there_again(tmp_path: Path) -> None:
     database = Database(path)
     assert names(database) == [b"a"]
     database.close()
+
+
+def test_it_is_opened_twice_and_both_are_seen_by_others(tmp_path: Path) -> None:
+    """A descriptor that is closed takes all locks of its process along, and who closes the file
+    elsewhere then takes itself for the last and removes what was not copied yet."""
+    path = tmp_path / "cache.sqlite"
+    first = Database(path)
+    second = Database(path)
+    other = (
+        "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); c.execute('PRAGMA user_version')"
+    )
+    subprocess.run([sys.executable, "-c", f"{other}.fetchone(); c.close()", str(path)], check=True)
+    put(first, b"a")
+    assert names(second) == [b"a"]
+    assert (tmp_path / "cache.sqlite-wal").exists()
+    second.close()
+    first.close()
 
 
 def test_a_transaction_is_all_or_nothing(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import os
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,24 @@ def user_version(path: Path) -> int:
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     connection.close()
     return int(version)
+
+
+def test_it_is_opened_twice_and_both_are_seen_by_others(tmp_path: Path) -> None:
+    """A descriptor that is closed takes all locks of its process along, and who closes the file
+    elsewhere then takes itself for the last and removes what was not copied yet."""
+    path = tmp_path / "node.sqlite"
+    first = NodeDatabase(path)
+    second = NodeDatabase(path)
+    other = (
+        "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); c.execute('PRAGMA user_version')"
+    )
+    subprocess.run([sys.executable, "-c", f"{other}.fetchone(); c.close()", str(path)], check=True)
+    with first.transaction() as connection:
+        connection.execute("INSERT INTO peer VALUES ('p', 'n', 0, 1, 1, 0)")
+    assert second.rows("SELECT id FROM peer") == [("p",)]
+    assert (tmp_path / "node.sqlite-wal").exists()
+    second.close()
+    first.close()
 
 
 @pytest.mark.parametrize("there_before", [False, True])
