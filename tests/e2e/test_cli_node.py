@@ -42,7 +42,7 @@ async def two_nodes(tmp_path: Path, tables: str) -> AsyncIterator[tuple[Daemon, 
     """One that has the program, and another member."""
     async with mesh(tmp_path, {"has": tables, "asks": ""}) as (has, asks):
         await has.wait_for_model(MODEL)
-        await asks.wait_for_model(MODEL)
+        await asks.wait_for_model(MODEL, *(f"has:{mode}" for mode in MODES))
         yield has, asks
 
 

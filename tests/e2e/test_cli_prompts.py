@@ -68,12 +68,12 @@ def test_each_prompt_arrives_as_it_is(echo: Bench) -> None:
 )
 def test_what_cannot_be_said_is_refused(echo: Bench, prompt: str, said: str) -> None:
     assert echo.server is not None
-    before = len(echo.server.requests)
+    before = len(echo.server.seen)
     got = echo.ask("echo", "whole", prompt)
     assert got.error is not None
     assert issubclass(got.error, GenerateError)
     assert re.search(said, echo.messages["echo", "whole"])
-    assert len(echo.server.requests) == before
+    assert len(echo.server.seen) == before
 
 
 def test_what_is_no_text_is_refused(echo: Bench) -> None:

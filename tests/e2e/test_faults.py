@@ -12,7 +12,7 @@ import ssl
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -135,7 +135,8 @@ class World:
 
     def __exit__(self, *_: object) -> None:
         assert self._token is not None
-        self._token.run_sync_soon(self._down.set)
+        with suppress(trio.RunFinishedError):  # `_error` says why it is over
+            self._token.run_sync_soon(self._down.set)
         self._thread.join()
         if self._error is not None:
             raise self._error

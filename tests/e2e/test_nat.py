@@ -138,12 +138,11 @@ async def test_two_behind_routers_meet_by_relays(tmp_path: Path) -> None:
 
         async def placed() -> bool:  # one is enough for both to meet, and the other comes later
             relaying = [(await r.json("/mesh/v1/status"))["mesh"]["relaying"] for r in (r1, r2)]
-            return all({p["node"] for p in does["places"]} == {"a", "b"} for does in relaying)
+            ends = [{c["from"]["node"], c["to"]["node"]} for d in relaying for c in d["circuits"]]
+            places = [{p["node"] for p in does["places"]} for does in relaying]
+            return places == [{"a", "b"}] * 2 and {"a", "b"} in ends
 
-        await until(placed, "both have a place at each relay", FIND_S)
-        relaying = [(await r.json("/mesh/v1/status"))["mesh"]["relaying"] for r in (r1, r2)]
-        ends = [{c["from"]["node"], c["to"]["node"]} for d in relaying for c in d["circuits"]]
-        assert {"a", "b"} in ends
+        await until(placed, "both have a place at each relay, and use one", FIND_S)
         # A place at the other relay is there before the one that is used goes.
         ids = {r: (await r.json("/mesh/v1/status"))["peer"] for r in (r1, r2)}
         used = (await a.peer("b"))["address"]
