@@ -7,39 +7,21 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-import msgspec
 import pytest
 import trio
+from asking import ask
 from fakes_http import Script, ScriptedServer, scripted_server
 from vendors import VendorServer, vendors
 
 from promptmesh.providers.anthropic_http import AnthropicHttp
 from promptmesh.providers.base import (
-    Completion,
     GenerateError,
-    GenerateRequest,
-    Message,
-    Provider,
-    Text,
 )
 from promptmesh.providers.claude_settings import ClaudeSettings
 from promptmesh.providers.gemini_http import GeminiHttp
 from promptmesh.providers.gemini_settings import GeminiSettings
 
 P = TypeVar("P", AnthropicHttp, GeminiHttp)
-
-REQUEST = GenerateRequest(
-    model="stub-model", messages=(Message(role="user", content=(Text(text="hi there"),)),)
-)
-
-
-def asked(**fields: Any) -> GenerateRequest:
-    return msgspec.structs.replace(REQUEST, **fields)
-
-
-async def ask(provider: Provider, request: GenerateRequest = REQUEST) -> Completion:
-    async with provider.open(request) as answering:
-        return await answering.completion()
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from asking import ask, asked
 from fakes_http import Script, always, json_reply, reply
-from vendor_http import CLAUDE, REQUEST, ask
+from vendor_http import CLAUDE
 from vendors import vendors
 
 from promptmesh.providers.anthropic_http import AnthropicHttp
 from promptmesh.providers.anthropic_messages import ClaudeOptions
 from promptmesh.providers.base import (
-    GenerateRequest,
     ModelOffer,
     ProviderUnavailable,
     RequestRejected,
@@ -29,7 +29,7 @@ async def test_what_is_asked() -> None:
     assert sent.headers["x-api-key"] == CLAUDE.key
     assert sent.headers["anthropic-version"] == "2023-06-01"
     assert sent.path == "/m/ok/v1/messages"
-    assert sent.json["messages"][0]["content"] == [{"type": "text", "text": "hi there"}]
+    assert sent.json["messages"][0]["content"] == [{"type": "text", "text": "Tell me a tale."}]
 
 
 async def test_gateway_with_a_token_and_headers() -> None:
@@ -63,9 +63,7 @@ async def test_field_that_a_model_refuses_is_left_out() -> None:
             refused = "temperature" in received.json
             await side.send(json_reply(400, refusal) if refused else good)
 
-    request = GenerateRequest(
-        model="m", messages=REQUEST.messages, sampling=Sampling(temperature=0.2)
-    )
+    request = asked(model="m", sampling=Sampling(temperature=0.2))
     async with CLAUDE.scripted(script) as (server, provider):
         assert (await ask(provider, request)).text == "a"
         assert (await ask(provider, request)).text == "a"
@@ -77,13 +75,11 @@ async def test_field_that_a_model_refuses_is_left_out() -> None:
 
 async def test_options_of_the_table_and_of_a_request() -> None:
     usual = ClaudeOptions(effort="low", thinking=2000)
-    request = GenerateRequest(
-        model="m", messages=REQUEST.messages, dialect="openai", extra={"effort": "max", "user": "u"}
-    )
+    request = asked(model="m", dialect="openai", extra={"effort": "max", "user": "u"})
     async with CLAUDE.at_stub(options=usual, max_tokens=100) as (server, provider):
         await ask(provider)
         await ask(provider, request)
-        wrong = GenerateRequest(model="m", messages=REQUEST.messages, extra={"efort": "low"})
+        wrong = asked(model="m", extra={"efort": "low"})
         with pytest.raises(RequestRejected, match="did you mean 'effort'"):
             await ask(provider, wrong)
     usual_body, other_body = (asked.request.json for asked in server.of("ok"))
@@ -132,7 +128,7 @@ async def test_an_answer_is_no_longer_than_the_model_can() -> None:
 
     async with CLAUDE.scripted(script) as (_, provider):
         await provider.check()
-        request = GenerateRequest(model="m", messages=REQUEST.messages)
+        request = asked(model="m")
         with pytest.raises(ProviderUnavailable):
             await ask(provider, request)
 

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 import trio
+from asking import ask, asked
 from faults import WHOLE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -19,16 +20,13 @@ from recordings import playing_program
 
 from promptmesh.providers.anthropic_http import AnthropicHttp
 from promptmesh.providers.base import (
-    Completion,
     ContextTooLong,
     GenerateRequest,
-    Message,
     ModelOffer,
     ProviderRefused,
     ProviderUnavailable,
     RequestRejected,
     Sampling,
-    Text,
 )
 from promptmesh.providers.claude_cli import MAX_PROMPT, ClaudeCli
 from promptmesh.providers.claude_settings import ClaudeSettings
@@ -64,12 +62,6 @@ say({{"type": "result", "is_error": False, "num_turns": 1, "result": "told"}})
 """
 
 
-def asked(text: str = "Tell me a tale.", *, system: str = "", **fields: Any) -> GenerateRequest:
-    said = [Message(role="system", content=(Text(text=system),))] if system else []
-    turns = (*said, Message(role="user", content=(Text(text=text),)))
-    return GenerateRequest(model="stub-model", messages=turns, **fields)
-
-
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
     """A user's home, with a login."""
@@ -96,12 +88,6 @@ def player(tmp_path: Path, home: Path, case: str, **fields: Any) -> ClaudeCli:
     """The command as it was recorded in that case."""
     program = playing_program(tmp_path, "claude", "played")
     return provider(program, home, api_key=KEY, base_url=f"http://127.0.0.1:1/m/{case}", **fields)
-
-
-async def ask(provider: ClaudeCli, request: GenerateRequest | None = None) -> Completion:
-    with trio.fail_after(120):
-        async with provider.open(request or asked()) as answering:
-            return await answering.completion()
 
 
 async def told(provider: ClaudeCli, request: GenerateRequest | None = None) -> Any:

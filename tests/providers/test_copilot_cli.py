@@ -9,17 +9,16 @@ from typing import Any
 
 import pytest
 import trio
+from asking import asked
 from fakes_copilot import playing_copilot
 from faults import WHOLE
 
 from promptmesh.providers import copilot_found
 from promptmesh.providers.base import (
     GenerateRequest,
-    Message,
     ProviderUnavailable,
     RequestRejected,
     Sampling,
-    Text,
 )
 from promptmesh.providers.cli_answer import Launch
 from promptmesh.providers.copilot_cli import CopilotCli
@@ -41,12 +40,6 @@ def program(path: Path, text: str = "") -> Path:
     path.write_text(text)
     path.chmod(0o755)
     return path
-
-
-def asked(text: str = "hi", system: str = "", **more: Any) -> GenerateRequest:
-    said = [Message(role="system", content=(Text(text=system),))] if system else []
-    turns = (*said, Message(role="user", content=(Text(text=text),)))
-    return GenerateRequest(model="m", messages=turns, **more)
 
 
 # --- the program
@@ -163,11 +156,11 @@ def test_a_server_of_ones_own(tmp_path: Path) -> None:
     assert launch.text == b"Be brief.\n\n-p @x"
     assert launch.command[-2:] == ["--available-tools", "none"]
     assert KEY not in " ".join(launch.command)
-    assert "m" not in launch.command
+    assert "stub-model" not in launch.command
     seen = launch.environment
     assert seen["COPILOT_PROVIDER_API_KEY"] == KEY
     assert seen["COPILOT_PROVIDER_MAX_OUTPUT_TOKENS"] == "9"
-    assert (seen["COPILOT_MODEL"], seen["COPILOT_OFFLINE"]) == ("m", "true")
+    assert (seen["COPILOT_MODEL"], seen["COPILOT_OFFLINE"]) == ("stub-model", "true")
     assert seen["COPILOT_HOME"] == str(tmp_path / "private" / "home")
     assert "GH_TOKEN" not in seen
 
@@ -190,7 +183,7 @@ def test_no_prompt_is_a_command(tmp_path: Path, system: str, text: str, said: st
 def test_a_token(tmp_path: Path) -> None:
     said = settings(tmp_path, seen={"GH_TOKEN": "gho_x"}, cache_dir="/keep")
     launch = launched(tmp_path, said, asked(extra={"reasoning_effort": "low"}))
-    assert {"--model=m", "--reasoning-effort=low"} <= set(launch.command)
+    assert {"--model=stub-model", "--reasoning-effort=low"} <= set(launch.command)
     seen = launch.environment
     assert (seen["COPILOT_GITHUB_TOKEN"], seen["COPILOT_DISABLE_KEYTAR"]) == ("gho_x", "1")
     assert seen["COPILOT_CACHE_HOME"] == "/keep/copilot"

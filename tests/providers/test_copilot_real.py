@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import trio
+from asking import asked
 from cli_programs import CLIS
 from daemons import until
 from faults import PARTIAL, WHOLE
@@ -74,12 +75,6 @@ def signed_in(server: VendorServer, mode: str, cache: Path, user: Path) -> Copil
     base = server.base(mode)
     github = {"COPILOT_DEBUG_GITHUB_API_URL": f"{base}/gh", "COPILOT_API_URL": f"{base}/capi"}
     return settings(cache, user, github, api_key=TOKEN)
-
-
-def asked(text: str = "Tell me a tale.", model: str = "stub-model", **more: Any) -> GenerateRequest:
-    return GenerateRequest(
-        model=model, messages=(Message(role="user", content=(Text(text=text),)),), **more
-    )
 
 
 async def ask(provider: Provider, *requests: GenerateRequest) -> list[Completion]:
@@ -263,17 +258,13 @@ async def test_the_sdk_itself_says_the_same(cache: Path, tmp_path: Path) -> None
         )
         assert done.stdout.decode().strip() == WHOLE
         theirs = _said(tmp_path)
-        system = Message(role="system", content=(Text(text="Be brief."),))
         said = own_server(server, "ok", cache, tmp_path)
         environment = {**said.environment}
         ours_settings = settings(
             cache, tmp_path, environment, base_url=base, api_key="k", models=("stub-model",)
         )
         provider = CopilotSdk(_with_command(ours_settings, listener))
-        await ask(
-            provider,
-            GenerateRequest(model="stub-model", messages=(system, *asked().messages)),
-        )
+        await ask(provider, asked(system="Be brief."))
         ours = _said(tmp_path)
         bodies = [_body(asked.request.json) for asked in server.of("ok")]
     assert bodies[0] == bodies[1]

@@ -12,24 +12,21 @@ from typing import Any
 
 import pytest
 import trio
+from asking import ask, asked
 from daemons import until
 from fakes_copilot import playing_copilot
 from faults import PARTIAL, WHOLE
 
 from promptmesh.providers import copilot_session
 from promptmesh.providers.base import (
-    Completion,
     ContextTooLong,
     DeadlineExceeded,
     GenerateError,
-    GenerateRequest,
-    Message,
     ProviderRefused,
     ProviderUnavailable,
     RequestRejected,
     Sampling,
     StreamInterrupted,
-    Text,
     Tool,
 )
 from promptmesh.providers.copilot_sdk import CopilotSdk
@@ -56,7 +53,11 @@ def make(tmp_path: Path, folders: object) -> Make:
     @asynccontextmanager
     async def made(case: str = "ok", **more: Any) -> AsyncIterator[CopilotSdk]:
         environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), **more.pop("seen", {})}
-        server = {"base_url": f"http://127.0.0.1:1/m/{case}", "api_key": KEY, "models": ("m",)}
+        server = {
+            "base_url": f"http://127.0.0.1:1/m/{case}",
+            "api_key": KEY,
+            "models": ("stub-model",),
+        }
         settings = {**server, **more}
         provider = CopilotSdk(
             CopilotSettings(
@@ -72,17 +73,6 @@ def make(tmp_path: Path, folders: object) -> Make:
     return made
 
 
-def asked(text: str = "Tell me a tale.", model: str = "m", **fields: Any) -> GenerateRequest:
-    return GenerateRequest(
-        model=model, messages=(Message(role="user", content=(Text(text=text),)),), **fields
-    )
-
-
-async def ask(provider: CopilotSdk, request: GenerateRequest | None = None) -> Completion:
-    async with provider.open(request or asked()) as answering:
-        return await answering.completion()
-
-
 def log(folders: Sequence[Path]) -> list[dict[str, Any]]:
     """What the one runtime was asked."""
     (folder,) = folders
@@ -94,13 +84,8 @@ def log(folders: Sequence[Path]) -> list[dict[str, Any]]:
 async def test_an_answer_and_what_the_runtime_is_asked(
     make: Make, folders: Callable[[], list[Path]]
 ) -> None:
-    system = Message(role="system", content=(Text(text="Be brief."),))
-    request = asked(sampling=Sampling(max_tokens=9), extra={"reasoning_effort": "low"})
-    request = GenerateRequest(
-        model="m",
-        messages=(system, *request.messages),
-        sampling=request.sampling,
-        extra=request.extra,
+    request = asked(
+        system="Be brief.", sampling=Sampling(max_tokens=9), extra={"reasoning_effort": "low"}
     )
     async with make() as provider:
         assert folders() == []  # nothing is started before it is asked
@@ -115,7 +100,7 @@ async def test_an_answer_and_what_the_runtime_is_asked(
         await until(deleted, "the session is deleted")
         said = {message["method"]: message["params"] for message in log(folders())}
     created = said["session.create"]
-    assert created["model"] == "m"
+    assert created["model"] == "stub-model"
     assert created["systemMessage"] == {"mode": "replace", "content": "Be brief."}
     assert created["availableTools"] == []
     assert created["workingDirectory"] == str(folder / "work")

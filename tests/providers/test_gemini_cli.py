@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 import trio
+from asking import ask, asked
 from faults import PARTIAL, WHOLE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -19,7 +20,6 @@ from recordings import playing_program
 
 from promptmesh.providers import gemini_home
 from promptmesh.providers.base import (
-    Completion,
     ContextTooLong,
     EmbedRequest,
     GenerateError,
@@ -32,7 +32,6 @@ from promptmesh.providers.base import (
     ProviderUnavailable,
     RequestRejected,
     Sampling,
-    Text,
 )
 from promptmesh.providers.cli_prompt import PLAIN_SYSTEM, CliPrompt
 from promptmesh.providers.gemini_cli import GeminiCli
@@ -77,12 +76,6 @@ PROGRAM
 """
 
 
-def asked(text: str = "Tell me a tale.", *, system: str = "", **fields: Any) -> GenerateRequest:
-    said = [Message(role="system", content=(Text(text=system),))] if system else []
-    turns = (*said, Message(role="user", content=(Text(text=text),)))
-    return GenerateRequest(model="stub-model", messages=turns, **fields)
-
-
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
     """A user's home, with a login."""
@@ -115,11 +108,6 @@ def player(tmp_path: Path, home: Path, case: str, **fields: Any) -> GeminiCli:
     """The command as it was recorded in that case."""
     program = playing_program(tmp_path, "gemini", "played")
     return provider(program, home, f"http://127.0.0.1:1/m/{case}", **fields)
-
-
-async def ask(provider: GeminiCli, request: GenerateRequest | None = None) -> Completion:
-    async with provider.open(request or asked()) as answering:
-        return await answering.completion()
 
 
 async def told(provider: GeminiCli, request: GenerateRequest | None = None) -> Any:

@@ -3,10 +3,11 @@
 from typing import Any
 
 import pytest
+from asking import ask, asked
 from fakes_gemini import answer, calls, detail, error, reply
 from fakes_http import always, event, json_reply, streamed
 from fakes_http import reply as http_reply
-from vendor_http import GEMINI, REQUEST, ask, asked
+from vendor_http import GEMINI
 
 from promptmesh.providers import gemini_http
 from promptmesh.providers.base import (
@@ -88,7 +89,7 @@ async def test_a_signature_goes_back_with_its_call() -> None:
     async with GEMINI.scripted(always(first)) as (server, provider):
         told = await ask(provider)
         turns = (
-            *REQUEST.messages,
+            *asked().messages,
             Message(role="assistant", tool_calls=told.tool_calls),
             Message(role="tool", content=(Text(text="noon"),), tool_call_id="c1"),
         )
@@ -111,7 +112,7 @@ async def test_a_model_that_wants_signatures_is_asked_again_with_one() -> None:
 
     call = Message(role="assistant", tool_calls=(ToolCall(id="c1", name="now", arguments="{}"),))
     result = Message(role="tool", content=(Text(text="noon"),), tool_call_id="c1")
-    request = GenerateRequest(model="m", messages=(*REQUEST.messages, call, result))
+    request = GenerateRequest(model="m", messages=(*asked().messages, call, result))
     async with GEMINI.scripted(script) as (server, provider):
         assert (await ask(provider, request)).text == "noon"
         await ask(provider, request)
@@ -213,14 +214,14 @@ async def test_a_key_that_is_not_valid() -> None:
 async def test_tokens_are_counted_for_nothing() -> None:
     async with GEMINI.at_stub() as (server, provider):
         assert isinstance(provider, CountsTokens)
-        assert await provider.count_tokens(REQUEST) == TokenCount(11, True)
+        assert await provider.count_tokens(asked()) == TokenCount(11, True)
         (sent,) = server.requests
         assert not server.seen
     assert sent.path == "/m/ok/v1beta/models/stub-model:countTokens"
     assert sent.json == {
         "generateContentRequest": {
             "model": "models/stub-model",
-            "contents": [{"role": "user", "parts": [{"text": "hi there"}]}],
+            "contents": [{"role": "user", "parts": [{"text": "Tell me a tale."}]}],
         }
     }
 
@@ -229,7 +230,7 @@ async def test_tokens_are_counted_for_nothing() -> None:
 async def test_a_count_that_is_none(body: bytes) -> None:
     async with GEMINI.scripted(always(http_reply(200, body))) as (_, provider):
         with pytest.raises(ProviderUnavailable, match="counted no tokens"):
-            await provider.count_tokens(REQUEST)
+            await provider.count_tokens(asked())
 
 
 # --- embeddings ----------------------------------------------------------------------------------

@@ -6,23 +6,19 @@ import json
 import os
 import random
 from pathlib import Path
-from typing import Any
 
 import pytest
 import trio
+from asking import ask, asked
 from daemons import ROOT
 from fakes_google import google
 from faults import PARTIAL, WHOLE
 from vendors import VendorServer, vendors
 
 from promptmesh.providers.base import (
-    Completion,
-    GenerateRequest,
-    Message,
     ProviderUnavailable,
     Sampling,
     StreamInterrupted,
-    Text,
 )
 from promptmesh.providers.gemini_cli import GeminiCli
 from promptmesh.providers.gemini_settings import GeminiSettings
@@ -56,18 +52,6 @@ def provider(server: VendorServer, tmp_path: Path, mode: str) -> GeminiCli:
             environment=environment,
         )
     )
-
-
-def asked(text: str, system: str = "", model: str = "stub-model", **fields: Any) -> GenerateRequest:
-    said = [Message(role="system", content=(Text(text=system),))] if system else []
-    turns = (*said, Message(role="user", content=(Text(text=text),)))
-    return GenerateRequest(model=model, messages=turns, **fields)
-
-
-async def ask(gemini: GeminiCli, request: GenerateRequest) -> Completion:
-    with trio.fail_after(PATIENCE):
-        async with gemini.open(request) as answering:
-            return await answering.completion()
 
 
 async def test_what_reaches_google(tmp_path: Path) -> None:

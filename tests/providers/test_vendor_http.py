@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import trio
+from asking import ask, asked
 from fakes_http import always, json_reply, reply
 from faults import PARTIAL, WHOLE
-from vendor_http import CLAUDE, GEMINI, REQUEST, HttpVendor, ask
+from vendor_http import CLAUDE, GEMINI, HttpVendor
 from vendor_replies import COMPLETION_TOKENS, PROMPT_TOKENS
 
 from promptmesh.providers.base import (
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.parametrize("vendor", [CLAUDE, GEMINI], ids=lambda vend
 
 
 async def test_answer(vendor: HttpVendor[Any]) -> None:
-    async with vendor.at_stub() as (server, provider), provider.open(REQUEST) as answering:
+    async with vendor.at_stub() as (server, provider), provider.open(asked()) as answering:
         assert answering.origin == Origin(provider=vendor.name, model="stub-model")
         assert await answering.completion() == Completion(
             text=WHOLE,
@@ -49,7 +50,7 @@ async def test_answer(vendor: HttpVendor[Any]) -> None:
         ("truncate", "length", PARTIAL, ""),
         ("filter", "content_filter", PARTIAL, ""),
         ("big-9000", "stop", "x" * 9000, ""),
-        ("echo", "stop", "hi there", ""),
+        ("echo", "stop", "Tell me a tale.", ""),
     ],
 )
 async def test_answers(
