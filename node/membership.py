@@ -80,6 +80,8 @@ class Membership:
         #: The present session, or the pause before the next try.
         self._scope = trio.CancelScope()
         self._settled = trio.Event()
+        #: One at a time has it begin anew, and sees how that one ended.
+        self._beginning = trio.Lock()
         self._saver = _Saver(home)
 
     @property
@@ -169,9 +171,10 @@ class Membership:
             await self._network.announce_leaving()
 
     async def _begin_anew(self) -> None:
-        self._settled = trio.Event()
-        self._scope.cancel()
-        await self._settled.wait()
+        async with self._beginning:
+            self._settled = trio.Event()
+            self._scope.cancel()
+            await self._settled.wait()
 
     def _settle(self, problem: str) -> None:
         self._problem = problem
