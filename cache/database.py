@@ -139,6 +139,19 @@ class Database:
             # Not by execute(), which would stop after the first page.
             self._connection.executescript(f"PRAGMA incremental_vacuum({VACUUMED})")
 
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """While inside no file is open, as SQLite wants it of a process that forks: the child would
+        believe it had the locks of its parent. Nothing may be asked meanwhile."""
+        if self._path is None:
+            yield
+            return
+        self.close()
+        try:
+            yield
+        finally:
+            self._begin_again()
+
     def close(self) -> None:
         """Close it; what is asked afterwards is a fault like any other. Never raises."""
         with suppress(sqlite3.Error):
@@ -169,13 +182,16 @@ class Database:
             logger.warning("the cache failed (%s: %s) and does without until it works", what, error)
         if _is_damage(error) and self._path is not None:
             self.close()
-            self.generation += 1
-            self._checkpointed = 0
             try:
                 _set_aside(self._path, error)
-                self._connection = self._open()
+                self._begin_again()
             except OSError as cause:
                 logger.error("cannot set %s aside: %s", self._path, cause)
+
+    def _begin_again(self) -> None:
+        self.generation += 1
+        self._checkpointed = 0
+        self._connection = self._open()
 
 
 def _opened(path: Path) -> sqlite3.Connection:

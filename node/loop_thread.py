@@ -4,8 +4,8 @@ What lives in the loop outlives a call: connections, a model's process, the cach
 a plain program, an asyncio or a trio task, a notebook: it submits a `Job`, and waits for it in its
 own way. The thread starts with the first job, ends with `close` or the program, and is no part of
 a forked child, which gets one of its own. While the program forks it stands still between two
-steps: what it held in the middle of one, such as SQLite's lock over its memory, nobody in the child
-would ever give back.
+steps, apart from its files: what it held in the middle of one, such as SQLite's lock over its
+memory, nobody in the child would ever give back.
 """
 
 from __future__ import annotations
@@ -19,7 +19,12 @@ import weakref
 from collections import deque
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
-from contextlib import AbstractAsyncContextManager, suppress
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    nullcontext,
+    suppress,
+)
 from typing import Any, Generic, TypeVar
 
 import trio
@@ -78,9 +83,15 @@ class Job(Generic[T]):
 class LoopThread(Generic[E]):
     """The thread, with what `opens` gives open in it. See the module."""
 
-    def __init__(self, opens: Callable[[], AbstractAsyncContextManager[E]], name: str) -> None:
-        self._opens = opens
-        self._name = name
+    def __init__(
+        self,
+        opens: Callable[[], AbstractAsyncContextManager[E]],
+        name: str,
+        *,
+        apart: Callable[[E], AbstractContextManager[None]] = lambda owner: nullcontext(),
+    ) -> None:
+        """`apart` is entered in the loop while the program forks."""
+        self._make: Callable[[Job[Any]], _Loop[E]] = lambda job: _Loop(opens, name, apart, job)
         self._lock = threading.Lock()
         self._loop: _Loop[E] | None = None
         with _threads_lock:
@@ -92,7 +103,7 @@ class LoopThread(Generic[E]):
         with self._lock:
             if self._loop is None or not self._loop.add(job):
                 _close_at_the_end()
-                self._loop = _Loop(self._opens, self._name, job)
+                self._loop = self._make(job)
         return job
 
     @property
@@ -140,10 +151,17 @@ class _Loop(Generic[E]):
     """One run of the thread."""
 
     def __init__(
-        self, opens: Callable[[], AbstractAsyncContextManager[E]], name: str, job: Job[Any]
+        self,
+        opens: Callable[[], AbstractAsyncContextManager[E]],
+        name: str,
+        apart: Callable[[E], AbstractContextManager[None]],
+        job: Job[Any],
     ) -> None:
         """Begins with that job."""
         self._opens = opens
+        self._apart_of = apart
+        #: What it does around a fork.
+        self._apart: Callable[[], AbstractContextManager[None]] = nullcontext
         #: Over all below. A finalizer that stops it may run wherever the lock is held.
         self._lock = threading.RLock()
         #: What waits to be begun; None: the loop takes no more.
@@ -197,8 +215,11 @@ class _Loop(Generic[E]):
         held, go_on = threading.Event(), threading.Event()
 
         def stand_still() -> None:
-            held.set()
-            go_on.wait()
+            if go_on.is_set():
+                return  # too late: a step took long
+            with self._apart():
+                held.set()
+                go_on.wait()
 
         with suppress(trio.RunFinishedError):
             self._token.run_sync_soon(stand_still)
@@ -224,6 +245,7 @@ class _Loop(Generic[E]):
                 self._stop.cancel()
         with self._stop:
             async with self._opens() as owner, trio.open_nursery() as nursery:
+                self._apart = lambda: self._apart_of(owner)
                 try:
                     with self._lock:
                         self._begin = lambda: self._start_all(nursery, owner)

@@ -10,6 +10,7 @@ however that comes.
 
 from __future__ import annotations
 
+import logging
 import os
 import sqlite3
 import stat
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from .home import HomeError
+
+logger = logging.getLogger(__name__)
 
 #: Marks the file as ours ("PMnd"), and says what `file` shows of it.
 APPLICATION_ID = 0x504D6E64
@@ -68,6 +71,7 @@ class NodeDatabase:
 
         Raises `HomeError`, which says what to do.
         """
+        self._path = path
         try:
             self._connection = _opened(path)
         except (sqlite3.Error, OSError) as error:
@@ -82,6 +86,23 @@ class NodeDatabase:
         """All or nothing. Raises `DatabaseError`; nothing may be awaited inside."""
         with _transaction(self._connection) as connection:
             yield connection
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """While inside no file is open, as SQLite wants it of a process that forks: the child would
+        believe it had the locks of its parent. Nothing may be asked meanwhile. Never raises: what
+        cannot be opened again fails who asks it."""
+        if self._path is None:
+            yield
+            return
+        self.close()
+        try:
+            yield
+        finally:
+            try:
+                self._connection = _opened(self._path)
+            except (sqlite3.Error, OSError) as error:
+                logger.error("%s", _advice(self._path, error))
 
     def close(self) -> None:
         """Close it. Never raises."""

@@ -51,7 +51,7 @@ def version() -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What answers requests here. `database` is open for as long as they are."""
+    """What answers requests here. The databases are open for as long as they are."""
 
     peer: str
     #: Signs as this node.
@@ -59,6 +59,7 @@ class Parts:
     node: str
     providers: OwnProviders
     database: Database
+    node_database: NodeDatabase
     blocks: SqliteBlocks
     #: With the Kubo behind them; None: there is none.
     layers: LayeredBlocks | None
@@ -189,6 +190,7 @@ def open_parts(config: Config, home: Home, environment: Mapping[str, str]) -> It
             node=config.node.name,
             providers=providers,
             database=database,
+            node_database=node_database,
             blocks=blocks,
             layers=layers,
             answers=answers,

@@ -241,10 +241,11 @@ class RouterDeps:
     def _make_thread(self) -> LoopThread[Engine]:
         from .home import Home
         from .loop_thread import LoopThread
+        from .seed_engine import Engine
         from .seed_opening import open_engine
 
         config, home = self.config(), Home(self.home)
-        thread = LoopThread(lambda: open_engine(config, home), "promptmesh")
+        thread = LoopThread(lambda: open_engine(config, home), "promptmesh", apart=Engine.apart)
         self._abandons = weakref.finalize(self, LoopThread.abandon, thread)
         # At the end of the program the threads are closed, which waits for them.
         self._abandons.atexit = False

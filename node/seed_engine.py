@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from random import Random
 from typing import Any
 
@@ -272,6 +273,12 @@ class Engine:
                     await self._built.ready(built)
                 return await count_tokens(built.provider, question(ask, plan))
         raise DeadlineExceeded(self._late(ask))
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """While inside, a fork shares no file of it with the child."""
+        with self._parts.database.apart(), self._parts.node_database.apart():
+            yield
 
     async def clear(self) -> None:
         """Forget what was built; what is in use ends with its last call."""

@@ -77,6 +77,40 @@ def test_a_forked_child_has_a_loop_of_its_own(tmp_path: Path) -> None:
     assert out == "hit-local\n"
 
 
+def test_a_forked_child_keeps_its_answers_when_the_parent_closes(tmp_path: Path) -> None:
+    """Of a file that was open when it forked, SQLite believes the child has the parent's locks."""
+    out = run(
+        tmp_path,
+        """
+        import os, sqlite3
+        from promptmesh import generate_text, get_default_router_deps
+        generate_text("a", provider="echo")
+        from_child, to_child = os.pipe(), os.pipe()
+        child = os.fork()
+        if not child:
+            generate_text("b", provider="echo")
+            os.write(from_child[1], b"x")
+            os.read(to_child[0], 1)
+            generate_text("c", provider="echo")
+            get_default_router_deps().close()
+            os._exit(0)
+        os.read(from_child[0], 1)
+        generate_text("d", provider="echo")  # it goes on with what was closed for the fork
+        get_default_router_deps().close()
+        os.write(to_child[1], b"x")
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        for name, sql in (
+            ("cache", "SELECT count(*) FROM answer"),
+            ("node", "SELECT sum(requests) FROM usage"),
+        ):
+            file = sqlite3.connect(f"{os.environ['PROMPTMESH_HOME']}/{name}.sqlite")
+            print(*file.execute(sql).fetchone())
+            file.close()
+        """,
+    )
+    assert out == "4\n4\n"
+
+
 def test_a_fork_waits_until_the_loop_is_between_two_steps(tmp_path: Path) -> None:
     """What a step holds, such as a lock of SQLite's, a child would find locked for ever."""
     out = run(
