@@ -48,6 +48,8 @@ DEFAULT_SLOTS: Mapping[str, int | None] = {
     "gemini_cli": 2,
     "claude_code": 2,
 }
+#: The names of the models that this node runs itself.
+LOCAL = ("local_hf", "local_hf_embed")
 #: Kinds whose program unpacks itself, once for all its runs, into a folder that it is given.
 UNPACK = frozenset({"copilot_cli", "copilot_sdk"})
 #: Seconds between two looks at a provider: while it is not ready, and at most when it is.
@@ -130,9 +132,7 @@ class OwnProvider:
     async def watch(self, changed: Callable[[], None]) -> None:
         """Keep its health fresh until cancelled; `changed` is called when what it offers does."""
         while True:
-            health = Health(state="unavailable", reason=f"no answer within {CHECK_LIMIT:g} s")
-            with trio.move_on_after(CHECK_LIMIT):
-                health = await self.admission.check()
+            health = await self._look()
             if health.state != self.health.state:
                 log = logger.warning if health.state == "unavailable" else logger.info
                 log("%s is %s", self.name, _sentence(health))
@@ -144,6 +144,17 @@ class OwnProvider:
             # Spread, so that a node with many does not look at all of them in one moment.
             later = LOOK_LATER * uniform(0.5, 1.0)
             await trio.sleep(later if health.state == "ready" else LOOK_SOON)
+
+    async def _look(self) -> Health:
+        try:
+            with trio.move_on_after(CHECK_LIMIT):
+                return await self.admission.check()
+        except Exception as error:  # of another package's: the log has it, and its health the kind
+            if self.health.state != "unavailable":
+                logger.exception("the check of %s failed", self.name)
+            reason = f"its check failed with {type(error).__name__}; the log says more"
+            return Health(state="unavailable", reason=reason)
+        return Health(state="unavailable", reason=f"no answer within {CHECK_LIMIT:g} s")
 
 
 def _sentence(health: Health) -> str:
@@ -214,12 +225,19 @@ class OwnProviders:
         with scope:
             async with trio.open_nursery() as nursery:
                 if isinstance(own.admission.provider, Runs):
-                    nursery.start_soon(own.admission.provider.run)
+                    nursery.start_soon(_work, own.name, own.admission.provider)
                 nursery.start_soon(own.watch, self._changed)
 
     def _changed(self) -> None:
         for tell in self.on_change:
             tell()
+
+
+async def _work(name: str, provider: Runs) -> None:
+    try:
+        await provider.run()
+    except Exception:  # It must not take the others along: who looks at the log sees it.
+        logger.exception("%s failed, and works no more", name)
 
 
 def build_providers(

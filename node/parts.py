@@ -34,7 +34,7 @@ from .ledger import Ledger
 from .metrics import Metrics
 from .names import Names
 from .node_database import NodeDatabase
-from .own_providers import OwnProviders, build_providers
+from .own_providers import LOCAL, OwnProviders, build_providers
 from .permissions import Permissions
 from .pricing import Purse
 from .reading import Reading
@@ -222,8 +222,10 @@ def time_limits(config: Config, candidate: Candidate) -> TimeLimits | None:
     if not candidate.own:
         peers = config.deadlines.peers
         return peers.get(candidate.peer) or peers.get(candidate.node)
+    # What was found here has no table.
+    local = config.local_hf.deadlines if candidate.provider in LOCAL else None
     tables = (table.deadlines for table in config.providers if table.name == candidate.provider)
-    return next(tables, config.local_hf.deadlines)
+    return next(tables, local)
 
 
 def _layers(config: Config, blocks: SqliteBlocks, permissions: Permissions) -> LayeredBlocks | None:

@@ -322,7 +322,8 @@ def test_providers_and_peers_have_times_of_their_own(tmp_path: Path) -> None:
         return time_limits(config, candidate)
 
     assert limits("x") == TimeLimits(first_token=30, gap=2.5)
-    assert limits("local_hf") == TimeLimits(gap=5)
+    assert limits("local_hf") == limits("local_hf_embed") == TimeLimits(gap=5)
+    assert limits("ollama") is None  # as one that was found
     assert limits("x", node="gpu-box", own=False) == TimeLimits(first_token=300)
     assert limits("x", node="other", own=False) is None
 
