@@ -79,7 +79,7 @@ def test_one_that_runs_on_until_it_is_ended(folder: Path) -> None:
         program.stdin.close()
         assert program.stdout.readline().startswith(b"x in ")
         subprocess.run(["kill", "-TERM", "--", f"-{program.pid}"], check=True)
-        assert program.wait(20) == 143
+        assert program.wait(60) == 143
         program.stdout.close()
         assert program.stderr is not None
         program.stderr.close()

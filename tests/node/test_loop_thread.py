@@ -50,7 +50,7 @@ def test_a_loop_that_cannot_be_opened_fails_what_it_was_begun_for(
     thread = LoopThread(fails, "a loop")
     for _ in range(2):
         with pytest.raises(ValueError, match="wrong"):
-            thread.submit(nothing).future.result(30)
+            thread.submit(nothing).future.result(60)
 
 
 @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), KeyError("x")])
@@ -67,14 +67,14 @@ def test_what_work_raises_is_its_own_affair(thread: LoopThread[None], error: Bas
         raise error
 
     waits = thread.submit(other)
-    assert begun.wait(30)
+    assert begun.wait(60)
     with pytest.raises(type(error)):
-        thread.submit(fail).future.result(30)
-    assert waits.future.result(30) == "done"
+        thread.submit(fail).future.result(60)
+    assert waits.future.result(60) == "done"
 
 
 def test_two_threads_fork_at_once(thread: LoopThread[None]) -> None:
-    thread.submit(nothing).future.result(30)
+    thread.submit(nothing).future.result(60)
 
     def fork() -> None:
         loop_thread._hold_all()
@@ -86,17 +86,17 @@ def test_two_threads_fork_at_once(thread: LoopThread[None]) -> None:
     other.join(0.2)  # it can only wait
     assert other.is_alive()
     loop_thread._release_all()
-    other.join(30)
-    assert thread.submit(nothing).future.result(30) == "done"
+    other.join(60)
+    assert thread.submit(nothing).future.result(60) == "done"
 
 
 def test_it_is_closed_while_another_thread_forks(thread: LoopThread[None]) -> None:
-    thread.submit(nothing).future.result(30)
+    thread.submit(nothing).future.result(60)
     loop_thread._hold_all()
     other = threading.Thread(target=thread.close)
     other.start()
     other.join(0.2)
     loop_thread._release_all()
-    other.join(30)
+    other.join(60)
     assert not other.is_alive()
     assert not thread.running

@@ -202,16 +202,19 @@ def test_a_remote_cache_that_hangs_is_a_miss(
     assert "did not answer within 0.1 s" in caplog.text
 
 
-def test_a_remote_cache_that_hangs_keeps_no_answer_back(deps: RouterDeps) -> None:
+def test_a_remote_cache_that_hangs_keeps_no_answer_back(
+    deps: RouterDeps, monkeypatch: pytest.MonkeyPatch
+) -> None:
     over = threading.Event()
 
     class Hangs(dict[str, str]):
         def set(self, key: str, value: str) -> None:
-            over.wait(60)
+            over.wait(120)
 
+    monkeypatch.setattr(seed_remote, "WAIT", 120)
     deps.remote_cache = Hangs()
     try:
-        assert generate_text("a", provider=registered(Own()), timeout=3) == "own: a 1"
+        assert generate_text("a", provider=registered(Own()), timeout=60) == "own: a 1"
     finally:
         over.set()
 
@@ -322,7 +325,7 @@ def test_after_a_failure_a_thing_is_still_made_once() -> None:
         made.append(1)
         if len(made) == 1:
             failing.set()
-            waits.wait(30)
+            waits.wait(60)
             raise OSError("not yet")
         if len(made) == 3:
             twice.set()
@@ -331,13 +334,13 @@ def test_after_a_failure_a_thing_is_still_made_once() -> None:
 
     with ThreadPoolExecutor(3) as pool:
         first = pool.submit(deps.get_or_create, "x", make)
-        assert failing.wait(30)
+        assert failing.wait(60)
         second = pool.submit(deps.get_or_create, "x", make)
         waits.set()
         with pytest.raises(OSError, match="not yet"):
-            first.result(30)
+            first.result(60)
         third = pool.submit(deps.get_or_create, "x", make)
-        assert second.result(30) is third.result(30)
+        assert second.result(60) is third.result(60)
     assert len(made) == 2
 
 

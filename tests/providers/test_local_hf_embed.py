@@ -61,7 +61,7 @@ async def running(model: Path, **fields: Any) -> AsyncIterator[LocalHF]:
     environment = dict(os.environ) | {"HF_HUB_OFFLINE": "1"}
     values: dict[str, Any] = {"task": "embed", "threads": 1, "environment": environment} | fields
     provider = LocalHF(LocalHFSettings(model=str(model), **values))
-    with trio.fail_after(120):
+    with trio.fail_after(300):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(provider.run)
             yield provider
