@@ -113,6 +113,6 @@ async def ipfs_node(home: Path, config: str = "") -> AsyncIterator[IpfsNode]:
         url = f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}"
         async with trio.open_nursery() as nursery:
             await nursery.start(server.serve, listeners)
-            async with httpx.AsyncClient(base_url=url, timeout=30) as http:
+            async with httpx.AsyncClient(base_url=url, timeout=60) as http:
                 yield IpfsNode(url, parts, others, swarm, http)
             await server.stop(0)

@@ -19,6 +19,6 @@ async def serving(routes: Routes) -> AsyncIterator[httpx.AsyncClient]:
     port = listeners[0].socket.getsockname()[1]
     async with trio.open_nursery() as nursery:
         await nursery.start(HttpServer(routes, Limits()).serve, listeners)
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
             yield client
         nursery.cancel_scope.cancel()

@@ -193,7 +193,7 @@ async def test_the_present_client_of_javascript(daemon: Daemon) -> None:
 async def test_what_a_program_puts_here_is_read_at_another_node(tmp_path: Path) -> None:
     async with (
         mesh(tmp_path, {"alpha": ECHO, "beta": ""}) as (alpha, beta),
-        httpx.AsyncClient(timeout=30) as http,
+        httpx.AsyncClient(timeout=60) as http,
     ):
         await alpha.wait_for_peers("beta")
         await beta.wait_for_peers("alpha")
@@ -209,7 +209,7 @@ async def test_what_a_program_puts_here_is_read_at_another_node(tmp_path: Path) 
 
 async def test_curl_and_a_browser(daemon: Daemon) -> None:
     """What a page can send without asking: a form's POST, with its origin or none."""
-    async with httpx.AsyncClient(base_url=daemon.url, timeout=30) as http:
+    async with httpx.AsyncClient(base_url=daemon.url, timeout=60) as http:
         block = {"file": b"from a page"}
         cid = cid_text(cid_bytes(b"from a page", "raw"))
         for headers in ({"origin": "https://evil.example"}, {"user-agent": "Mozilla/5.0"}):

@@ -40,7 +40,7 @@ async def test_what_two_nodes_tell(tmp_path: Path) -> None:
         assert (await a.chat("no [[echo fail=rejected]]", "echo")).status_code == 400
         assert (await a.chat("who?", "nobody-has-it")).status_code == 404
         assert (await a.get("/v1/chat/completions")).status_code == 405
-        async with a.client(timeout=30) as client:
+        async with a.client(timeout=60) as client:
             unread = await client.post("/v1/chat/completions", content=b"{")
             assert unread.status_code == 400
         at_a, at_b = await metrics(a), await metrics(b)
