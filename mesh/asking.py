@@ -33,7 +33,7 @@ from .embedding import whole
 from .frames import RemoteProtocolError
 from .measure import Experience, Fault
 from .policies import Candidate
-from .pool import CONNECT, NotRead, PeerAnswer
+from .pool import CONNECT, NoPlace, NotRead, PeerAnswer
 from .protocol import is_plain
 from .transport import TransportError
 
@@ -331,6 +331,8 @@ def _judge(error: Exception) -> tuple[GenerateError, Fault]:
             return _judge(only)
         case NotRead():
             return _Unread(str(error)), Fault.NONE
+        case NoPlace():
+            return ProviderBusy(str(error)), Fault.NONE
         case TransportError():
             return ProviderUnavailable(f"the connection failed: {error}"), Fault.PEER
         case RemoteProtocolError():

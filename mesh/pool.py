@@ -34,6 +34,10 @@ class NotRead(TransportError):
     """An answer waited here for its reader until it was too much: no fault of the peer's."""
 
 
+class NoPlace(TransportError):
+    """This node has as many requests under way at the peer as it may: no fault of the peer's."""
+
+
 class AskStream:
     """A stream that carries this node's requests to a peer, one after the other."""
 
@@ -220,7 +224,7 @@ async def _take_place(streams: _Streams, connect: float) -> None:
         with trio.move_on_after(connect):
             await streams.places.acquire()
             return
-        raise TransportError(f"{MAX_AT_ONCE} requests to it are under way") from None
+        raise NoPlace(f"{MAX_AT_ONCE} requests to it are under way") from None
 
 
 async def _converse(stream: AskStream, request: Request, connect: float) -> None:

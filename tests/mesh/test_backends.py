@@ -22,6 +22,7 @@ from promptmesh.mesh.candidates import LocalBackend
 from promptmesh.mesh.loads import Busy
 from promptmesh.mesh.peers import PeerTable
 from promptmesh.mesh.policies import Candidate
+from promptmesh.mesh.pool import NoPlace
 from promptmesh.mesh.route import Route
 from promptmesh.providers.base import (
     Answering,
@@ -481,6 +482,15 @@ async def test_a_full_queue_or_a_refusal_is_no_fault(
         error = await error_of(manager)
         assert error.retry_after == 60
         assert type(error) is (kind if kind is ProviderBusy else ProviderUnavailable)
+    provider.fail = None
+    assert (await ask(manager))[0] == "one two three"
+
+
+async def test_a_limit_of_this_node_is_no_fault_of_the_peer(autojump_clock: Clock) -> None:
+    provider = FakeProvider("a", fail=NoPlace("160 requests to it are under way"))
+    manager = manager_of(provider)
+    for _ in range(4):
+        assert type(await error_of(manager)) is ProviderBusy
     provider.fail = None
     assert (await ask(manager))[0] == "one two three"
 

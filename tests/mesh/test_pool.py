@@ -318,7 +318,7 @@ async def test_requests_at_once_are_limited(
     started = trio.current_time()
     async with world.pool.ask(world.peer, ASK):  # waits for the second to end
         assert trio.current_time() - started == pytest.approx(1.9)
-        with pytest.raises(TransportError, match="2 requests"):
+        with pytest.raises(pool.NoPlace, match="2 requests"):
             async with world.pool.ask(world.peer, ASK):
                 raise AssertionError("there was a place")
 
