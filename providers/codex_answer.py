@@ -110,7 +110,11 @@ class CodexAnswer:
             said["effort"] = self._options.reasoning_effort
         if self._options.reasoning_summary is not None:
             said["summary"] = self._options.reasoning_summary
-        await server.call("turn/start", {"threadId": self._thread, **said})
+        try:
+            await server.call("turn/start", {"threadId": self._thread, **said})
+        except Refused:
+            self._listener = None  # there is no turn whose end could be waited for
+            raise
 
     async def __aexit__(
         self,

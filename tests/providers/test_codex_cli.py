@@ -243,6 +243,18 @@ async def test_what_is_refused(folder: Path) -> None:
             await ask(provider, "hi", extra={"reasoning_efort": "low"})
 
 
+async def test_a_turn_that_is_refused_costs_no_other_its_process(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codex_answer, "INTERRUPT_GRACE", 0.2)
+    async with running(settings(folder)) as provider, provider.open(asking("hang")):
+        with pytest.raises(ContextTooLong, match="too large"):
+            await ask(provider, "refuse")
+        assert await ask(provider, "hi") == "hi"
+        assert len(processes(folder)) == 1
+        monkeypatch.setattr(codex_answer, "INTERRUPT_GRACE", 60)
+
+
 async def test_an_idle_process_ends(folder: Path) -> None:
     async with running(settings(folder, idle_timeout=0.05)) as provider:
         await ask(provider, "hi")
