@@ -5,12 +5,10 @@ And the handles of a provider that a program keeps, as each of them makes calls.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
-from weakref import WeakKeyDictionary
 
 from .config import router_settings
 from .config_sections import Config
@@ -19,6 +17,7 @@ from .seed_ask import PROVIDER, RESPONSE, Ask
 from .seed_keywords import options_of
 from .seed_pieces import async_pieces, pieces
 from .seed_providers import NodeWishes, Plan, Planner
+from .seed_registered import serial
 from .seed_trace import GenerationTrace, begin_trace
 
 if TYPE_CHECKING:
@@ -28,9 +27,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 POLICIES = ("round_robin", "least_loaded", "best_performance")
-
-_serials: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
-_numbers = itertools.count(1)
 
 
 class Deps(Protocol):
@@ -176,16 +172,8 @@ def _fixed(instance: object, provider: str | None, model: str | None) -> Plan:
         kind="plain",
         model=model or name,
         plain=lambda: instance,
-        key=(name, "instance", _serial(instance)),
+        key=(name, "instance", serial(instance)),
     )
-
-
-def _serial(instance: object) -> int:
-    """A number for this object, and for those equal to it, and no other, ever."""
-    try:
-        return _serials.setdefault(instance, next(_numbers))
-    except TypeError:  # one that cannot be referred to weakly, or has no hash
-        return next(_numbers)
 
 
 # --- handles ------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from .config import child_environment
 from .config_providers import SUBSCRIPTION_KINDS, ProviderConfig
 from .config_sections import Config
 from .home import NOT_RUNNING, Home
-from .seed_registered import registered, registered_names
+from .seed_registered import registered, registered_names, serial
 from .seed_settings import RouterSettings
 from .seed_vendors import VENDORS, obstacle
 
@@ -183,7 +183,7 @@ class Planner:
     def _node(self, model: str | None) -> Plan:
         if self.manager is not None and not isinstance(self.manager, NodeWishes):
             # One of the program's own, which is asked as any of its providers.
-            return self._plain("backend_manager", lambda: self.manager, model, id(self.manager))
+            return self._plain("backend_manager", lambda: self.manager, model, serial(self.manager))
         if self.home.running() is None:
             raise Unusable(NOT_RUNNING)
         wishes = self.manager or NodeWishes()

@@ -1,4 +1,4 @@
-"""The providers that this program registered, by name."""
+"""The providers of this program: those that it registered, by name, and what tells them apart."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
+from weakref import WeakKeyDictionary
 
 
 @runtime_checkable
@@ -24,6 +25,7 @@ class Registered:
 
 
 _registered: dict[str, Registered] = {}
+_serials: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 _numbers = itertools.count(1)
 
 
@@ -47,3 +49,11 @@ def registered(name: str) -> Registered | None:
 def registered_names() -> list[str]:
     """Their names."""
     return list(_registered)
+
+
+def serial(instance: object) -> int:
+    """A number for this object, and for those equal to it, and no other, ever."""
+    try:
+        return _serials.setdefault(instance, next(_numbers))
+    except TypeError:  # one that cannot be referred to weakly, or has no hash
+        return next(_numbers)

@@ -385,6 +385,17 @@ def test_a_manager_of_the_program_is_asked(deps: RouterDeps) -> None:
     assert len(own.calls) == 2
 
 
+def test_another_manager_is_told_from_the_one_before(
+    deps: RouterDeps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although it may stand at the same place in memory."""
+    monkeypatch.setenv("PROMPTMESH_ROUTER_CACHE", "0")
+    monkeypatch.setattr("promptmesh.node.seed_providers.id", lambda _: 7, raising=False)
+    for text in ("first", "second"):
+        deps.backend_manager = Own(text)
+        assert generate_text("hi", provider="backend_manager") == f"{text}: hi 1"
+
+
 def test_the_manager_of_a_container_asks_the_node_of_its_folder(
     deps: RouterDeps, tmp_path: Path
 ) -> None:
