@@ -14,6 +14,7 @@ import httpx
 import pytest
 import trio
 import trio.testing
+from ports import free_port
 
 from promptmesh.node.http_server import (
     Handler,
@@ -1134,7 +1135,7 @@ async def test_stop_lets_answers_finish(kind: str) -> None:
 
 async def test_stop_ends_serving() -> None:
     server = HttpServer(echo)
-    listeners = await open_listeners("127.0.0.1", 0)
+    listeners = await open_listeners("127.0.0.1", free_port())
     address = listeners[0].socket.getsockname()
     async with trio.open_nursery() as nursery:
         with trio.fail_after(60):
@@ -1234,7 +1235,7 @@ async def test_stop_does_not_wait_for_refused_clients(
 async def test_nobody_can_connect_while_the_last_answers_finish() -> None:
     gate = Gate()
     server = HttpServer(gate)
-    listeners = await open_listeners("127.0.0.1", 0)
+    listeners = await open_listeners("127.0.0.1", free_port())
     address = listeners[0].socket.getsockname()
     async with trio.open_nursery() as nursery:
         await nursery.start(server.serve, listeners)
