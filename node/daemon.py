@@ -22,6 +22,7 @@ from ..mesh.serving import Services
 from ..mesh.transport import TransportError
 from ..providers.base import Answering, Asked, EmbedRequest
 from ..providers.options import SettingsError
+from ..providers.private_folder import remove_abandoned
 from ..providers.slots import Waiting
 from .api_cache import CacheApi
 from .api_embeddings import EmbeddingsApi
@@ -161,6 +162,7 @@ class Node:
         address = f"[{http.host}]:{port}" if ":" in http.host else f"{http.host}:{port}"
         await self._nursery.start(server.serve, listeners)
         with self._home.announced(address):
+            self._nursery.start_soon(trio.to_thread.run_sync, remove_abandoned)
             await self._nursery.start(self._parts.providers.run)
             self._nursery.start_soon(ServerFinder(self._config, self._parts.providers).run)
             self._nursery.start_soon(self._parts.answers.run)

@@ -19,16 +19,10 @@ from typing import NamedTuple, Self
 
 import trio
 
-from .private_folder import Folder, private_folder
+from .private_folder import KILL_GRACE, LOOK, TERMINATE_GRACE, Folder, private_folder
 
 logger = logging.getLogger(__name__)
 
-#: Seconds after SIGTERM in which a child may put its things in order, and after SIGKILL in which it
-#: must be gone; what is stuck in the kernel is left to it.
-TERMINATE_GRACE = 2.0
-KILL_GRACE = 0.8
-#: Seconds between two looks whether a group is gone, of which no event tells.
-LOOK = 0.01
 #: Seconds that output may still come after the child itself has ended: what it left behind in a
 #: session of its own may hold the pipe open for ever.
 LAST_WORDS = 1.0

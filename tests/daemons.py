@@ -127,6 +127,10 @@ class Daemon:
         assert self._process is not None
         return self._process.pid
 
+    def temporary(self) -> set[str]:
+        """What is in its folder for temporary files, from its first start on."""
+        return set(os.listdir(self._temporary))
+
     @property
     def url(self) -> str:
         """Where it serves HTTP now."""

@@ -1,40 +1,47 @@
 """A node that has a vendor's program: HTTP in, the program's answer out, also over the mesh."""
 
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
+import httpx
 import pytest
+import trio
 from cli_matrix import expected
 from cli_programs import CLIS, KEY, KEY_VARIABLE, MODEL, PROGRAMS
 from cli_real import real_programs
-from daemons import Daemon, mesh
+from daemons import Daemon, mesh, until
 from faults import PARTIAL, WHOLE
-from vendors import vendors_in_a_thread
+from vendors import VendorServer, vendors_in_a_thread
 
 pytestmark = pytest.mark.e2e
 
 #: Modes of the vendors' stub, by which their providers are called, too.
-MODES = ("ok", "truncate", "e401", "e429-7", "drop")
+MODES = ("ok", "truncate", "e401", "e429-7", "drop", "hang")
+
+
+class Has(NamedTuple):
+    """A program, the configuration of the node that has it, and whom it asks."""
+
+    name: str
+    tables: str
+    server: VendorServer
 
 
 @pytest.fixture(params=real_programs())
-def tables(
+def has(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[tuple[str, str]]:
-    """A program, and the configuration of the node that has it."""
+) -> Iterator[Has]:
     program = PROGRAMS[request.param]
     (tmp_path / "user").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "user"))
     monkeypatch.setenv("PATH", f"{CLIS}/bin:/usr/bin:/bin")
     monkeypatch.setenv(KEY_VARIABLE, KEY)
     with vendors_in_a_thread() as server:
-        yield (
-            request.param,
-            "\n".join(
-                program.table(mode, program.path, server.base(mode), share=True) for mode in MODES
-            ),
-        )
+        tables = (program.table(m, program.path, server.base(m), share=True) for m in MODES)
+        yield Has(request.param, "\n".join(tables), server)
 
 
 @asynccontextmanager
@@ -46,15 +53,42 @@ async def two_nodes(tmp_path: Path, tables: str) -> AsyncIterator[tuple[Daemon, 
         yield has, asks
 
 
-async def test_over_http_and_over_the_mesh(tables: tuple[str, str], tmp_path: Path) -> None:
-    name, config = tables
-    async with two_nodes(tmp_path, config) as (has, asks):
-        for node in (has, asks):
+async def test_over_http_and_over_the_mesh(has: Has, tmp_path: Path) -> None:
+    async with two_nodes(tmp_path, has.tables) as nodes:
+        for node in nodes:
             await _answers(node)
-        await _failures(asks, expected(name, "drop").text)
-        for node in (has, asks):
+        await _failures(nodes[1], expected(has.name, "drop").text)
+        for node in nodes:
             assert KEY not in node.log.read_text()
             assert KEY not in await node.cli("providers", check=False)
+
+
+@pytest.mark.interop  # `test_private_folder` has it in every run
+async def test_what_a_killed_node_left_is_removed_by_the_next(has: Has, tmp_path: Path) -> None:
+    async with aclosing(Daemon(tmp_path / "node", "node", has.tables)) as node:
+        await node.start()
+        await node.wait_for_model(MODEL)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_ask_in_vain, node)
+            await until(partial(_is_asked, has.server), "the program asks its vendor")
+            await node.kill()
+        left = node.temporary()
+        assert left
+        await node.start()
+        await until(partial(_are_gone, left, node), "what the killed one left is gone")
+
+
+async def _ask_in_vain(node: Daemon) -> None:
+    with pytest.raises(httpx.TransportError):
+        await node.chat("Tell me a tale.", f"hang/{MODEL}")
+
+
+async def _is_asked(server: VendorServer) -> bool:
+    return bool(server.of("hang"))
+
+
+async def _are_gone(left: set[str], node: Daemon) -> bool:
+    return not left & node.temporary()
 
 
 async def _answers(node: Daemon) -> None:

@@ -16,14 +16,12 @@ import trio
 from promptmesh.providers import child as child_module
 from promptmesh.providers.child import (
     KEPT_ERRORS,
-    KILL_GRACE,
-    TERMINATE_GRACE,
     Child,
     ChildError,
     open_child,
     run_briefly,
 )
-from promptmesh.providers.private_folder import private_folder
+from promptmesh.providers.private_folder import KILL_GRACE, TERMINATE_GRACE, private_folder
 
 BARE: Mapping[str, str] = {"PATH": os.environ["PATH"]}
 #: Seconds after which something does not come.

@@ -14,20 +14,24 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from promptmesh.providers import private_folder as module
-from promptmesh.providers.private_folder import private_folder
+from promptmesh.providers.private_folder import Folder, private_folder
 
-#: Has a folder with a login in it, until it is killed.
+#: Has a folder with a login in it, and a program that waits there, until it is killed.
 HOLDER = """
-import tempfile, trio
+import sys, tempfile, trio
+from promptmesh.providers.child import open_child
 from promptmesh.providers.private_folder import private_folder
 
 async def main():
-    async with private_folder() as folder:
+    waits = [sys.executable, "-I", "-S", "-c", "import time; print(1, flush=True); time.sleep(60)"]
+    async with private_folder() as folder, open_child(waits, {}, folder) as child:
         folder.write("home/login.json", "secret")
-        print(folder.path, flush=True)
+        await child.line()
+        print(folder.path, child.pid, flush=True)
         await trio.sleep_forever()
 
 trio.run(main)
@@ -46,9 +50,17 @@ def names(place: Path) -> set[str]:
     return set(os.listdir(place))
 
 
+def runs(pid: int) -> bool:
+    """Does it run? One that has ended may wait to be asked how."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 @contextmanager
-def holder(place: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
-    """Another process, and its folder."""
+def holder(place: Path) -> Iterator[tuple[subprocess.Popen[str], Path, int]]:
+    """Another process, its folder, and the number of its program."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDER],
         env={**os.environ, "TMPDIR": str(place)},
@@ -58,7 +70,8 @@ def holder(place: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
     with process:
         assert process.stdout is not None
         try:
-            yield process, Path(process.stdout.readline().strip())
+            path, _, program = process.stdout.readline().rpartition(" ")
+            yield process, Path(path), int(program)
         finally:
             process.kill()
 
@@ -66,7 +79,7 @@ def holder(place: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
 async def test_what_a_killed_process_left_is_removed_and_what_a_living_one_has_is_not(
     place: Path,
 ) -> None:
-    with holder(place) as (killed, left), holder(place) as (_, used):
+    with holder(place) as (killed, left, orphan), holder(place) as (_, used, program):
         async with private_folder() as folder:
             assert names(place) == {left.name, used.name, folder.path.name}
         killed.kill()
@@ -74,6 +87,11 @@ async def test_what_a_killed_process_left_is_removed_and_what_a_living_one_has_i
         async with private_folder() as folder:
             assert names(place) == {used.name, folder.path.name}
         assert (used / "home" / "login.json").read_text() == "secret"
+        assert module._programs(Folder(used)) == [program]
+        assert not runs(orphan)
+    async with private_folder():
+        assert not runs(program)
+    assert names(place) == set()
 
 
 async def test_a_folder_is_removed_that_its_remover_did_not_finish(place: Path) -> None:
