@@ -17,11 +17,13 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future
 from contextlib import (
     AbstractAsyncContextManager,
     AbstractContextManager,
+    ExitStack,
+    contextmanager,
     nullcontext,
     suppress,
 )
@@ -124,19 +126,11 @@ class LoopThread(Generic[E]):
         if loop is not None:
             loop.stop()
 
-    def hold(self) -> Callable[[], None]:
-        """Before a fork: let it stand still, and let nobody begin or close one meanwhile.
-
-        Gives what lets it go on, to be called in this thread.
-        """
-        self._lock.acquire()
-        go_on = self._loop.hold() if self._loop is not None else _nothing
-
-        def release() -> None:
-            go_on()
-            self._lock.release()
-
-        return release
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """Around a fork: it stands still, and nobody begins or closes one."""
+        with self._lock, nullcontext() if self._loop is None else self._loop.still():
+            yield
 
     def forget(self) -> None:
         """In a forked child: the thread is the parent's, and so is all that is open in it."""
@@ -201,17 +195,13 @@ class _Loop(Generic[E]):
         if threading.current_thread() is not self._thread:
             self._thread.join(CLOSING)
 
-    def hold(self) -> Callable[[], None]:
-        """Return when it stands still between two steps, or has not begun or has ended.
-
-        Gives what lets it go on.
-        """
-        if threading.current_thread() is self._thread or not self._thread.is_alive():
-            return _nothing
-        self._lock.acquire()
-        if self._token is None:  # it does not begin without the lock
-            return self._lock.release
-        self._lock.release()
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """While inside it stands still between two steps, or has not begun or has ended."""
+        with self._lock:
+            if self._token is None:
+                yield  # it does not begin without the lock
+                return
         held, go_on = threading.Event(), threading.Event()
 
         def stand_still() -> None:
@@ -221,12 +211,21 @@ class _Loop(Generic[E]):
                 held.set()
                 go_on.wait()
 
+        try:
+            if threading.current_thread() is not self._thread:
+                self._wait(stand_still, held)
+            yield
+        finally:
+            go_on.set()
+
+    def _wait(self, step: Callable[[], None], done: threading.Event) -> None:
+        """Have the step taken, and wait until it is done, or cannot be."""
+        assert self._token is not None
         with suppress(trio.RunFinishedError):
-            self._token.run_sync_soon(stand_still)
+            self._token.run_sync_soon(step)
             until = time.monotonic() + STEP
-            while not held.wait(0.01) and self._thread.is_alive() and time.monotonic() < until:
+            while not done.wait(0.01) and self._thread.is_alive() and time.monotonic() < until:
                 pass
-        return go_on.set
 
     def _run(self) -> None:
         failure: Exception = Closed("the router was closed")
@@ -282,11 +281,8 @@ _threads_lock = threading.Lock()
 _inherited: list[object] = []
 #: Does `multiprocessing` know of the end?
 _is_told = False
-#: Lets those go on that stand still while the program forks.
-_held: list[Callable[[], None]] = []
-
-
-def _nothing() -> None: ...
+#: What stands still while the program forks.
+_held = ExitStack()
 
 
 def _close_all() -> None:
@@ -311,19 +307,19 @@ def _close_at_the_end() -> None:
 def _hold_all() -> None:
     _threads_lock.acquire()
     for thread in list(_threads):
-        _held.append(thread.hold())
+        _held.enter_context(thread.still())
 
 
 def _release_all() -> None:
-    while _held:
-        _held.pop()()
+    _held.close()
     _threads_lock.release()
 
 
 def _forget_all() -> None:
-    global _threads_lock, _is_told
-    _threads_lock, _is_told = threading.Lock(), False
-    _held.clear()
+    global _threads_lock, _is_told, _held
+    # Kept for ever, as what it would let go on is the parent's.
+    _inherited.append(_held)
+    _threads_lock, _is_told, _held = threading.Lock(), False, ExitStack()
     for thread in list(_threads):
         thread.forget()
 

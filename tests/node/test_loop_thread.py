@@ -3,6 +3,7 @@
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 
 import pytest
 import trio
@@ -88,6 +89,22 @@ def test_two_threads_fork_at_once(thread: LoopThread[None]) -> None:
     loop_thread._release_all()
     other.join(60)
     assert thread.submit(nothing).future.result(60) == "done"
+
+
+def test_ctrl_c_comes_while_it_waits_to_fork(
+    thread: LoopThread[None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thread.submit(nothing).future.result(30)
+
+    def interrupt() -> float:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop_thread, "time", SimpleNamespace(monotonic=interrupt))
+        with pytest.raises(KeyboardInterrupt):
+            loop_thread._hold_all()
+    loop_thread._release_all()  # Python forks all the same
+    assert thread.submit(nothing).future.result(30) == "done"
 
 
 def test_it_is_closed_while_another_thread_forks(thread: LoopThread[None]) -> None:
