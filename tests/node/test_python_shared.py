@@ -214,7 +214,7 @@ def test_a_remote_cache_that_hangs_keeps_no_answer_back(
     monkeypatch.setattr(seed_remote, "WAIT", 120)
     deps.remote_cache = Hangs()
     try:
-        assert generate_text("a", provider=registered(Own()), timeout=60) == "own: a 1"
+        assert generate_text("a", provider=registered(Own()), timeout=20) == "own: a 1"
     finally:
         over.set()
 
