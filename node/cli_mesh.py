@@ -18,9 +18,9 @@ from .config_template import starting_config
 from .home import Home, KnownPeers
 from .join_link import MAX_ADDRESSES, MAX_LINK, JoinLink, decode, encode
 
-#: Seconds. `join` waits so long for the first peer.
-JOIN_WAIT = 10.0
-JOIN_POLL = 0.2
+#: Seconds. `join` waits so long for the first peer, `invite` for a node that has just started.
+JOIN_WAIT, START_WAIT = 10.0, 5.0
+POLL = 0.2
 #: The node closes and opens its network meanwhile.
 RELOAD_TIMEOUT = 20.0
 
@@ -133,12 +133,21 @@ def invite(args: argparse.Namespace) -> int:
     return 0
 
 
+def _told_addresses(node: NodeClient) -> list[str]:
+    """Where the node is reached, as soon as it is in its mesh. Raises `NodeError`."""
+    until = time.monotonic() + START_WAIT
+    while True:
+        addresses = node.get("/mesh/v1/status")["addresses"]
+        if addresses or time.monotonic() >= until:
+            return [str(address) for address in addresses]
+        time.sleep(POLL)
+
+
 def _own_addresses(args: argparse.Namespace, home: Home, config: Config) -> Iterable[str]:
     running = home.running()
     if running is not None:
         try:
-            status = NodeClient(running.http).get("/mesh/v1/status")
-            return [str(address) for address in status["addresses"]]
+            return _told_addresses(NodeClient(running.http))
         except NodeNotRunning:
             pass
     say(
@@ -227,7 +236,7 @@ def _wait_for_peers(client: NodeClient) -> list[str]:
         # A name comes with the peer's advert, a moment after the connection.
         if any(peer["node"] for peer in found) or time.monotonic() >= end:
             return [str(peer["node"] or peer["peer"]) for peer in found]
-        time.sleep(JOIN_POLL)
+        time.sleep(POLL)
 
 
 def is_connected(peer: dict[str, Any]) -> bool:

@@ -52,6 +52,8 @@ class ModelList:
         self._where = str(address)
         self._private = address.private
         self._health = Health(state="starting", reason="it was not asked yet")
+        #: The last list was late.
+        self._late = False
         #: When `check` may ask the server again.
         self._ask_again = -math.inf
 
@@ -81,6 +83,7 @@ class ModelList:
 
     async def _ask(self) -> Health:
         self._ask_again = -math.inf if self._private else trio.current_time() + LAST_RETRY
+        was_late, self._late = self._late, False
         with trio.move_on_after(CHECK_TIME):
             try:
                 async with self._client.request("GET", self._path) as reply:
@@ -93,6 +96,9 @@ class ModelList:
             if not self._private:
                 self._ask_again = trio.current_time() + PUBLIC_REFRESH
             return Health()
+        if self._health.state == "ready" and not was_late:
+            self._late = True
+            return self._health  # it may be busy with answers: it has a second chance
         return Health(
             state="unavailable",
             reason=f"{self._where} did not list its models within 2 s",

@@ -167,6 +167,20 @@ def test_invite_gives_loopback_where_there_is_nothing_else(tmp_path: Path) -> No
         assert decode(run(tmp_path, "invite").out).addresses == (loopback,)
 
 
+def test_invite_waits_for_a_node_that_has_just_started(tmp_path: Path) -> None:
+    turns = Turns({"addresses": []}, {"addresses": [ADDRESS]})
+    with FakeNode({"GET /mesh/v1/status": turns}).running(made(tmp_path)):
+        assert decode(run(tmp_path, "invite").out).addresses == (ADDRESS,)
+
+
+def test_invite_to_a_node_that_nobody_can_reach(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli_mesh, "START_WAIT", 0.0)
+    with FakeNode({"GET /mesh/v1/status": {"addresses": []}}).running(made(tmp_path)):
+        assert "nobody could reach this node" in run(tmp_path, "invite").err
+
+
 def test_invite_without_a_running_node(tmp_path: Path) -> None:
     home = made(tmp_path)
     home.config_path.write_text('[mesh]\nlisten = ["/ip4/10.1.2.3/tcp/7412"]')
@@ -237,7 +251,7 @@ def test_a_spoilt_link_changes_nothing(tmp_path: Path, link: str, said: str) -> 
 def test_join_with_a_running_node_says_who_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli_mesh, "JOIN_POLL", 0)
+    monkeypatch.setattr(cli_mesh, "POLL", 0)
     home = made(tmp_path)
     peers = Turns(
         [THIS],

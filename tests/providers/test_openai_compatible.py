@@ -588,6 +588,26 @@ async def test_health_of_a_hanging_server(autojump_clock: MockClock) -> None:
     assert "within 2 s" in health.reason
 
 
+async def test_one_late_list_is_no_verdict_on_a_server_that_was_well(
+    autojump_clock: MockClock,
+) -> None:
+    late: list[bool] = []
+
+    async def script(side: ServerSide) -> None:
+        while await side.request_or_end():
+            if late.pop(0):
+                await side.wait_closed()
+            else:
+                await side.send(json_reply(200, LIST))
+
+    async with scripted_server(script, limit=10) as server, provider_for(server) as provider:
+        states = []
+        late += [False, True, False, True, True, False]
+        while late:
+            states.append((await provider.check()).state)
+    assert states == ["ready", "ready", "ready", "ready", "unavailable", "ready"]
+
+
 @pytest.mark.parametrize(("status", "count"), [(200, 30), (503, 30), (401, 2), (404, 2), (500, 2)])
 async def test_server_that_refused_is_not_asked_all_the_time(
     status: int, count: int, autojump_clock: MockClock
