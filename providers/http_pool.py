@@ -238,6 +238,10 @@ class _PooledReply(HttpReply):
         parts, connection.parts = connection.parts, []
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
+    @property
+    def complete(self) -> bool:
+        return self._connection.complete
+
     async def __aexit__(
         self,
         kind: type[BaseException] | None,

@@ -62,6 +62,11 @@ class HttpReply(ABC):
     async def receive(self) -> bytes:
         """What arrived since, or wait for more; empty at the end. Raises `HttpFailure`."""
 
+    @property
+    def complete(self) -> bool:
+        """Is it known that all of it has come?"""
+        return False
+
     def __aiter__(self) -> Self:
         return self
 
@@ -73,6 +78,8 @@ class HttpReply(ABC):
 
     async def finish(self) -> None:
         """Read the little that follows what is known to be the end of the content."""
+        if self.complete:
+            return
         with trio.move_on_after(FINISH_TIME):
             try:
                 while await self.receive():
