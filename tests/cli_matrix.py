@@ -129,8 +129,17 @@ BUT: Mapping[str, Mapping[str, Gives]] = {
 }
 
 
+#: Whether the command tells the text that it had when the connection broke is chance.
+OR_ELSE = {("claude", "drop"): MATRIX["drop"]}
+
+
 def expected(program: str, case: str) -> Gives:
     return BUT.get(program, {}).get(case, MATRIX[case])
+
+
+def as_well(program: str, case: str) -> Gives:
+    """What may come of it, too, by chance."""
+    return OR_ELSE.get((program, case), expected(program, case))
 
 
 @dataclass
